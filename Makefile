@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# `make help` lists the targets.
+
+PYTHON ?= python3
+CC ?= cc
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMP := $(VENV)/installed
+# Each variant that is not installed has a tree of its own, so that one build never spoils another.
+VARIANT = $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)/lib
+
+# setup.py and the compiler see the same compiler.
+export CC PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build demo test test-vm vm-tools lint debug asan annotate check clean
+	prerequisites-build prerequisites-lab prerequisites-vm
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## the virtual environment, .venv, with all tools
+
+$(STAMP): pyproject.toml | prerequisites-build
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check 'Cython>=3.3,<3.4' 'setuptools>=77'
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[lab,test,dev]'
+	@touch $@
+
+build: venv ## the Cython modules, in place
+	$(PY) setup.py -q build_ext --inplace
+
+demo: build prerequisites-lab ## a guest with open connections migrates there and back
+	$(BIN)/godwit demo
+
+test: build prerequisites-lab ## the test suite without virtual machines
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-vm: build prerequisites-lab vm-tools ## the tests with QEMU guests and with passt
+	$(PY) -m pytest --override-ini=addopts= --import-mode=importlib --strict-markers -ra tests/vm $(PYTEST_ARGS)
+
+vm-tools: build prerequisites-vm ## QEMU, a guest image and passt for test-vm
+	$(PY) -m godwit.lab.image
+
+lint: venv ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+debug: venv ## an unoptimised build with debug information, in build/debug/lib
+	GODWIT_DEBUG=1 $(call VARIANT,debug)
+	@echo "Use it with PYTHONPATH=build/debug/lib"
+
+# Python itself is not built with the sanitizers, so their libraries are loaded first. It frees little at
+# its end, which is no leak; and its own allocator would hide overruns inside its arenas.
+asan: venv prerequisites-lab ## the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	GODWIT_SANITIZE=1 $(call VARIANT,sanitize)
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	PYTHONPATH=build/sanitize/lib GODWIT_SANITIZE=1 \
+	$(PY) -m pytest -o timeout=600 $(PYTEST_ARGS)
+
+annotate: venv ## Cython's annotated sources, in build/annotate
+	$(BIN)/cython -a -3 -X cdivision=True -I src --output-file build/annotate/ $$(find src -name '*.pyx')
+
+check: lint test ## what CI runs
+
+clean: ## remove what was built, but not .venv
+	rm -rf build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src -name '*.so' -delete
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+prerequisites-%:
+	@tools/prerequisites $*
