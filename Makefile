@@ -17,7 +17,6 @@ export CC PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build demo test test-vm vm-tools lint debug asan annotate check clean
-	prerequisites-build prerequisites-lab prerequisites-vm
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
