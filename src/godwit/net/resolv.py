@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""resolv.conf: the host's name servers and search list (resolv.conf(5)).
+
+``options`` and everything else that is not for the guest is passed over, and
+so is a line that cannot be understood: the resolver library does the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+PATH = "/etc/resolv.conf"
+MAX_NAME = 253  # RFC 1035, section 2.3.4, as text without the last dot
+MAX_LABEL = 63
+
+
+@dataclass(frozen=True, slots=True)
+class Resolv:
+    """Name servers in their order, and the search list.
+
+    An IPv6 server may carry the scope of a link-local address
+    (``IPv6Address.scope_id``).
+    """
+
+    servers: tuple[IPv4Address | IPv6Address, ...] = ()
+    search: tuple[str, ...] = ()
+
+
+def read_resolv(path: str = PATH) -> Resolv:
+    """The file at ``path``; empty where there is none or it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return parse_resolv(file.read())
+    except OSError:
+        return Resolv()
+
+
+def parse_resolv(text: str) -> Resolv:
+    """The text of a resolv.conf; the last of ``search`` and ``domain`` wins."""
+    servers: list[IPv4Address | IPv6Address] = []
+    search: tuple[str, ...] = ()
+    for line in text.splitlines():
+        words = line.partition("#")[0].partition(";")[0].split()
+        if len(words) < 2:
+            continue
+        if words[0] == "nameserver":
+            try:
+                server = ip_address(words[1])
+            except ValueError:
+                continue
+            if server not in servers:
+                servers.append(server)
+        elif words[0] == "search":
+            search = tuple(dict.fromkeys(name for name in map(_domain, words[1:]) if name))
+        elif words[0] == "domain":
+            name = _domain(words[1])
+            search = (name,) if name else ()
+    return Resolv(tuple(servers), search)
+
+
+def _domain(text: str) -> str | None:
+    """The name without its last dot, or None where it is no name that can be encoded."""
+    name = text.rstrip(".")
+    return name if is_domain(name) else None
+
+
+def is_domain(name: str) -> bool:
+    """Whether ``name`` fits the wire format of DNS names (RFC 1035, section 3.1)."""
+    if not name or len(name) > MAX_NAME or not name.isascii() or not name.isprintable():
+        return False
+    return all(0 < len(label) <= MAX_LABEL for label in name.split("."))
