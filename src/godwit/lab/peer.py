@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The other program: passt, as Debian packages it today.
+
+Guests move between godwit and passt, and tests show it with the real one. The
+release that this system runs mostly has one from before migration, so the
+newest package is unpacked into the cache beside the C library that it was
+built with, and runs through that library's own loader::
+
+    passt = fetch()
+    subprocess.Popen(passt.command("-f", "--vhost-user", "-s", "/tmp/guest.sock"))
+    subprocess.Popen(passt.repair_command("/tmp/guest.sock.repair"))
+
+By hand: ``python -m godwit.lab.peer`` prints both command lines, and fetches
+first where the cache is empty; ``--refresh`` fetches anew.
+
+passt run by root changes to ``nobody`` after it has made its sockets. Pass
+``--runas 0`` (as :meth:`Passt.command` does for root unless told otherwise) to
+have it stay, so that its files and sockets are its caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+
+from godwit.lab import debian
+from godwit.lab.errors import LabError, Unavailable
+
+SUITE = "sid"
+# What passt's packages need besides their own: nothing but the C library.
+_LIBRARIES = ("libc6",)
+
+
+@dataclass(frozen=True)
+class Passt:
+    """An unpacked passt. ``root`` is where its packages' files lie, ``version`` the package's."""
+
+    root: str
+    version: str
+
+    def _loader(self) -> list[str]:
+        lib = os.path.join(self.root, "usr/lib", f"{platform.machine()}-linux-gnu")
+        loaders = [name for name in os.listdir(lib) if name.startswith("ld-linux")]
+        if not loaders:
+            raise LabError(f"no dynamic loader in {lib}: remove {self.root} to have it fetched again")
+        return [os.path.join(lib, loaders[0]), "--library-path", lib]
+
+    def _binary(self, name: str) -> str:
+        return os.path.join(self.root, "usr/bin", name)
+
+    def command(self, *args: str, runas: str | None = None) -> list[str]:
+        """Return the words that run ``passt`` with ``args``.
+
+        Root's passt stays root unless ``runas`` names a user (or id) to change to.
+        """
+        # The plain one looks for the better one beside itself, which it cannot find through the loader.
+        binary = self._binary("passt.avx2")
+        if not (_has_avx2() and os.path.exists(binary)):
+            binary = self._binary("passt")
+        if runas is None and os.getuid() == 0:
+            runas = "0"
+        words = [] if runas is None else ["--runas", runas]
+        return [*self._loader(), binary, *words, *args]
+
+    def repair_command(self, *args: str) -> list[str]:
+        """Return the words that run ``passt-repair`` with ``args`` (a socket, or a directory)."""
+        return [*self._loader(), self._binary("passt-repair"), *args]
+
+
+def _has_avx2() -> bool:
+    with open("/proc/cpuinfo") as file:
+        return any(line.startswith("flags") and "avx2" in line.split() for line in file)
+
+
+def fetch(*, refresh: bool = False) -> Passt:
+    """Return the passt in the cache, fetched first if there is none or ``refresh`` asks for it.
+
+    Raises :class:`Unavailable` where it cannot be had (no Debian, no network).
+    """
+    folder = os.path.join(debian.cache_dir(), "passt")
+    about = os.path.join(folder, "about.json")
+    if refresh or not os.path.exists(about):
+        with debian.cache_lock("passt"):
+            if refresh or not os.path.exists(about):
+                _fetch_into(folder)
+    with open(about) as file:
+        version = str(json.load(file)["version"])
+    return Passt(os.path.join(folder, "root"), version)
+
+
+def _fetch_into(folder: str) -> None:
+    cache = debian.cache_dir()
+    work = tempfile.mkdtemp(prefix="passt.", dir=cache)
+    try:
+        apt = debian.Apt(os.path.join(work, "apt"), debian.archive(SUITE))
+        new = os.path.join(work, "new")
+        try:
+            apt.update()
+            version = apt.version("passt")
+            apt.unpack(["passt", *_LIBRARIES], os.path.join(new, "root"))
+        except Unavailable:
+            raise
+        except LabError as error:
+            raise Unavailable(f"passt could not be fetched from Debian's suite {SUITE}: {error}") from error
+        # Started by a user who is not the cache's owner, too.
+        os.chmod(new, 0o755)
+        passt = Passt(os.path.join(new, "root"), version)
+        debian.run(passt.command("--version", runas=""))
+        with open(os.path.join(new, "about.json"), "w") as file:
+            json.dump({"version": version, "suite": SUITE}, file)
+        debian.replace_tree(new, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def main() -> int:
+    """Fetch, and print how to run both programs."""
+    try:
+        passt = fetch(refresh="--refresh" in sys.argv[1:])
+    except LabError as error:
+        sys.stderr.write(f"godwit.lab.peer: {error}\n")
+        return 1
+    sys.stdout.write(f"# passt {passt.version}\n{shlex.join(passt.command())}\n{shlex.join(passt.repair_command())}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
