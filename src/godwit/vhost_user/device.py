@@ -14,66 +14,17 @@ returns belongs to the caller, who sends it and closes its copy.
 
 Failure: a method that cannot do its work raises ``DeviceError`` and leaves the
 device as it was; the front-end is told where the request has a reply, and the
-session ends where it has none. Any other exception ends the session and comes
-out of ``serve``.
+session ends where it has none. Any other exception is a fault of the device:
+it is logged with its traceback and then treated in the same way.
 """
 
 from __future__ import annotations
 
 import os
-from enum import IntEnum, IntFlag
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from godwit.vhost_user.features import Feature, ProtocolFeature
-
-
-class MemoryRegion(NamedTuple):
-    """A piece of the guest's memory that the front-end shares.
-
-    ``guest_addr`` (guest-physical) and ``user_addr`` (the front-end's own
-    address, in which ring addresses are given) both name its first byte;
-    ``size`` in bytes; the region starts ``mmap_offset`` bytes into ``fd``,
-    which is -1 where a region is only named, as in its removal.
-    """
-
-    guest_addr: int
-    size: int
-    user_addr: int
-    mmap_offset: int
-    fd: int = -1
-
-
-class VringFlag(IntFlag):
-    """Flags of SET_VRING_ADDR (``VHOST_VRING_F_*``)."""
-
-    LOG = 1 << 0
-
-
-class VringAddr(NamedTuple):
-    """Where a ring's three parts are, in the front-end's user addresses.
-
-    ``log`` is the guest-physical address under which writes to the used ring
-    are logged while ``flags`` has ``VringFlag.LOG``.
-    """
-
-    flags: int
-    descriptor: int
-    used: int
-    available: int
-    log: int = 0
-
-
-class Direction(IntEnum):
-    """Which way the device's state goes, in SET_DEVICE_STATE_FD."""
-
-    SAVE = 0
-    LOAD = 1
-
-
-class Phase(IntEnum):
-    """When the device's state goes, in SET_DEVICE_STATE_FD."""
-
-    STOPPED = 0
+from godwit.vhost_user.payloads import Direction, MemoryRegion, VringAddr
 
 
 class Device(Protocol):
@@ -174,11 +125,7 @@ class BaseDevice:
     does; whoever overrides a method with descriptors owns them.
     """
 
-    features: int = (
-        Feature.VIRTIO_F_VERSION_1
-        | Feature.VHOST_F_LOG_ALL
-        | Feature.VHOST_USER_F_PROTOCOL_FEATURES
-    )
+    features: int = Feature.VIRTIO_F_VERSION_1 | Feature.VHOST_F_LOG_ALL | Feature.VHOST_USER_F_PROTOCOL_FEATURES
     protocol_features: int = (
         ProtocolFeature.LOG_SHMFD
         | ProtocolFeature.REPLY_ACK

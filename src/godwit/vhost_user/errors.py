@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What can go wrong in a vhost-user session, sorted by whose fault it is.
 
-The peer's: ``ProtocolError`` (it broke the protocol), ``RequestFailed`` (it
-refused what we asked), ``Disconnected`` (it went away). Ours: ``DeviceError``
+The peer's: ``ProtocolError`` (it broke the protocol), ``RequestFailedError`` (it
+refused what we asked), ``DisconnectedError`` (it went away). Ours: ``DeviceError``
 (the device could not do what was asked of it). The caller's: ``ValueError``
 and ``TypeError``, as everywhere in Python.
 """
@@ -27,11 +27,11 @@ class ProtocolError(VhostUserError):
         self.fatal = fatal
 
 
-class RequestFailed(VhostUserError):
+class RequestFailedError(VhostUserError):
     """The back-end answered a request of ours with a failure; the session goes on."""
 
 
-class Disconnected(VhostUserError):
+class DisconnectedError(VhostUserError):
     """The peer closed the connection while something was still expected of it."""
 
 

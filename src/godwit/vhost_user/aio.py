@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A back-end session under asyncio: ``serve`` joins a socket, a session and a device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+
+from godwit.vhost_user import transport
+from godwit.vhost_user.backend import BackendSession, RequestReceived, RequestRefused, SessionEnded
+from godwit.vhost_user.device import Device
+from godwit.vhost_user.errors import DeviceError, ProtocolError, VhostUserError
+from godwit.vhost_user.messages import Request
+
+log = logging.getLogger(__name__)
+
+# Messages read ahead of the one that the device works on; each may hold descriptors.
+MAX_BACKLOG = 16
+
+
+async def serve(sock: socket.socket, device: Device) -> VhostUserError | None:
+    """Run one session with the front-end at the other end of a connected UNIX stream socket.
+
+    Returns when the session is over: None if the front-end hung up between two
+    messages, otherwise what ended it, which is also logged. Never raises but
+    for cancellation. The device's methods are called one after the other, last
+    ``disconnected``, also after cancellation. The socket is closed.
+    """
+    server = _Server(sock, device)
+    try:
+        return await server.run()
+    finally:
+        server.close()
+        try:
+            await device.disconnected()
+        except Exception:
+            log.exception("the device failed to take note of the end of its session")
+
+
+class _Server:
+    """The life of one session."""
+
+    def __init__(self, sock: socket.socket, device: Device) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._device = device
+        self._session = BackendSession(
+            features=device.features,
+            protocol_features=device.protocol_features,
+            queues=device.queues,
+            queue_num=device.queue_num,
+            max_mem_slots=device.max_mem_slots,
+        )
+        self._sender = transport.Sender(sock)
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._reading = False
+
+    async def run(self) -> VhostUserError | None:
+        while True:
+            self._arrived.clear()
+            event = self._session.next_event()
+            await self._flush()
+            self._read_on()
+            if isinstance(event, SessionEnded):
+                if event.error is not None:
+                    log.error("the vhost-user session is over: %s", event.error)
+                return event.error
+            if isinstance(event, RequestRefused):
+                log.warning("refused: %s", event.error)
+            elif isinstance(event, RequestReceived):
+                await self._carry_out(event)
+            else:
+                await self._arrived.wait()
+
+    def close(self) -> None:
+        self._stop_reading()
+        self._loop.remove_writer(self._sock)
+        self._sender.close()
+        self._session.close()
+        self._sock.close()
+
+    async def _carry_out(self, request: RequestReceived) -> None:
+        name = request.row.name
+        method: Callable[..., Awaitable[object]] = getattr(self._device, request.row.handler)
+        log.debug("%s %s", name, request.payload)
+        try:
+            call = method(*request.take_arguments())
+            if request.row.request == Request.CHECK_DEVICE_STATE:
+                value = await self._unless_gone(call)
+            else:
+                value = await call
+        except DeviceError as error:
+            failure = error
+        except Exception as error:
+            log.exception("the device failed in %s", name)
+            failure = DeviceError(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+        else:
+            self._session.complete(value)
+            return
+        reason = DeviceError(f"{name} failed: {failure}")
+        reason.__cause__ = failure
+        if self._session.fail(reason):
+            log.warning("%s", reason)
+
+    async def _unless_gone(self, call: Awaitable[object]) -> object:
+        """Wait, but no longer than there is somebody to wait for."""
+        task = asyncio.ensure_future(call)
+        gone = asyncio.ensure_future(self._gone.wait())
+        try:
+            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise DeviceError("the front-end hung up meanwhile")
+            return task.result()
+        finally:
+            gone.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait((task,))
+
+    def _read_on(self) -> None:
+        if not self._reading and self._session.wanted and self._session.backlog < MAX_BACKLOG:
+            self._loop.add_reader(self._sock, self._readable)
+            self._reading = True
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._loop.remove_reader(self._sock)
+            self._reading = False
+
+    def _readable(self) -> None:
+        try:
+            while self._session.wanted and self._session.backlog < MAX_BACKLOG:
+                data, fds = transport.receive(self._sock, self._session.wanted)
+                self._session.receive(data, fds)
+                if not data:
+                    self._gone.set()
+        except (BlockingIOError, InterruptedError):
+            pass
+        except ProtocolError as error:
+            self._session.receive_error(error)
+        except OSError as error:
+            self._session.receive_error(ProtocolError(f"the front-end is gone: {error}", fatal=True))
+            self._gone.set()
+        if not self._session.wanted or self._session.backlog >= MAX_BACKLOG:
+            self._stop_reading()
+        self._arrived.set()
+
+    async def _flush(self) -> None:
+        """Send all replies. If nobody is there to take them, the reader will say so."""
+        self._sender.put(self._session.outgoing())
+        while self._sender.pending:
+            try:
+                self._sender.send()
+            except BlockingIOError:
+                writable = self._loop.create_future()
+                self._loop.add_writer(self._sock, _set_result, writable)
+                try:
+                    await writable
+                finally:
+                    self._loop.remove_writer(self._sock)
+            except OSError as error:
+                log.debug("a reply could not be sent: %s", error)
+                self._sender.close()
+
+
+def _set_result(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
