@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``godwit``: finds the command and hands its arguments over.
+
+A command's module is imported when the command is given, and no other: the
+daemon runs once per guest and carries nothing that it does not need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from godwit import __version__
+
+COMMANDS = {
+    "serve": ("godwit.cli.serve", "give a guest its network, over vhost-user"),
+    "repair": ("godwit.cli.repair", "help a back-end to move TCP connections (needs CAP_NET_ADMIN)"),
+    "demo": ("godwit.cli.demo", "migrate a guest with open connections, there and back"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="godwit",
+        description="Virtual-machine networking over vhost-user that survives live migration.",
+        epilog="godwit COMMAND --help shows a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"godwit {__version__}")
+    commands = parser.add_argument_group("commands")
+    width = max(map(len, COMMANDS))
+    commands.description = "\n".join(f"{name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    module, _ = COMMANDS[given.command]
+    status: int = importlib.import_module(module).main(given.arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

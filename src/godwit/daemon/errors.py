@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What can keep the daemon from running; each message is one line for the user."""
+
+from __future__ import annotations
+
+
+class DaemonError(Exception):
+    """The daemon cannot run; says why."""
+
+
+class OptionError(DaemonError):
+    """The command line is wrong: the caller's error."""
+
+
+class StartError(DaemonError):
+    """The system refuses what the command line asks for: a path, a user, a socket."""
+
+
+class SocketInUseError(StartError):
+    """A running process listens on the path."""

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The daemon's life cycle: to the background, sockets, PID file, user.
+
+Readiness, as those who start the daemon rely on it (libvirt, QEMU): the
+process that was launched exits with 0 only when the sockets listen and the
+PID file is complete. If the start fails it exits with another status, and
+stderr says why. So the launched process forks at once, waits on a pipe, and
+exits with the status that its child writes there; a child that dies without a
+word counts as failed.
+
+Order of a start: `background`, `raise_descriptor_limit`, log and PID file
+opened, sockets bound, `User.assume`, PID written, `Readiness.declare`.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import resource
+import signal
+import socket
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from godwit.daemon.errors import SocketInUseError, StartError
+
+BACKLOG = 4
+PASST_SOCKETS = [f"/tmp/passt_{number}.socket" for number in range(1, 65)]  # passt's defaults, in passt's order
+
+
+class Readiness:
+    """Tells the launched process that the daemon is ready; in the foreground, nobody asks."""
+
+    def __init__(self, pipe: int | None = None) -> None:
+        self._pipe = pipe
+
+    def declare(self) -> None:
+        """Let go of the terminal, then let the launched process exit with 0.
+
+        In this order: who started us may wait for the end of our stderr.
+        """
+        if self._pipe is None:
+            return
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        if null > 2:
+            os.close(null)
+        os.write(self._pipe, b"\0")
+        os.close(self._pipe)
+        self._pipe = None
+
+
+def _close_inherited(keep: Iterable[int]) -> None:
+    """Close every descriptor above 2 but those in ``keep``.
+
+    A pipe inherited from a launcher would keep its reader waiting for as long
+    as the daemon lives.
+    """
+    low = 3
+    for descriptor in sorted(fd for fd in keep if fd > 2):
+        os.closerange(low, descriptor)
+        low = descriptor + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def background(keep: Iterable[int] = ()) -> Readiness:
+    """Go on in a child process, in a session of its own; returns there only.
+
+    The launched process ends here, as the module says. ``keep``: inherited
+    descriptors that stay open.
+    """
+    kept = list(keep)
+    ours, childs = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(childs)
+        for descriptor in kept:
+            os.close(descriptor)
+        os._exit(_await(ours, child))
+    _close_inherited([*kept, childs])
+    os.setsid()
+    os.set_inheritable(childs, False)
+    return Readiness(childs)
+
+
+def _await(pipe: int, child: int) -> int:
+    """The launched process's exit status: 0 once the child declares itself ready."""
+    # Stopped while it waits, it stops what it started.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: os.kill(child, received))
+    if os.read(pipe, 1) == b"\0":
+        return 0
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        os.write(2, f"godwit: the daemon was ended by signal {-code} before it was ready\n".encode())
+    return code if code > 0 else 1
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many descriptors as may be had: each flow has a socket."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# --- Sockets
+
+
+def _is_live(path: str) -> bool:
+    """Whether some process listens on a socket's path.
+
+    The connection says nothing and is closed at once; ours ignores such a one
+    (`godwit.daemon.main`).
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a full backlog would block: live, too
+        return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
+
+
+def listen(path: str) -> socket.socket:
+    """Listen on ``path``; a socket that a dead process left there is taken over.
+
+    Raises `SocketInUseError` if the process is alive, `StartError` for all else.
+    """
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        try:
+            made.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise StartError(f"{path} exists and is no socket") from None
+            if _is_live(path):
+                raise SocketInUseError(f"{path} is in use: another process listens there") from None
+            os.unlink(path)
+            made.bind(path)
+        made.listen(BACKLOG)
+    except OSError as error:
+        made.close()
+        raise StartError(f"cannot listen on {path}: {error.strerror or error}") from error
+    except StartError:
+        made.close()
+        raise
+    return made
+
+
+def listen_on_first(paths: Iterable[str]) -> tuple[socket.socket, str]:
+    """Listen on the first of several paths that no living process has."""
+    for path in paths:
+        try:
+            return listen(path), path
+        except SocketInUseError:
+            continue
+    raise StartError("all default socket paths are in use: name one with --socket")
+
+
+def connected(descriptor: int) -> socket.socket:
+    """The connected UNIX stream socket that was inherited as ``descriptor``.
+
+    Raises `StartError` if it is anything else.
+    """
+    try:
+        made = socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise StartError(f"--fd {descriptor} is no socket: {error.strerror}") from error
+    kind = (made.family, made.type & ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC))
+    if kind != (socket.AF_UNIX, socket.SOCK_STREAM):
+        made.detach()
+        raise StartError(f"--fd {descriptor} is no UNIX stream socket")
+    try:
+        made.getpeername()
+    except OSError as error:
+        made.detach()
+        raise StartError(f"--fd {descriptor} is not connected") from error
+    made.setblocking(False)
+    made.set_inheritable(False)
+    return made
+
+
+def remove(path: str) -> None:
+    """Remove a file of ours as well as may be: the user we run as may not own the folder."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass  # a left-over socket or PID file is taken over by the next start
+
+
+# --- The PID file
+
+
+class PidFile:
+    """Opened while we still may, written when all is ready."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StartError(f"cannot write the PID file {path}: {error.strerror}") from error
+
+    def write(self) -> None:
+        """Write the process id."""
+        os.write(self._fd, b"%d\n" % os.getpid())
+
+    def close(self) -> None:
+        """Remove the file; where that is not allowed, leave it empty."""
+        os.ftruncate(self._fd, 0)
+        os.close(self._fd)
+        remove(self._path)
+
+
+# --- The user
+
+
+@dataclass(frozen=True)
+class User:
+    """Whom to run as."""
+
+    uid: int
+    gid: int
+
+    def own(self, path: str) -> None:
+        """Hand a socket or file over, so that the user can go on using it."""
+        os.chown(path, self.uid, self.gid)
+
+    def assume(self) -> None:
+        """Become this user for good: all ids and groups, no way back."""
+        if (os.getuid(), os.getgid()) == (self.uid, self.gid):
+            return
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+            os.setresgid(self.gid, self.gid, self.gid)
+            os.setresuid(self.uid, self.uid, self.uid)
+        except OSError as error:
+            raise StartError(f"cannot run as user {self.uid}, group {self.gid}: {error.strerror}") from error
+
+
+def _user(name: str) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+    except KeyError:
+        return None
+
+
+def _group(name: str) -> int:
+    if name.isdigit():
+        return int(name)
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise StartError(f"--runas: no such group: {name}") from None
+
+
+def user(spec: str | None) -> User | None:
+    """Whom ``--runas`` means (``USER`` or ``USER:GROUP``, names or numbers).
+
+    Without it root becomes nobody and everyone else stays as they are: None.
+    Raises `StartError` for names that do not exist.
+    """
+    if spec is None:
+        if os.geteuid() != 0:
+            return None
+        spec = "nobody"
+    name, colon, group = spec.partition(":")
+    entry = _user(name)
+    if entry is None and not name.isdigit():
+        raise StartError(f"--runas: no such user: {name}")
+    uid = entry.pw_uid if entry else int(name)
+    if colon:
+        return User(uid, _group(group))
+    return User(uid, entry.pw_gid if entry else uid)

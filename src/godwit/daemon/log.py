@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where the daemon's log goes.
+
+In the foreground to stderr; with ``--log-file`` to that file; in the
+background otherwise to syslog (on most systems, the journal). Until the
+daemon is ready, errors go to stderr too, since whoever started it waits there
+for the reason (`godwit.daemon.lifecycle`).
+
+The log file keeps its size limit without a second file and without opening
+anything again: the daemon may have given up the right to do either.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import socket
+import sys
+from typing import BinaryIO
+
+from godwit.daemon.errors import StartError
+from godwit.daemon.options import Options
+
+TRACE = 5  # below logging.DEBUG: each message, each frame that goes up
+SYSLOG = "/dev/log"
+FORMAT = "%(message)s"
+FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+class BoundedFileHandler(logging.Handler):
+    """Appends to a file, and drops its older half when it reaches ``limit`` bytes."""
+
+    def __init__(self, path: str, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+        self._file: BinaryIO = open(  # noqa: SIM115  # open as long as the handler
+            os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0
+        )
+        self._size = self._file.seek(0, os.SEEK_END)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record as one line."""
+        try:
+            line = self.format(record).encode(errors="backslashreplace") + b"\n"
+            if self._size + len(line) > self._limit:
+                self._halve()
+            self._size += self._file.write(line)
+        except Exception:
+            self.handleError(record)
+
+    def _halve(self) -> None:
+        """Keep the last half of the limit, from the start of a line."""
+        keep = self._limit // 2
+        self._file.seek(max(0, self._size - keep))
+        kept = self._file.read(keep)
+        kept = kept[kept.find(b"\n") + 1 :]
+        self._file.seek(0)
+        self._file.write(kept)
+        self._file.truncate(len(kept))
+        self._size = len(kept)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+def level(options: Options) -> int:
+    """The level that the options ask for."""
+    if options.trace:
+        return TRACE
+    if options.debug:
+        return logging.DEBUG
+    return logging.ERROR if options.quiet else logging.INFO
+
+
+def _lasting(options: Options) -> logging.Handler | None:
+    """The handler for after the start; None where there is nowhere to log."""
+    handler: logging.Handler
+    if options.log_file is not None:
+        try:
+            handler = BoundedFileHandler(options.log_file, options.log_size)
+        except OSError as error:
+            raise StartError(f"cannot open the log file {options.log_file}: {error.strerror}") from error
+        handler.setFormatter(logging.Formatter(FILE_FORMAT))
+        return handler
+    if options.foreground:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(FORMAT))
+        return handler
+    try:
+        handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON, socket.SOCK_DGRAM)
+    except OSError:
+        return None  # a container without syslog; --log-file is what works there
+    handler.setFormatter(logging.Formatter(f"godwit[%(process)d]: {FORMAT}"))
+    return handler
+
+
+class Log:
+    """The process's log. ``ready()`` ends the time in which stderr gets the errors."""
+
+    def __init__(self, options: Options) -> None:
+        logging.addLevelName(TRACE, "TRACE")
+        self._root = logging.getLogger()
+        self._root.setLevel(level(options))
+        self._handlers: list[logging.Handler] = []
+        lasting = _lasting(options)
+        self._add(lasting or logging.NullHandler())
+        self._starting: logging.Handler | None = None
+        if options.log_file is not None or not options.foreground:
+            self._starting = logging.StreamHandler(sys.stderr)
+            self._starting.setLevel(logging.ERROR)
+            self._starting.setFormatter(logging.Formatter(FORMAT))
+            self._add(self._starting)
+
+    def _add(self, handler: logging.Handler) -> None:
+        self._root.addHandler(handler)
+        self._handlers.append(handler)
+
+    def ready(self) -> None:
+        """From now on nothing but the lasting log is written to."""
+        if self._starting is not None:
+            self._root.removeHandler(self._starting)
+            self._handlers.remove(self._starting)
+            self._starting = None
+
+    def close(self) -> None:
+        """Take the handlers away again, and close them."""
+        for handler in self._handlers:
+            self._root.removeHandler(handler)
+            handler.close()
+        self._handlers.clear()

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The daemon put together: a device, a socket for its front-end, a life cycle.
+
+One front-end at a time: while one is served, another waits in the socket's
+backlog. A connection that closes without a word is no front-end: another
+start looked whether somebody listens (`godwit.daemon.lifecycle.listen`), and
+does not end a ``--one-off`` daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from contextlib import AsyncExitStack
+
+from godwit import __version__
+from godwit.daemon import lifecycle
+from godwit.daemon.device import NetDevice
+from godwit.daemon.errors import DaemonError, StartError
+from godwit.daemon.lifecycle import Readiness
+from godwit.daemon.log import Log
+from godwit.daemon.options import Options
+from godwit.net.config import NetConfigError, read_host
+from godwit.repair.client import RepairListener
+from godwit.vhost_user import VhostUserError, serve
+
+logger = logging.getLogger(__name__)
+
+
+def run(options: Options) -> int:
+    """Run the daemon to its end; returns the exit status.
+
+    In the background this returns in the daemon only: the launched process
+    exits inside. Errors are written to the log, and until the daemon is ready
+    to stderr.
+    """
+    readiness = Readiness()
+    if not options.foreground:
+        readiness = lifecycle.background([] if options.fd is None else [options.fd])
+    log = Log(options)
+    try:
+        asyncio.run(_run(options, readiness, log))
+    except (DaemonError, NetConfigError) as error:
+        logger.error("%s", error)
+        return 1
+    except OSError as error:
+        # The system's own words, with what they are about where it says so.
+        logger.error("%s", error)
+        logger.debug("where that came from:", exc_info=True)
+        return 1
+    finally:
+        log.close()
+    return 0
+
+
+async def _run(options: Options, readiness: Readiness, log: Log) -> None:
+    user = lifecycle.user(options.runas)
+    lifecycle.raise_descriptor_limit()
+    async with AsyncExitStack() as stack:
+        pid = lifecycle.PidFile(options.pid) if options.pid else None
+        if pid is not None:
+            stack.callback(pid.close)
+
+        listener: socket.socket | None = None
+        connection: socket.socket | None = None
+        path = options.socket
+        if options.fd is not None:
+            connection = lifecycle.connected(options.fd)
+            stack.callback(connection.close)
+        else:
+            if path is None:
+                listener, path = lifecycle.listen_on_first(lifecycle.PASST_SOCKETS)
+            else:
+                listener = lifecycle.listen(path)
+            stack.callback(lifecycle.remove, path)
+            stack.callback(listener.close)
+
+        repair: RepairListener | None = None
+        repair_path = _repair_path(options, path)
+        if repair_path is not None:
+            try:
+                repair = RepairListener(repair_path)
+            except OSError as error:
+                raise StartError(f"cannot listen on {repair_path}: {error.strerror or error}") from error
+            stack.callback(repair.close)
+
+        config = await asyncio.to_thread(read_host, options.net)
+        for warning in config.warnings:
+            logger.warning("%s", warning)
+        device = NetDevice(config, options, repair)
+        stack.push_async_callback(device.close)
+        await device.start()
+
+        if user is not None:
+            for owned in (path if listener is not None else None, repair_path):
+                if owned is not None:
+                    user.own(owned)
+            user.assume()
+        if pid is not None:
+            pid.write()
+
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+
+        where = path if connection is None else f"descriptor {options.fd}"
+        logger.info("godwit %s is ready on %s, repair helper on %s", __version__, where, repair_path or "no socket")
+        log.ready()
+        readiness.declare()
+
+        sessions = asyncio.create_task(_sessions(listener, connection, device, options))
+        stopped = asyncio.create_task(stop.wait())
+        done, pending = await asyncio.wait((sessions, stopped), return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for task in done:
+            task.result()
+        logger.info("ends: %s", "stopped by a signal" if stop.is_set() else "the front-end has disconnected")
+
+
+def _repair_path(options: Options, path: str | None) -> str | None:
+    """Where the repair helper connects; None for nowhere."""
+    if options.repair_path is not None:
+        return options.repair_path or None
+    return f"{path}.repair" if path is not None else None
+
+
+async def _sessions(
+    listener: socket.socket | None, connection: socket.socket | None, device: NetDevice, options: Options
+) -> None:
+    """Serve front-ends, one after the other; returns after the first with ``--one-off`` or ``--fd``."""
+    if connection is not None:
+        await _session(connection, device)
+        return
+    assert listener is not None  # one of the two is there
+    loop = asyncio.get_running_loop()
+    while True:
+        accepted, _ = await loop.sock_accept(listener)
+        with accepted:
+            if not await _says_something(accepted):
+                continue
+            await _session(accepted, device)
+        if options.one_off:
+            return
+
+
+async def _session(connection: socket.socket, device: NetDevice) -> None:
+    """One front-end, to its end. Its errors end the session, never the process."""
+    logger.info("a front-end has connected")
+    try:
+        await serve(connection, device)
+        logger.info("the front-end has disconnected")
+    except VhostUserError as error:
+        logger.error("the front-end's session was ended: %s", error)
+    except Exception:
+        logger.exception("the front-end's session was ended by a fault of godwit's")
+
+
+async def _says_something(connection: socket.socket) -> bool:
+    """Wait for a connection's first byte, and leave it there; False if it closes instead."""
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+    loop.add_reader(connection, lambda: readable.done() or readable.set_result(None))
+    try:
+        await readable
+    finally:
+        loop.remove_reader(connection)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The daemon's options: one table, read by both commands that start it.
+
+Names and meanings are passt's (passt(1)), since libvirt, QEMU and KubeVirt
+pass those. An option of passt that godwit cannot honour yet stands in the
+table too, so that it is refused by name and not as a misspelling; so do
+pasta's, which mean nothing here.
+
+A row that is honoured names the field of `Options` or of its ``net`` that it
+sets. `parse` does the rest: what spans several options, and where the two commands differ
+(`Dialect`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import ipaddress
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+from godwit import __version__
+from godwit.daemon.errors import OptionError
+from godwit.net.config import MAX_MTU, MIN_MTU, NetConfigError, NetOptions, parse_mac, parse_prefix_len
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+LOG_SIZE_DEFAULT = 1 << 20
+LOG_SIZE_MIN = 4096
+SUN_PATH_MAX = 107  # unix(7), less the final NUL
+
+
+class Dialect(enum.Enum):
+    """Which command's defaults hold."""
+
+    GODWIT = "godwit serve"
+    PASST = "godwit-passt"
+
+
+class VirtioFeatures(enum.Enum):
+    """The virtio features offered: all, or those that passt offers too."""
+
+    FULL = "full"
+    PASST = "passt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says, checked. Paths are absolute.
+
+    ``net`` is what the guest is told, and ``repair_path`` is None for the default
+    beside the socket, and empty for no repair. ``socket`` is None for passt's
+    default path, with ``PASST`` and without ``fd`` only. ``tcp_ports`` and
+    ``udp_ports`` are SPECs as given (`godwit.net.forward`).
+    """
+
+    dialect: Dialect = Dialect.GODWIT
+    socket: str | None = None
+    fd: int | None = None
+    vhost_user: bool = False
+    foreground: bool = False
+    one_off: bool = False
+    pid: str | None = None
+    runas: str | None = None
+    log_file: str | None = None
+    log_size: int = LOG_SIZE_DEFAULT
+    debug: bool = False
+    trace: bool = False
+    quiet: bool = False
+    repair_path: str | None = None
+    migrate_version: int = 2
+    virtio_features: VirtioFeatures = VirtioFeatures.FULL
+    net: NetOptions = field(default_factory=NetOptions)
+    tcp_ports: tuple[str, ...] = ()
+    udp_ports: tuple[str, ...] = ()
+    freebind: bool = False
+    tcp: bool = True
+    udp: bool = True
+    icmp: bool = True
+
+
+# --- Values: each function takes an argument's text, or raises ArgumentTypeError.
+
+
+def _wrong(message: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(message)
+
+
+def _number(name: str, low: int, high: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            _wrong(f"{text!r} is no {name}: a number from {low} to {high}")
+        return int(text)
+
+    return convert
+
+
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of `godwit.net`, with its reasons as argparse wants them."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except NetConfigError as error:
+            _wrong(str(error))
+
+    return convert
+
+
+def _mtu(text: str) -> int:
+    if text == "0":  # passt's way to say: announce none
+        return 0
+    return _number("MTU", MIN_MTU, MAX_MTU)(text)
+
+
+def _path(text: str) -> str:
+    if not text:
+        _wrong("the path is empty")
+    return os.path.abspath(text)
+
+
+def _socket_path(text: str) -> str:
+    path = _path(text)
+    if len(os.fsencode(path)) > SUN_PATH_MAX:
+        _wrong(f"{path!r} is longer than the {SUN_PATH_MAX} bytes that the address of a UNIX socket can have")
+    return path
+
+
+def _repair_path(text: str) -> str:
+    """A path; empty for the word that turns repair off."""
+    return "" if text == "none" else _socket_path(text)
+
+
+def _address(text: str) -> Address:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        _wrong(f"{text!r} is no IPv4 or IPv6 address")
+
+
+def _address_and_length(text: str) -> tuple[Address, int | None]:
+    """An address, and the prefix length after a slash; a slash alone is an error."""
+    address, slash, length = text.partition("/")
+    parsed = _address(address)
+    most = 32 if parsed.version == 4 else 128
+    return parsed, _number(f"prefix length for IPv{parsed.version}", 1, most)(length) if slash else None
+
+
+def _address_or_none(text: str) -> Address | None:
+    """An address; None for the word or the empty text that switches the option off."""
+    return None if text in ("", "none") else _address(text)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """A list separated by spaces; empty for the word or the empty text that switches the option off."""
+    return () if text.strip() == "none" else tuple(text.split())
+
+
+def _choice(kind: type[enum.Enum]) -> Callable[[str], Any]:
+    def convert(text: str) -> enum.Enum:
+        try:
+            return kind(text)
+        except ValueError:
+            _wrong(f"{text!r} is none of {', '.join(str(member.value) for member in kind)}")
+
+    return convert
+
+
+def _migrate_version(text: str) -> int:
+    if text == "1":
+        _wrong("version 1 was withdrawn by passt: write 2")
+    if text != "2":
+        _wrong(f"{text!r} is no version of the device state that can be written: 2")
+    return 2
+
+
+# --- The table.
+
+
+class Kind(enum.Enum):
+    """What a row does with its argument."""
+
+    ON = enum.auto()  # no argument, sets the field
+    OFF = enum.auto()  # no argument, clears the field
+    VALUE = enum.auto()  # the last one given counts
+    LIST = enum.auto()  # each one given is added
+    LATER = enum.auto()  # passt's, not supported yet: refused by name
+    PASTA = enum.auto()  # pasta's, means nothing for a guest: refused by name
+
+
+@dataclass(frozen=True)
+class Row:
+    """One option: its names, and what becomes of it."""
+
+    names: tuple[str, ...]
+    kind: Kind
+    field: str = ""
+    metavar: str = ""
+    convert: Callable[[str], Any] = str
+    help: str = ""
+
+
+def _refused(kind: Kind, names: str) -> list[Row]:
+    """Rows for options that are refused; ``NAME=`` takes an argument."""
+    rows = []
+    for group in names.split():
+        metavar = "ARG" if group.endswith("=") else ""
+        rows.append(Row(tuple(group.rstrip("=").split("|")), kind, metavar=metavar))
+    return rows
+
+
+TABLE: tuple[Row, ...] = (
+    Row(("-s", "--socket", "--socket-path"), Kind.VALUE, "socket", "PATH", _socket_path, "listen here for a front-end"),
+    Row(("-F", "--fd"), Kind.VALUE, "fd", "N", _number("descriptor", 0, 1 << 20), "use this connected socket instead"),
+    Row(("--vhost-user",), Kind.ON, "vhost_user", help="speak vhost-user"),
+    Row(("-f", "--foreground"), Kind.ON, "foreground", help="stay in the foreground, log to stderr"),
+    Row(("-1", "--one-off"), Kind.ON, "one_off", help="end when the front-end disconnects"),
+    Row(("-P", "--pid"), Kind.VALUE, "pid", "PATH", _path, "write the process id to this file"),
+    Row(("--runas",), Kind.VALUE, "runas", "USER[:GROUP]", str, "run as this user (as root, nobody by default)"),
+    Row(("-l", "--log-file"), Kind.VALUE, "log_file", "PATH", _path, "log to this file"),
+    Row(
+        ("--log-size",),
+        Kind.VALUE,
+        "log_size",
+        "BYTES",
+        _number("size of a log", LOG_SIZE_MIN, 1 << 40),
+        f"limit of the log file's size ({LOG_SIZE_DEFAULT})",
+    ),
+    Row(("-d", "--debug"), Kind.ON, "debug", help="log more"),
+    Row(("--trace",), Kind.ON, "trace", help="log even more"),
+    Row(("-q", "--quiet"), Kind.ON, "quiet", help="log errors only"),
+    Row(("--repair-path",), Kind.VALUE, "repair_path", "PATH", _repair_path, "the repair helper's socket, or none"),
+    Row(("--migrate-version",), Kind.VALUE, "migrate_version", "N", _migrate_version, "device state to write: 2"),
+    Row(
+        ("--virtio-features",),
+        Kind.VALUE,
+        "virtio_features",
+        "full|passt",
+        _choice(VirtioFeatures),
+        "offer all features, or only what passt has too, for guests that move to passt",
+    ),
+    Row(("-m", "--mtu"), Kind.VALUE, "mtu", "BYTES", _mtu, "announce this MTU to the guest; 0 for none"),
+    Row(("-i", "--interface"), Kind.VALUE, "interface", "NAME", str, "take addresses and routes from here"),
+    Row(("-a", "--address"), Kind.LIST, "address", "ADDR[/LEN]", _address_and_length, "an address of the guest"),
+    Row(("-n", "--netmask"), Kind.VALUE, "netmask", "MASK", _checked(parse_prefix_len), "the IPv4 address's mask"),
+    Row(("-g", "--gateway"), Kind.LIST, "gateway", "ADDR", _address, "the guest's default gateway"),
+    Row(("-M", "--mac-addr"), Kind.VALUE, "mac", "MAC", _checked(parse_mac), "our own MAC address towards the guest"),
+    Row(("-D", "--dns"), Kind.LIST, "dns", "ADDR", _address_or_none, "a resolver to announce; none for none"),
+    Row(("-S", "--search"), Kind.LIST, "search", "DOMAINS", _words, "a search list to announce; none for none"),
+    Row(("-H", "--hostname"), Kind.VALUE, "hostname", "NAME", str, "the guest's host name"),
+    Row(("--fqdn",), Kind.VALUE, "fqdn", "NAME", str, "the guest's full domain name"),
+    Row(("-t", "--tcp-ports"), Kind.LIST, "tcp_ports", "SPEC", str, "forward TCP ports to the guest"),
+    Row(("-u", "--udp-ports"), Kind.LIST, "udp_ports", "SPEC", str, "forward UDP ports to the guest"),
+    Row(("--no-map-gw",), Kind.OFF, "map_gw", help="do not map the gateway's address to the host's loopback"),
+    Row(
+        ("--map-host-loopback",),
+        Kind.LIST,
+        "map_host",
+        "ADDR",
+        _address_or_none,
+        "map this address to the host's loopback; none for none",
+    ),
+    Row(("--map-guest-addr",), Kind.LIST, "map_guest", "ADDR", _address_or_none, "map this address to the host's own"),
+    Row(("--dns-forward",), Kind.LIST, "dns_forward", "ADDR", _address, "map this address to the host's resolver"),
+    Row(("--dns-host",), Kind.LIST, "dns_host", "ADDR", _address, "the host's resolver"),
+    Row(("--freebind",), Kind.ON, "freebind", help="forward from addresses that the host does not have"),
+    Row(("-4", "--ipv4-only"), Kind.OFF, "ipv6", help="no IPv6"),
+    Row(("-6", "--ipv6-only"), Kind.OFF, "ipv4", help="no IPv4"),
+    Row(("--no-tcp",), Kind.OFF, "tcp", help="no TCP"),
+    Row(("--no-udp",), Kind.OFF, "udp", help="no UDP"),
+    Row(("--no-icmp",), Kind.OFF, "icmp", help="no ICMP and ICMPv6 echo"),
+    Row(("--no-dhcp",), Kind.OFF, "dhcp", help="no DHCP server"),
+    Row(("--no-dhcpv6",), Kind.OFF, "dhcpv6", help="no DHCPv6 server"),
+    Row(("--no-ndp",), Kind.OFF, "ndp", help="no NDP"),
+    Row(("--no-ra",), Kind.OFF, "ra", help="no router advertisements"),
+    Row(("--no-dhcp-dns",), Kind.OFF, "tell_dns", help="announce no resolvers"),
+    Row(("--no-dhcp-search",), Kind.OFF, "tell_search", help="announce no search list"),
+    *_refused(
+        Kind.LATER,
+        "-p|--pcap= --stats= -o|--outbound= --outbound-if4= --outbound-if6= --migrate-exit --migrate-no-linger",
+    ),
+    *_refused(
+        Kind.PASTA,
+        "-I|--ns-ifname= -T|--tcp-ns= -U|--udp-ns= --userns= --netns= --netns-only --no-netns-quit --config-net"
+        " --no-copy-routes --no-copy-addrs --ns-mac-addr= --no-splice --splice-only --host-lo-to-ns-lo",
+    ),
+)
+
+
+class _Refuse(argparse.Action):
+    """Refuses its option with the reason that ``const`` gives."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        parser.error(f"{option_string}: {self.const}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one plain line: front-ends show it to the user as the reason."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message)
+
+
+def _add(parser: argparse.ArgumentParser, row: Row) -> None:
+    match row.kind:
+        case Kind.ON:
+            parser.add_argument(*row.names, dest=row.field, action="store_true", help=row.help)
+        case Kind.OFF:
+            parser.add_argument(*row.names, dest=row.field, action="store_false", help=row.help)
+        case Kind.VALUE | Kind.LIST:
+            action = "append" if row.kind is Kind.LIST else "store"
+            parser.add_argument(
+                *row.names, dest=row.field, action=action, type=row.convert, metavar=row.metavar, help=row.help
+            )
+        case Kind.LATER | Kind.PASTA:
+            why = "not supported yet" if row.kind is Kind.LATER else "an option of pasta, it means nothing for a guest"
+            parser.add_argument(
+                *row.names,
+                action=_Refuse,
+                const=why,
+                nargs=1 if row.metavar else 0,
+                dest=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
+
+
+def parser(dialect: Dialect) -> argparse.ArgumentParser:
+    """The parser that the table makes; ``--version`` and ``--print-capabilities`` end the process with status 0."""
+    made = _Parser(prog=dialect.value, description="A guest's network, over vhost-user.")
+    for row in TABLE:
+        _add(made, row)
+    made.add_argument("--version", action="version", version=f"{dialect.value.split()[0]} {__version__}")
+    # The conventions for back-end programs in QEMU's docs/interop/vhost-user.
+    made.add_argument(
+        "--print-capabilities",
+        action="version",
+        version='{"type": "net"}',
+        help="print the back-end program's type as JSON, and end",
+    )
+    return made
+
+
+def _by_family(option: str, addresses: Sequence[Address]) -> dict[str, Address]:
+    """Addresses by ``4`` and ``6``; two of a family are an error."""
+    found: dict[str, Address] = {}
+    for address in addresses:
+        if str(address.version) in found:
+            raise OptionError(f"{option}: more than one IPv{address.version} address")
+        found[str(address.version)] = address
+    return found
+
+
+def _net(given: dict[str, Any]) -> NetOptions:
+    """The options that `godwit.net` reads."""
+    values: dict[str, Any] = {f.name: given[f.name] for f in fields(NetOptions) if given.get(f.name) is not None}
+    if "dns" in values:
+        values["dns"] = tuple(address for address in values["dns"] if address is not None)
+    if "search" in values:
+        values["search"] = tuple(name for names in values["search"] for name in names)
+    pairs = given["address"] or []
+    for address, length in pairs:
+        if length is not None:
+            values[f"prefix_len{address.version}"] = length
+    lists = {name: given[name] or [] for name in ("gateway", "map_host", "map_guest", "dns_forward", "dns_host")}
+    lists["address"] = [address for address, _ in pairs]
+    if None in lists["map_host"]:
+        values["map_gw"] = False
+    for name, addresses in lists.items():
+        option = {"map_host": "--map-host-loopback", "map_guest": "--map-guest-addr"}.get(name, f"--{name}")
+        for family, address in _by_family(
+            option.replace("_", "-"), [address for address in addresses if address is not None]
+        ).items():
+            if not values[f"ipv{family}"]:
+                raise OptionError(f"{option}: {address} is given, but IPv{family} is switched off")
+            values[f"{name}{family}"] = address
+    if given["netmask"] is not None:
+        if not 1 <= given["netmask"] <= 32:
+            raise OptionError(f"--netmask: {given['netmask']} is out of range for IPv4: 1 to 32")
+        if "address4" not in values:
+            raise OptionError("--netmask needs an IPv4 --address")
+        if values.setdefault("prefix_len4", given["netmask"]) != given["netmask"]:
+            raise OptionError("--netmask and the prefix length of --address differ")
+    return NetOptions(**values)
+
+
+def _cross_check(options: Options) -> None:
+    """What spans several options."""
+    if options.dialect is Dialect.PASST and not options.vhost_user:
+        raise OptionError(
+            "only vhost-user is supported yet, not the stream mode that passt has by default: add --vhost-user"
+        )
+    if options.socket and options.fd is not None:
+        raise OptionError("--socket and --fd exclude each other")
+    if options.dialect is Dialect.GODWIT and not options.socket and options.fd is None:
+        raise OptionError("one of --socket PATH and --fd N is needed")
+    if not options.net.ipv4 and not options.net.ipv6:
+        raise OptionError("-4 and -6 exclude each other")
+    if options.quiet and (options.debug or options.trace):
+        raise OptionError("--quiet and --debug exclude each other")
+    if options.log_file and options.log_file == options.pid:
+        raise OptionError("--log-file and --pid name the same file")
+
+
+def parse(argv: Sequence[str], dialect: Dialect) -> Options:
+    """Read a command line.
+
+    Raises `OptionError` with one line for the user. ``--help``, ``--version``
+    and ``--print-capabilities`` print and raise SystemExit(0), as argparse does.
+    """
+    given = vars(parser(dialect).parse_args(list(argv)))
+    values: dict[str, Any] = {f.name: given[f.name] for f in fields(Options) if given.get(f.name) is not None}
+    for name in ("tcp_ports", "udp_ports"):
+        values[name] = tuple(values.get(name, ()))
+    if dialect is Dialect.PASST:
+        # Its guests must be able to move to passt.
+        values.setdefault("virtio_features", VirtioFeatures.PASST)
+    values["one_off"] |= "fd" in values
+    options = Options(dialect=dialect, net=_net(given), **values)
+    _cross_check(options)
+    return options
