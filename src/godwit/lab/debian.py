@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from godwit.lab.errors import LabError, Unavailable
+from godwit.lab.errors import LabError, UnavailableError
 
 # How long one call of apt may take: an index of 10 MB over a slow line.
 _APT_TIMEOUT = 600.0
@@ -57,7 +57,7 @@ def run(args: Sequence[str], *, cwd: str | None = None, env: dict[str, str] | No
             check=False,
         )
     except FileNotFoundError as error:
-        raise Unavailable(f"{args[0]} is not installed, and the laboratory needs it") from error
+        raise UnavailableError(f"{args[0]} is not installed, and the laboratory needs it") from error
     except subprocess.TimeoutExpired as error:
         raise LabError(f"{args[0]} did not end within {_APT_TIMEOUT:g} s") from error
     if done.returncode != 0:
@@ -174,12 +174,12 @@ def release() -> dict[str, str]:
 def archive(suite: str) -> Source:
     """Return this system's own Debian archive, asked for ``suite`` instead.
 
-    Raises :class:`Unavailable` on a system that is not Debian or has no source
+    Raises :class:`UnavailableError` on a system that is not Debian or has no source
     for its own release.
     """
     system = release()
     if system.get("ID") != "debian":
-        raise Unavailable(
+        raise UnavailableError(
             f"this system is {system.get('PRETTY_NAME', 'unknown')}; packages are fetched on Debian only"
         )
     # Debian's own unstable has a codename as well, but its sources may say "sid".
@@ -187,7 +187,7 @@ def archive(suite: str) -> Source:
     for source in configured_sources():
         if "main" in source.components and suites.intersection(source.suites):
             return replace(source, suites=(suite,), components=("main",))
-    raise Unavailable("apt has no source of Debian's main archive configured (sources.list(5))")
+    raise UnavailableError("apt has no source of Debian's main archive configured (sources.list(5))")
 
 
 # --- apt with a state of its own --------------------------------------------
@@ -239,24 +239,6 @@ class Apt:
             if line.startswith("Version:"):
                 return line.split()[1]
         raise LabError(f"no package {package} in {' '.join(self.source.suites)}")
-
-    def depends(self, package: str) -> list[str]:
-        """Return the packages that ``package`` cannot do without, itself first."""
-        listed = self._apt(
-            "apt-cache",
-            "depends",
-            "--recurse",
-            "--important",
-            "--no-conflicts",
-            "--no-breaks",
-            "--no-replaces",
-            "--no-suggests",
-            "--no-recommends",
-            "--no-enhances",
-            package,
-        )
-        found = [line for line in listed.splitlines() if line and line[0] not in " |<"]
-        return [package, *sorted(set(found) - {package})]
 
     def unpack(self, packages: Sequence[str], into: str) -> None:
         """Download the newest of ``packages`` and unpack them, one over the other, below ``into``."""

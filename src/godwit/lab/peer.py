@@ -13,9 +13,9 @@ built with, and runs through that library's own loader::
 By hand: ``python -m godwit.lab.peer`` prints both command lines, and fetches
 first where the cache is empty; ``--refresh`` fetches anew.
 
-passt run by root changes to ``nobody`` after it has made its sockets. Pass
-``--runas 0`` (as :meth:`Passt.command` does for root unless told otherwise) to
-have it stay, so that its files and sockets are its caller's.
+passt started by root makes its sockets as root, then changes to ``nobody`` (or
+to whom ``--runas`` names, but not back to root): ports below 1024 and files
+that only root may write are out of its reach.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import tempfile
 from dataclasses import dataclass
 
 from godwit.lab import debian
-from godwit.lab.errors import LabError, Unavailable
+from godwit.lab.errors import LabError, UnavailableError
 
 SUITE = "sid"
 # What passt's packages need besides their own: nothing but the C library.
@@ -54,19 +54,13 @@ class Passt:
     def _binary(self, name: str) -> str:
         return os.path.join(self.root, "usr/bin", name)
 
-    def command(self, *args: str, runas: str | None = None) -> list[str]:
-        """Return the words that run ``passt`` with ``args``.
-
-        Root's passt stays root unless ``runas`` names a user (or id) to change to.
-        """
+    def command(self, *args: str) -> list[str]:
+        """Return the words that run ``passt`` with ``args``."""
         # The plain one looks for the better one beside itself, which it cannot find through the loader.
         binary = self._binary("passt.avx2")
         if not (_has_avx2() and os.path.exists(binary)):
             binary = self._binary("passt")
-        if runas is None and os.getuid() == 0:
-            runas = "0"
-        words = [] if runas is None else ["--runas", runas]
-        return [*self._loader(), binary, *words, *args]
+        return [*self._loader(), binary, *args]
 
     def repair_command(self, *args: str) -> list[str]:
         """Return the words that run ``passt-repair`` with ``args`` (a socket, or a directory)."""
@@ -81,7 +75,7 @@ def _has_avx2() -> bool:
 def fetch(*, refresh: bool = False) -> Passt:
     """Return the passt in the cache, fetched first if there is none or ``refresh`` asks for it.
 
-    Raises :class:`Unavailable` where it cannot be had (no Debian, no network).
+    Raises :class:`UnavailableError` where it cannot be had (no Debian, no network).
     """
     folder = os.path.join(debian.cache_dir(), "passt")
     about = os.path.join(folder, "about.json")
@@ -104,14 +98,14 @@ def _fetch_into(folder: str) -> None:
             apt.update()
             version = apt.version("passt")
             apt.unpack(["passt", *_LIBRARIES], os.path.join(new, "root"))
-        except Unavailable:
+        except UnavailableError:
             raise
         except LabError as error:
-            raise Unavailable(f"passt could not be fetched from Debian's suite {SUITE}: {error}") from error
+            raise UnavailableError(f"passt could not be fetched from Debian's suite {SUITE}: {error}") from error
         # Started by a user who is not the cache's owner, too.
         os.chmod(new, 0o755)
         passt = Passt(os.path.join(new, "root"), version)
-        debian.run(passt.command("--version", runas=""))
+        debian.run(passt.command("--version"))
         with open(os.path.join(new, "about.json"), "w") as file:
             json.dump({"version": version, "suite": SUITE}, file)
         debian.replace_tree(new, folder)
