@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Neighbour discovery for the guest (RFC 4861, RFC 8106): router and neighbour advertisements.
+
+As with ARP, every address but the guest's own is at godwit's MAC address. A
+neighbour solicitation from the unspecified address is duplicate address
+detection (RFC 4862, section 5.4) and never answered: the guest may have any
+address but the router's.
+"""
+
+from __future__ import annotations
+
+import struct
+from ipaddress import IPv6Address
+
+from godwit.net.config import MIN_MTU, NetConfig
+from godwit.net.dns import encode_names
+from godwit.net.packet import (
+    ETH_IPV6,
+    Ethernet,
+    MalformedError,
+    Packet6,
+    Reader,
+    build_ethernet,
+    build_icmp6,
+    multicast_mac,
+)
+
+ALL_NODES = IPv6Address("ff02::1")
+
+ROUTER_SOLICITATION = 133
+ROUTER_ADVERTISEMENT = 134
+NEIGHBOUR_SOLICITATION = 135
+NEIGHBOUR_ADVERTISEMENT = 136
+
+OPTION_SOURCE_LINK = 1
+OPTION_TARGET_LINK = 2
+OPTION_PREFIX = 3
+OPTION_MTU = 5
+OPTION_RDNSS = 25
+OPTION_DNSSL = 31
+
+RA_MANAGED = 0x80
+RA_OTHER = 0x40
+PREFIX_ON_LINK = 0x80
+PREFIX_AUTONOMOUS = 0x40
+NA_ROUTER = 0x80
+NA_SOLICITED = 0x40
+NA_OVERRIDE = 0x20
+
+ROUTER_LIFETIME = 65535  # seconds; the most RFC 8319 allows
+INFINITE = 0xFFFFFFFF
+# How often an unsolicited advertisement keeps the guest's route alive, in
+# seconds: three chances per lifetime, and practically never a wake-up.
+ADVERTISE_INTERVAL = ROUTER_LIFETIME // 3
+MAX_DNSSL = 960  # bytes of names: an advertisement stays below the smallest MTU
+MAX_RDNSS = 8
+
+
+def respond(config: NetConfig, ethernet: Ethernet, packet: Packet6) -> bytes | None:
+    """The advertisement that answers a solicitation, or None."""
+    if not config.ndp:
+        return None
+    reader = Reader(packet.payload)
+    kind, code = reader.pull_u8(), reader.pull_u8()
+    reader.pull(2)
+    if packet.hop_limit != 255 or code != 0:  # section 6.1.1 and 7.1.1
+        return None
+    if kind == ROUTER_SOLICITATION:
+        reader.pull(4)
+        _check_options(reader, ROUTER_SOLICITATION, packet.source)
+        if not config.ra:
+            return None
+        if packet.source.is_unspecified:
+            return unsolicited_advertisement(config)
+        return _router_advertisement(config, ethernet.source, packet.source)
+    if kind == NEIGHBOUR_SOLICITATION:
+        reader.pull(4)
+        target = reader.pull_ip6()
+        _check_options(reader, NEIGHBOUR_SOLICITATION, packet.source)
+        return _neighbour_advertisement(config, ethernet, packet, target)
+    return None
+
+
+def unsolicited_advertisement(config: NetConfig) -> bytes:
+    """A router advertisement to all nodes."""
+    return _router_advertisement(config, multicast_mac(ALL_NODES), ALL_NODES)
+
+
+def _check_options(reader: Reader, kind: int, source: IPv6Address) -> None:
+    """Sections 6.1.1 and 7.1.1: no option of length zero, no source link-layer address without a source."""
+    while reader.left:
+        option, length = reader.pull_u8(), reader.pull_u8()
+        if length == 0:
+            raise MalformedError("NDP option of length zero")
+        reader.pull(length * 8 - 2)
+        if option == OPTION_SOURCE_LINK and source.is_unspecified:
+            raise MalformedError(f"ICMPv6 {kind} with a link-layer address but no source")
+
+
+def _neighbour_advertisement(
+    config: NetConfig, ethernet: Ethernet, packet: Packet6, target: IPv6Address
+) -> bytes | None:
+    if target.is_multicast or target.is_unspecified or target in (config.addr6, packet.source):
+        return None
+    is_router = target in (config.our_link_local, config.gateway6)
+    dest, flags = packet.source, NA_SOLICITED | NA_OVERRIDE
+    dest_mac = ethernet.source
+    if packet.source.is_unspecified:
+        if not is_router:
+            return None
+        # The guest wants the router's address for itself: section 7.2.4 has
+        # the defence go to all nodes, unsolicited.
+        dest, dest_mac, flags = ALL_NODES, multicast_mac(ALL_NODES), NA_OVERRIDE
+    if is_router or target.is_link_local:
+        # Link-local targets are routers here: the guest may have come from a
+        # host whose router had another address, and an advertisement without
+        # this flag would have it drop that route at once (section 7.2.5).
+        flags |= NA_ROUTER
+    message = struct.pack("!BBHI", NEIGHBOUR_ADVERTISEMENT, 0, 0, flags << 24) + target.packed
+    message += bytes([OPTION_TARGET_LINK, 1]) + config.our_mac
+    return build_ethernet(dest_mac, config.our_mac, ETH_IPV6, build_icmp6(target, dest, message))
+
+
+def _router_advertisement(config: NetConfig, dest_mac: bytes, dest: IPv6Address) -> bytes:
+    flags = RA_MANAGED | RA_OTHER if config.dhcpv6 else 0
+    message = struct.pack("!BBHBBHII", ROUTER_ADVERTISEMENT, 0, 0, 64, flags, ROUTER_LIFETIME, 0, 0)
+    message += bytes([OPTION_SOURCE_LINK, 1]) + config.our_mac
+    prefix = config.prefix6
+    if prefix is not None:
+        bits = PREFIX_ON_LINK | PREFIX_AUTONOMOUS
+        message += struct.pack("!BBBBIII", OPTION_PREFIX, 4, prefix.prefixlen, bits, INFINITE, INFINITE, 0)
+        message += prefix.network_address.packed
+    if config.mtu:
+        message += struct.pack("!BBHI", OPTION_MTU, 1, 0, max(config.mtu, MIN_MTU))
+    if config.dns6:
+        servers = config.dns6[:MAX_RDNSS]
+        message += struct.pack("!BBHI", OPTION_RDNSS, 1 + 2 * len(servers), 0, ROUTER_LIFETIME)
+        message += b"".join(server.packed for server in servers)
+    names = encode_names(config.search, MAX_DNSSL)
+    if names:
+        names += bytes(-len(names) % 8)
+        message += struct.pack("!BBHI", OPTION_DNSSL, 1 + len(names) // 8, 0, ROUTER_LIFETIME) + names
+    packet = build_icmp6(config.our_link_local, dest, message)
+    return build_ethernet(dest_mac, config.our_mac, ETH_IPV6, packet)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Answers to the rare frames of the guest: ARP, DHCP, NDP, DHCPv6.
+
+The data plane sends such frames up whole (Ethernet header first, no virtio
+header) and carries the answers down. Nothing here keeps time or state besides
+the guest's MAC address, which is learned: each answer follows from the frame
+and the configuration. A frame that cannot be understood gets no answer;
+whatever the guest sends, nothing is raised.
+"""
+
+from __future__ import annotations
+
+from godwit.net import arp, dhcp, dhcpv6, ndp
+from godwit.net.config import NetConfig
+from godwit.net.packet import (
+    DHCP_SERVER_PORT,
+    DHCPV6_SERVER_PORT,
+    ETH_ARP,
+    ETH_IPV4,
+    ETH_IPV6,
+    PROTO_ICMPV6,
+    PROTO_UDP,
+    Ethernet,
+    MalformedError,
+    parse_ethernet,
+    parse_ip4,
+    parse_ip6,
+    parse_udp,
+)
+
+
+class Responder:
+    """The answering side of the guest's link. ``config`` may be replaced at any time."""
+
+    def __init__(self, config: NetConfig) -> None:
+        self.config = config
+
+    def respond(self, frame: bytes) -> list[bytes]:
+        """The frames for the guest that answer ``frame``; most often one or none. Never raises for its content."""
+        try:
+            ethernet = parse_ethernet(frame)
+            if ethernet.source[0] & 1 or not any(ethernet.source):
+                return []
+            self.config.guest_mac = ethernet.source
+            return self._answer(ethernet)
+        except MalformedError:
+            return []
+
+    def announce(self) -> list[bytes]:
+        """Unsolicited frames that bring the guest up to date after a migration or a change of the configuration.
+
+        A router advertisement to all nodes, so that route, prefix, MTU and
+        name servers are the present ones. The guest's neighbour cache needs
+        no frame: the router's MAC address does not change.
+        """
+        if self.config.addr6 is None or not self.config.ra:
+            return []
+        return [ndp.unsolicited_advertisement(self.config)]
+
+    def _answer(self, ethernet: Ethernet) -> list[bytes]:
+        config = self.config
+        answer: bytes | None = None
+        if ethernet.kind == ETH_ARP:
+            answer = arp.respond(config, ethernet)
+        elif ethernet.kind == ETH_IPV4:
+            packet4 = parse_ip4(ethernet.payload)
+            if packet4.protocol == PROTO_UDP and config.dhcp and config.addr4 is not None:
+                datagram = parse_udp(packet4.payload)
+                if datagram.dest_port == DHCP_SERVER_PORT:
+                    answer = dhcp.respond(config, datagram)
+        elif ethernet.kind == ETH_IPV6 and config.addr6 is not None:
+            packet6 = parse_ip6(ethernet.payload)
+            if packet6.protocol == PROTO_ICMPV6:
+                answer = ndp.respond(config, ethernet, packet6)
+            elif packet6.protocol == PROTO_UDP and config.dhcpv6:
+                datagram = parse_udp(packet6.payload)
+                if datagram.dest_port == DHCPV6_SERVER_PORT:
+                    answer = dhcpv6.respond(config, ethernet, packet6, datagram)
+        return [] if answer is None else [answer]
