@@ -143,6 +143,10 @@ class _Server:
             pass
         except ProtocolError as error:
             self._session.receive_error(error)
+        except ConnectionResetError:
+            # How Linux reports a peer that hung up without having read all our replies.
+            self._session.receive(b"")
+            self._gone.set()
         except OSError as error:
             self._session.receive_error(ProtocolError(f"the front-end is gone: {error}", fatal=True))
             self._gone.set()

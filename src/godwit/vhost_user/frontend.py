@@ -68,7 +68,7 @@ class FrontendSession:
         if ack or row.reply is not None:
             self._waiting.append((row, ack))
         if request == Request.SET_PROTOCOL_FEATURES and isinstance(payload, U64):
-            self.protocol_features = payload.value
+            self.protocol_features = int(payload.value)
         return Outgoing(encode(request, NEED_REPLY if ack else 0, payload.pack()), tuple(fds))
 
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> None:

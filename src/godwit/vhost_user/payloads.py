@@ -332,7 +332,7 @@ class VringAddress:
     def __post_init__(self) -> None:
         _check("ring index", self.index, 32)
         addr = self.addr
-        if addr.flags & ~VringFlag.LOG:
+        if addr.flags & ~int(VringFlag.LOG):
             raise ValueError(f"unknown flags {addr.flags:#x}")
         for name, value, alignment in (
             ("descriptor table", addr.descriptor, 16),

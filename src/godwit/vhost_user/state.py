@@ -62,8 +62,9 @@ class SessionState:
     """The state of one back-end session. Read what you like; only ``apply`` changes it."""
 
     def __init__(self, features: int, protocol_features: int, queues: int, max_mem_slots: int) -> None:
-        self.offered = features
-        self.protocol_offered = protocol_features
+        # Plain numbers: the complement of an IntFlag may have the bits that the class knows, and no others.
+        self.offered = int(features)
+        self.protocol_offered = int(protocol_features)
         self.max_mem_slots = max_mem_slots
         self.features = 0
         self.protocol = 0
@@ -121,7 +122,7 @@ class SessionState:
         unknown = payload.value & ~self.offered
         if unknown:
             raise ProtocolError(f"asks for features {unknown:#x}, which were not offered")
-        changed = (payload.value ^ self.features) & ~Feature.VHOST_F_LOG_ALL
+        changed = (payload.value ^ self.features) & ~int(Feature.VHOST_F_LOG_ALL)
         if changed and not self.suspended:
             raise ProtocolError(f"changes features {changed:#x} while a ring is started")
 
