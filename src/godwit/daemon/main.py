@@ -23,8 +23,9 @@ from godwit.daemon.lifecycle import Readiness
 from godwit.daemon.log import Log
 from godwit.daemon.options import Options
 from godwit.net.config import NetConfigError, read_host
+from godwit.net.forward import ForwardError
 from godwit.repair.client import RepairListener
-from godwit.vhost_user import VhostUserError, serve
+from godwit.vhost_user.aio import serve
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def run(options: Options) -> int:
     log = Log(options)
     try:
         asyncio.run(_run(options, readiness, log))
-    except (DaemonError, NetConfigError) as error:
+    except (DaemonError, NetConfigError, ForwardError) as error:
         logger.error("%s", error)
         return 1
     except OSError as error:
@@ -151,22 +152,17 @@ async def _sessions(
 async def _session(connection: socket.socket, device: NetDevice) -> None:
     """One front-end, to its end. Its errors end the session, never the process."""
     logger.info("a front-end has connected")
-    try:
-        await serve(connection, device)
+    if await serve(connection, device) is None:
         logger.info("the front-end has disconnected")
-    except VhostUserError as error:
-        logger.error("the front-end's session was ended: %s", error)
-    except Exception:
-        logger.exception("the front-end's session was ended by a fault of godwit's")
 
 
 async def _says_something(connection: socket.socket) -> bool:
     """Wait for a connection's first byte, and leave it there; False if it closes instead."""
     loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(connection, lambda: readable.done() or readable.set_result(None))
+    readable = asyncio.Event()
+    loop.add_reader(connection, readable.set)
     try:
-        await readable
+        await readable.wait()
     finally:
         loop.remove_reader(connection)
     try:

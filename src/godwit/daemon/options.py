@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from godwit import __version__
 from godwit.daemon.errors import OptionError
 from godwit.net.config import MAX_MTU, MIN_MTU, NetConfigError, NetOptions, parse_mac, parse_prefix_len
+from godwit.net.forward import ForwardError, Forwards, parse_forwards
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -52,8 +53,7 @@ class Options:
 
     ``net`` is what the guest is told, and ``repair_path`` is None for the default
     beside the socket, and empty for no repair. ``socket`` is None for passt's
-    default path, with ``PASST`` and without ``fd`` only. ``tcp_ports`` and
-    ``udp_ports`` are SPECs as given (`godwit.net.forward`).
+    default path, with ``PASST`` and without ``fd`` only.
     """
 
     dialect: Dialect = Dialect.GODWIT
@@ -73,8 +73,8 @@ class Options:
     migrate_version: int = 2
     virtio_features: VirtioFeatures = VirtioFeatures.FULL
     net: NetOptions = field(default_factory=NetOptions)
-    tcp_ports: tuple[str, ...] = ()
-    udp_ports: tuple[str, ...] = ()
+    tcp_ports: Forwards = field(default_factory=Forwards)
+    udp_ports: Forwards = field(default_factory=Forwards)
     freebind: bool = False
     tcp: bool = True
     udp: bool = True
@@ -418,7 +418,10 @@ def parse(argv: Sequence[str], dialect: Dialect) -> Options:
     given = vars(parser(dialect).parse_args(list(argv)))
     values: dict[str, Any] = {f.name: given[f.name] for f in fields(Options) if given.get(f.name) is not None}
     for name in ("tcp_ports", "udp_ports"):
-        values[name] = tuple(values.get(name, ()))
+        try:
+            values[name] = parse_forwards(values.get(name, ()))
+        except ForwardError as error:
+            raise OptionError(f"--{name.replace('_', '-')}: {error}") from error
     if dialect is Dialect.PASST:
         # Its guests must be able to move to passt.
         values.setdefault("virtio_features", VirtioFeatures.PASST)

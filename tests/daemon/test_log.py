@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where the log goes, and how large it gets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from godwit.daemon.errors import StartError
+from godwit.daemon.log import TRACE, BoundedFileHandler, Log, level
+from godwit.daemon.options import Options
+
+logger = logging.getLogger("godwit.daemon.test")
+
+
+@pytest.fixture(autouse=True)
+def _root_level() -> Iterator[None]:
+    root = logging.getLogger()
+    before = root.level
+    yield
+    root.setLevel(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (Options(), logging.INFO),
+        (Options(quiet=True), logging.ERROR),
+        (Options(debug=True), logging.DEBUG),
+        (Options(debug=True, trace=True), TRACE),
+    ],
+)
+def test_levels(options: Options, expected: int) -> None:
+    assert level(options) == expected
+
+
+def test_the_foreground_logs_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log(Options(foreground=True))
+    log.ready()
+    logger.info("hello")
+    logger.debug("unheard")
+    log.close()
+    logger.error("after the end")
+    assert capsys.readouterr().err == "hello\n"
+
+
+def test_a_file_gets_all_and_stderr_the_errors_of_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log"
+    log = Log(Options(log_file=str(path)))
+    logger.info("starting")
+    logger.error("wrong at the start")
+    log.ready()
+    logger.error("wrong later")
+    log.close()
+    assert capsys.readouterr().err == "wrong at the start\n"
+    assert [line.split(" ", 3)[2:] for line in path.read_text().splitlines()] == [
+        ["INFO", "starting"],
+        ["ERROR", "wrong at the start"],
+        ["ERROR", "wrong later"],
+    ]
+
+
+def test_a_log_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match=r"cannot open the log file .*: Is a directory"):
+        Log(Options(log_file=str(tmp_path)))
+
+
+def test_a_file_keeps_its_limit_and_its_newest_lines(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("from an earlier run\n")
+    handler = BoundedFileHandler(str(path), 4096)
+    for number in range(2000):
+        handler.emit(logging.makeLogRecord({"msg": f"line {number}"}))
+        assert path.stat().st_size <= 4096
+    handler.close()
+    lines = path.read_text().splitlines()
+    assert lines == [f"line {number}" for number in range(2000 - len(lines), 2000)]
+    assert len(lines) > 100
+
+
+def test_a_file_is_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("earlier\n")
+    handler = BoundedFileHandler(str(path), 4096)
+    handler.emit(logging.makeLogRecord({"msg": "later"}))
+    handler.close()
+    assert path.read_text() == "earlier\nlater\n"

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The table of options: what each sets, and what each bad one is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import fields
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+
+import pytest
+
+from godwit.daemon.errors import OptionError
+from godwit.daemon.options import TABLE, Dialect, Kind, Options, VirtioFeatures, parse
+from godwit.net.config import NetOptions
+from godwit.net.forward import Forward
+
+SOCKET = ("--socket", "/run/vm.sock")
+
+
+def _value(options: Options, name: str) -> Any:
+    holder, _, last = name.rpartition(".")
+    return getattr(options.net if holder else options, last)
+
+
+CASES: list[tuple[str, str, object]] = [
+    ("", "socket", "/run/vm.sock"),
+    ("", "one_off", False),
+    ("", "repair_path", None),
+    ("", "migrate_version", 2),
+    ("", "virtio_features", VirtioFeatures.FULL),
+    ("", "net.dns", None),
+    ("", "net.search", None),
+    ("", "net.mtu", None),
+    ("-f", "foreground", True),
+    ("--foreground", "foreground", True),
+    ("-1", "one_off", True),
+    ("--one-off", "one_off", True),
+    ("-f1", "one_off", True),
+    ("-P /run/vm.pid", "pid", "/run/vm.pid"),
+    ("--pid vm.pid", "pid", os.path.abspath("vm.pid")),
+    ("-l /tmp/log", "log_file", "/tmp/log"),
+    ("--log-file=/tmp/log", "log_file", "/tmp/log"),
+    ("--log-size 65536", "log_size", 65536),
+    ("-d", "debug", True),
+    ("--trace", "trace", True),
+    ("-q", "quiet", True),
+    ("--vhost-user", "vhost_user", True),
+    ("--runas 107:107", "runas", "107:107"),
+    ("--repair-path /run/r", "repair_path", "/run/r"),
+    ("--repair-path none", "repair_path", ""),
+    ("--migrate-version 2", "migrate_version", 2),
+    ("--virtio-features passt", "virtio_features", VirtioFeatures.PASST),
+    ("-m 1500", "net.mtu", 1500),
+    ("-m1280", "net.mtu", 1280),
+    ("--mtu 65520", "net.mtu", 65520),
+    ("--mtu 0", "net.mtu", 0),
+    ("-i eth0", "net.interface", "eth0"),
+    ("-a 192.0.2.7", "net.address4", IPv4Address("192.0.2.7")),
+    ("-a 192.0.2.7", "net.prefix_len4", None),
+    ("-a 192.0.2.7/25", "net.prefix_len4", 25),
+    ("-a 192.0.2.7 -n 24", "net.prefix_len4", 24),
+    ("-a 192.0.2.7/24 -n 24", "net.prefix_len4", 24),
+    ("-a 192.0.2.7 --netmask 255.255.240.0", "net.prefix_len4", 20),
+    ("-a 192.0.2.7 -a 2001:db8::7/64", "net.address6", IPv6Address("2001:db8::7")),
+    ("-a 192.0.2.7 -a 2001:db8::7/56", "net.prefix_len6", 56),
+    ("-g 192.0.2.1 -g fe80::1", "net.gateway4", IPv4Address("192.0.2.1")),
+    ("-g 192.0.2.1 -g fe80::1", "net.gateway6", IPv6Address("fe80::1")),
+    ("-M 52:54:00:12:34:56", "net.mac", bytes.fromhex("525400123456")),
+    ("-D 192.0.2.53 -D 2001:db8::53", "net.dns", (IPv4Address("192.0.2.53"), IPv6Address("2001:db8::53"))),
+    ("-D none", "net.dns", ()),
+    ("-S example.org --search a.example", "net.search", ("example.org", "a.example")),
+    ("-S none", "net.search", ()),
+    ("-H guest", "net.hostname", "guest"),
+    ("--fqdn guest.example.org", "net.fqdn", "guest.example.org"),
+    ("-t 22", "tcp_ports.ranges", (Forward(22, 22, 22),)),
+    ("-t 22 -t 8000-8003:80-83", "tcp_ports.ranges", (Forward(22, 22, 22), Forward(8000, 8003, 80))),
+    ("-t none", "tcp_ports.ranges", ()),
+    ("-u 53", "udp_ports.ranges", (Forward(53, 53, 53),)),
+    ("--no-map-gw", "net.map_gw", False),
+    ("--map-host-loopback 192.0.2.9", "net.map_host4", IPv4Address("192.0.2.9")),
+    ("--map-host-loopback none", "net.map_gw", False),
+    ("--map-guest-addr 2001:db8::9", "net.map_guest6", IPv6Address("2001:db8::9")),
+    ("--dns-forward 192.0.2.10", "net.dns_forward4", IPv4Address("192.0.2.10")),
+    ("--dns-host ::1", "net.dns_host6", IPv6Address("::1")),
+    ("--freebind", "freebind", True),
+    ("-4", "net.ipv6", False),
+    ("-4", "net.ipv4", True),
+    ("-6", "net.ipv4", False),
+    ("--no-tcp", "tcp", False),
+    ("--no-udp", "udp", False),
+    ("--no-icmp", "icmp", False),
+    ("--no-dhcp", "net.dhcp", False),
+    ("--no-dhcpv6", "net.dhcpv6", False),
+    ("--no-ndp", "net.ndp", False),
+    ("--no-ra", "net.ra", False),
+    ("--no-dhcp-dns", "net.tell_dns", False),
+    ("--no-dhcp-search", "net.tell_search", False),
+]
+
+
+@pytest.mark.parametrize(("text", "name", "expected"), CASES)
+def test_an_option_sets_its_field(text: str, name: str, expected: object) -> None:
+    options = parse([*SOCKET, *text.split()], Dialect.GODWIT)
+    if name.endswith(".ranges"):
+        assert getattr(options, name.removesuffix(".ranges")).ranges == expected
+    else:
+        assert _value(options, name) == expected
+
+
+def test_empty_arguments_switch_dns_off() -> None:
+    options = parse([*SOCKET, "-D", "", "-S", ""], Dialect.GODWIT)
+    assert (options.net.dns, options.net.search) == ((), ())
+
+
+BAD: list[tuple[str, str]] = [
+    ("--mtu 1279", "--mtu: '1279' is no MTU: a number from 1280 to 65520"),
+    ("--mtu 65521", "is no MTU"),
+    ("--mtu x", "is no MTU"),
+    ("--mtu", "expected one argument"),
+    ("-a 192.0.2.300", "'192.0.2.300' is no IPv4 or IPv6 address"),
+    ("-a 192.0.2.3/33", "'33' is no prefix length for IPv4"),
+    ("-a 192.0.2.3/", "'' is no prefix length for IPv4"),
+    ("-a 192.0.2.3 -a 192.0.2.4", "more than one IPv4 address"),
+    ("-g 2001:db8::1 -g 2001:db8::2", "--gateway: more than one IPv6 address"),
+    ("-n 24", "--netmask needs an IPv4 --address"),
+    ("-a 192.0.2.3 -n 33", "out of range"),
+    ("-a 192.0.2.3 -n 255.0.255.0", "not a netmask"),
+    ("-a 192.0.2.3/24 -n 25", "differ"),
+    ("-4 -a 2001:db8::1", "IPv6 is switched off"),
+    ("-6 -g 192.0.2.1", "IPv4 is switched off"),
+    ("-4 -6", "-4 and -6 exclude each other"),
+    ("-M 01:00:00:00:00", "is not a MAC address"),
+    ("-D resolver", "is no IPv4 or IPv6 address"),
+    ("-t 0", "--tcp-ports: '0': port 0 is out of range"),
+    ("-t auto", "is not for a guest"),
+    ("-u 1-", "--udp-ports: .* is not a port"),
+    ("-F 3", "--socket and --fd exclude each other"),
+    ("-F -1", "expected one argument|is no descriptor"),
+    ("-F x", "is no descriptor"),
+    ("-q -d", "--quiet and --debug exclude each other"),
+    ("--log-size 1", "is no size of a log"),
+    ("-l /tmp/x -P /tmp/x", "the same file"),
+    ("--migrate-version 1", "version 1 was withdrawn"),
+    ("--migrate-version 7", "is no version of the device state"),
+    ("--virtio-features some", "is none of full, passt"),
+    ("--repair-path " + "x" * 120, "longer than the 107 bytes"),
+    ("--pcap /tmp/x.pcap", "--pcap: not supported yet"),
+    ("-p /tmp/x.pcap", "-p: not supported yet"),
+    ("--stats=5", "--stats: not supported yet"),
+    ("--config-net", "--config-net: an option of pasta"),
+    ("-T 80", "-T: an option of pasta"),
+    ("--no-such-option", "unrecognized arguments: --no-such-option"),
+    ("more", "unrecognized arguments: more"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD)
+def test_a_bad_option_says_why(text: str, message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse([*SOCKET, *text.split()], Dialect.GODWIT)
+    assert re.search(message, str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_socket_is_needed() -> None:
+    with pytest.raises(OptionError, match="one of --socket PATH and --fd N is needed"):
+        parse([], Dialect.GODWIT)
+    with pytest.raises(OptionError, match="longer than the 107 bytes"):
+        parse(["-s", "/tmp/" + "x" * 103], Dialect.GODWIT)
+    assert parse(["-s", "/tmp/" + "x" * 102], Dialect.GODWIT).socket == "/tmp/" + "x" * 102
+    # passt has default paths.
+    assert parse(["--vhost-user"], Dialect.PASST).socket is None
+
+
+def test_fd_implies_one_off() -> None:
+    options = parse(["--fd", "3"], Dialect.GODWIT)
+    assert (options.fd, options.one_off, options.socket) == (3, True, None)
+
+
+def test_passt_without_vhost_user_names_the_option() -> None:
+    with pytest.raises(OptionError, match="add --vhost-user"):
+        parse(SOCKET, Dialect.PASST)
+
+
+def test_passts_defaults() -> None:
+    options = parse([*SOCKET, "--vhost-user"], Dialect.PASST)
+    assert (options.migrate_version, options.virtio_features) == (2, VirtioFeatures.PASST)
+    options = parse([*SOCKET, "--vhost-user", "--virtio-features", "full"], Dialect.PASST)
+    assert options.virtio_features is VirtioFeatures.FULL
+
+
+FRONT_ENDS = {
+    "libvirt": (
+        "--vhost-user --one-off --socket /run/s --pid /run/p --mtu 1500 --interface eth0 --log-file /tmp/l"
+        " --hostname h --fqdn h.example.org --address 192.0.2.2 --netmask 24 --address 2001:db8::2"
+        " --gateway 192.0.2.1 --gateway fe80::1 --tcp-ports 192.0.2.2/22:2222 --tcp-ports %eth0/8000-9000,~8500"
+        " --udp-ports 53 --mac-addr 52:54:00:00:00:01"
+    ),
+    "QEMU": "--vhost-user --quiet --pid /tmp/p --fd 3 --mtu 1500 --no-tcp --tcp-ports 22",
+    "KubeVirt": (
+        "--vhost-user --one-off --socket /run/s --interface eth0 --log-file /tmp/l --tcp-ports all --udp-ports all"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_what_front_ends_pass_is_taken(name: str) -> None:
+    options = parse(FRONT_ENDS[name].split(), Dialect.PASST)
+    assert options.one_off
+    assert options.tcp_ports.ports > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "dialect", "expected"),
+    [
+        ("--version", Dialect.GODWIT, r"godwit \d+\.\d+"),
+        ("--version", Dialect.PASST, r"godwit-passt \d+\.\d+"),
+        ("--help", Dialect.GODWIT, r"usage: godwit serve "),
+    ],
+)
+def test_options_that_print(option: str, dialect: Dialect, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse([option], dialect)
+    assert caught.value.code == 0
+    assert re.match(expected, capsys.readouterr().out)
+
+
+def test_capabilities_are_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--print-capabilities"], Dialect.PASST)
+    assert caught.value.code == 0
+    assert json.loads(capsys.readouterr().out) == {"type": "net"}
+
+
+def test_each_row_is_read_by_somebody() -> None:
+    known = {f.name for f in fields(Options)} | {f.name for f in fields(NetOptions)}
+    # Those that parse() spreads over fields for IPv4 and IPv6.
+    known |= {name.rstrip("46") for name in known if name.endswith(("4", "6"))} | {"netmask"}
+    for row in TABLE:
+        assert row.kind in (Kind.LATER, Kind.PASTA) or row.field in known, row.names
+
+
+def test_names_are_unique() -> None:
+    names = [name for row in TABLE for name in row.names]
+    assert len(names) == len(set(names))
