@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The migration stages of the network device.
+
+Version 2 is passt's, byte for byte (``docs/stream-v2.md``): a guest can move
+between the two programs. Here is the order of things in a stream and what is
+believed of it; how a flow is frozen, dumped and restored is the device's, seen
+through ``FlowMover``.
+
+Nothing in a stream is used before it was checked. A bad value fails the load;
+a flow that could not be dumped or restored is that flow's loss alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from godwit.dataplane.state import FlowState, Observed, SocketState
+from godwit.migration import Reader, Section, Stage, UnsoundError, Version, Writer
+from godwit.net.records import (
+    FLOW,
+    LOST,
+    MAX_FLOWS,
+    MAX_QUEUE,
+    OBSERVED,
+    SOCKET,
+    STATE_LOST,
+    STATES_ENDED,
+    flat_of,
+    flow_of,
+)
+
+log = logging.getLogger(__name__)
+
+#: Flows read and prepared at once: four full messages to the repair helper.
+BATCH: Final = 4 * 253
+
+NEVER_SEEN: Final = Observed(bytes(16), bytes(16), bytes(4), bytes(6))
+
+
+class FlowMover(Protocol):
+    """The device, as its migration stages see it. Every call may block; none comes from an event loop.
+
+    Flow ids mean something to the device only. Trouble with one flow is
+    recorded with that flow and never raised; what is raised fails the transfer.
+    """
+
+    def observed(self) -> Observed:
+        """The guest's addresses as seen in its frames."""
+
+    def set_observed(self, observed: Observed) -> None:
+        """Target: what the source has seen (``NEVER_SEEN`` to forget it). Causes no packet."""
+
+    def freeze(self) -> None:
+        """Source: no flow takes or sends anything from here on; sockets ready to be dumped."""
+
+    def thaw(self) -> None:
+        """Source: undo ``freeze``, also a half-way one, at any time until the front-end is gone."""
+
+    def flows(self) -> Sequence[int]:
+        """Source, frozen: the TCP flows that are established on the guest's side. None without a helper."""
+
+    def flow_state(self, flow: int) -> FlowState:
+        """Source, frozen: the flow."""
+
+    def dump(self, flow: int) -> tuple[SocketState, bytes, bytes] | None:
+        """Source, frozen: the socket, its send queue and its receive queue. None: it cannot move."""
+
+    def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
+        """Target: make flows and frozen sockets in repair mode, silently; an id for each.
+
+        Called once for every batch of ``BATCH`` flows. A flow whose socket
+        cannot be made has an id all the same and is reset at the commit.
+        """
+
+    def restore(self, flow: int, socket: SocketState, sndq: bytes, rcvq: bytes) -> None:
+        """Target: fill the socket of a prepared flow, silently; on failure the flow is reset at the commit."""
+
+    def mark_lost(self, flow: int) -> None:
+        """Target: the source could not move this flow: reset it on the guest's side at the commit."""
+
+    def commit(self) -> None:
+        """Target: the guest runs: let all go."""
+
+    def discard(self) -> None:
+        """Target: close all that was prepared, silently."""
+
+    def linger(self) -> None:
+        """Source, saved: keep the frozen sockets silent until ``thaw``, or until the front-end is gone."""
+
+
+def _usable(observed: Observed) -> Observed:
+    """What a guest can have used; the rest as never seen. These come from a guest's frames: odd is not broken."""
+    usable = Observed(
+        observed.addr6 if observed.addr6[0] != 0xFF else NEVER_SEEN.addr6,
+        observed.addr6_ll if observed.addr6_ll[:1] == b"\xfe" and observed.addr6_ll[1] >> 6 == 2 else bytes(16),
+        observed.addr4 if observed.addr4[0] < 0xE0 else NEVER_SEEN.addr4,
+        observed.mac if not observed.mac[0] & 1 else NEVER_SEEN.mac,
+    )
+    for name, before, after in zip(Observed._fields, observed, usable, strict=True):
+        if before != after:
+            log.warning("observed addresses: %s %s is no host's, ignored", name, before.hex(":"))
+    return usable
+
+
+def _take_observed(mover: FlowMover, observed: Observed) -> None:
+    mover.set_observed(_usable(observed))
+
+
+def _save_flows(mover: FlowMover, writer: Writer) -> None:
+    """Write the count, the flows, and in the same order each socket with its queues."""
+    moving: list[int] = []
+    records: list[bytes] = []
+    for flow in mover.flows():
+        flat = flat_of(mover.flow_state(flow))
+        try:
+            FLOW.check(flat)
+            records.append(FLOW.pack(flat))
+        except UnsoundError as error:
+            log.error("flow %d cannot move: %s %s", flow, FLOW.leaves[error.leaf].name, error.why)
+            continue
+        except struct.error as error:
+            log.error("flow %d cannot move: %s", flow, error)
+            continue
+        moving.append(flow)
+    writer.push_u32(len(moving))
+    writer.push_bytes(b"".join(records))
+    for flow in moving:
+        writer.check_cancelled()
+        _save_socket(mover, flow, writer)
+
+
+def _save_socket(mover: FlowMover, flow: int, writer: Writer) -> None:
+    """Write one socket; one that cannot be dumped, or not soundly, is written as lost."""
+    dumped = mover.dump(flow)
+    if dumped is None:
+        writer.push_bytes(LOST)
+        return
+    state, sndq, rcvq = dumped
+    try:
+        SOCKET.check(state)
+        if state.sndq != len(sndq) or state.rcvq != len(rcvq):
+            raise UnsoundError(2, f"with {len(sndq)} + {len(rcvq)} bytes in the queues")
+        record = SOCKET.pack(state)
+    except UnsoundError as error:
+        log.error("flow %d is lost: %s %s %s", flow, SOCKET.leaves[error.leaf].name, state[error.leaf], error.why)
+        record, sndq, rcvq = LOST, b"", b""
+    except struct.error as error:
+        log.error("flow %d is lost: %s", flow, error)
+        record, sndq, rcvq = LOST, b"", b""
+    writer.push_bytes(record)
+    if sndq:
+        writer.push_bytes(sndq)
+    if rcvq:
+        writer.push_bytes(rcvq)
+
+
+def _load_flows(mover: FlowMover, reader: Reader) -> None:
+    """Read what ``_save_flows`` writes; one batch of flows, then one socket, in memory at a time."""
+    count = reader.pull_u32()
+    if count > MAX_FLOWS:
+        raise reader.bad("flows", "count", count, f"must be at most {MAX_FLOWS}", 4)
+    ids: list[int] = []
+    while len(ids) < count:
+        ids += _load_batch(mover, reader, len(ids), min(BATCH, count - len(ids)))
+    for number, flow in enumerate(ids):
+        reader.check_cancelled()
+        _load_socket(mover, reader, number, flow)
+
+
+def _load_batch(mover: FlowMover, reader: Reader, first: int, count: int) -> Sequence[int]:
+    flows: list[FlowState] = []
+    check = FLOW.check
+    for number, flat in enumerate(FLOW.unpack_many(reader.pull_bytes(count * FLOW.size))):
+        try:
+            check(flat)
+        except UnsoundError as error:
+            leaf = FLOW.leaves[error.leaf]
+            back = (count - number) * FLOW.size - leaf.offset
+            raise reader.bad(f"flow {first + number}", leaf.name, flat[error.leaf], error.why, back) from None
+        flows.append(flow_of(flat))
+    ids = mover.prepare(flows)
+    if len(ids) != count:
+        raise RuntimeError(f"{count} flows prepared, {len(ids)} ids returned")
+    return ids
+
+
+def _load_socket(mover: FlowMover, reader: Reader, number: int, flow: int) -> None:
+    state = SocketState._make(SOCKET.unpack(reader.pull_bytes(SOCKET.size)))
+    if state.tcpi_state == STATE_LOST:
+        mover.mark_lost(flow)
+        return
+    try:
+        SOCKET.check(state)
+    except UnsoundError as error:
+        leaf = SOCKET.leaves[error.leaf]
+        back = SOCKET.size - leaf.offset
+        raise reader.bad(f"socket of flow {number}", leaf.name, state[error.leaf], error.why, back) from None
+    sndq = reader.pull_bytes(state.sndq, MAX_QUEUE, "sndq")
+    rcvq = reader.pull_bytes(state.rcvq, MAX_QUEUE, "rcvq")
+    if state.tcpi_state in STATES_ENDED:
+        mover.mark_lost(flow)
+    else:
+        mover.restore(flow, state, sndq, rcvq)
+
+
+OBSERVED_STAGE: Final[Section[FlowMover, Observed]] = Section(
+    "observed addresses",
+    OBSERVED,
+    lambda mover: mover.observed(),
+    _take_observed,
+    discard=lambda mover: mover.set_observed(NEVER_SEEN),
+)
+
+PREPARE_STAGE: Final[Stage[FlowMover]] = Stage(
+    "prepare flows",
+    source=lambda mover, _writer: mover.freeze(),
+    rollback=lambda mover: mover.thaw(),
+    linger=lambda mover: mover.linger(),
+    doc="No bytes. The source freezes every flow and has its sockets put into repair mode.",
+)
+
+TRANSFER_STAGE: Final[Stage[FlowMover]] = Stage(
+    "transfer flows",
+    source=_save_flows,
+    target=_load_flows,
+    discard=lambda mover: mover.discard(),
+    commit=lambda mover: mover.commit(),
+    doc="A count (u32, big-endian); that many flow records; then, in the same order, that many socket records, "
+    "each with its queues behind it. A source with no repair helper writes a count of 0.",
+)
+
+_VERSIONS: Final[tuple[Version[FlowMover], ...]] = (
+    Version(
+        1,
+        withdrawn="it has the MSS in the wrong byte order and no TCP timestamps",
+        doc="An early version of passt's.",
+    ),
+    Version(
+        2,
+        (OBSERVED_STAGE, PREPARE_STAGE, TRANSFER_STAGE),
+        doc="The common one: every released passt that moves flows writes and reads it.",
+    ),
+)
+
+
+def versions() -> tuple[Version[FlowMover], ...]:
+    """The versions that this device knows, for ``godwit.migration.Migration``."""
+    return _VERSIONS
