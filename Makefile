@@ -59,7 +59,7 @@ asan: venv prerequisites-lab ## the test suite on a build with AddressSanitizer 
 	GODWIT_SANITIZE=1 $(call VARIANT,sanitize)
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-	PYTHONPATH=build/sanitize/lib GODWIT_SANITIZE=1 \
+	PYTHONPATH=$(CURDIR)/build/sanitize/lib GODWIT_SANITIZE=1 \
 	$(PY) -m pytest -o timeout=600 $(PYTEST_ARGS)
 
 annotate: venv ## Cython's annotated sources, in build/annotate

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 from contextlib import AsyncExitStack
 
 from godwit import __version__
@@ -40,7 +41,11 @@ def run(options: Options) -> int:
     readiness = Readiness()
     if not options.foreground:
         readiness = lifecycle.background([] if options.fd is None else [options.fd])
-    log = Log(options)
+    try:
+        log = Log(options)
+    except StartError as error:
+        print(f"godwit: {error}", file=sys.stderr)  # noqa: T201  # there is no log to write it to
+        return 1
     try:
         asyncio.run(_run(options, readiness, log))
     except (DaemonError, NetConfigError, ForwardError) as error:

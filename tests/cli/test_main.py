@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The ``godwit`` command: finds commands, and loads no more than it needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from godwit.cli import main as godwit_main
+from godwit.cli import passt
+
+
+def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        godwit_main.main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for name in godwit_main.COMMANDS:
+        assert f"\n  {name} " in printed
+
+
+@pytest.mark.parametrize("argv", [[], ["no-such-command"]])
+def test_a_wrong_command_fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        godwit_main.main(argv)
+    assert caught.value.code == 2
+    assert "usage: godwit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(godwit_main.COMMANDS))
+def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        godwit_main.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: godwit {command}" in capsys.readouterr().out
+
+
+def test_a_bad_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert godwit_main.main(["serve", "--socket", "/tmp/s", "--mtu", "7"]) == 2
+    assert capsys.readouterr().err == ("godwit serve: argument -m/--mtu: '7' is no MTU: a number from 1280 to 65520\n")
+    assert passt.main(["--socket", "/tmp/s"]) == 2
+    assert capsys.readouterr().err.startswith("godwit-passt: only vhost-user is supported yet")
+
+
+def test_the_daemon_loads_nothing_of_the_laboratory() -> None:
+    code = """
+import sys
+from godwit.cli import main, serve
+import godwit.daemon.main
+print(*sys.modules)
+"""
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    ).stdout.split()
+    assert "godwit.daemon.device" in loaded
+    assert not [name for name in loaded if name.split(".")[0] in ("rich", "scapy", "hypothesis", "pytest")]
+    assert not [name for name in loaded if name.startswith("godwit.lab")]

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The daemon as a process: start, readiness, front-ends, end."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from godwit.vhost_user import FrontendClient
+
+SERVE = (sys.executable, "-m", "godwit.cli.main", "serve")
+PASST = (sys.executable, "-m", "godwit.cli.passt", "--vhost-user")
+STAY = ("--runas", f"{os.getuid()}:{os.getgid()}")  # tmp_path is ours
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
+    """Wait for a condition; fails with what was waited for."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+def gone(process_id: int) -> bool:
+    """Whether a process has ended; a zombie that nobody reaps has."""
+    try:
+        with open(f"/proc/{process_id}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+class Place:
+    """Paths for a daemon, and those that run there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = folder / "s"
+        self.repair = folder / "s.repair"
+        self.pid = folder / "pid"
+        self.log = folder / "log"
+        self.foreground: list[subprocess.Popen[str]] = []
+
+    def launch(self, *args: str, command: tuple[str, ...] = SERVE) -> subprocess.CompletedProcess[str]:
+        """Start in the background as libvirt does: wait for the exit and for the end of the output."""
+        return subprocess.run(
+            [*command, "-s", str(self.socket), "-P", str(self.pid), "-l", str(self.log), *STAY, *args],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def start(self, *args: str, fds: tuple[int, ...] = (), path: bool = True) -> subprocess.Popen[str]:
+        """Start in the foreground; returns when it says that it is ready."""
+        where = ("-s", str(self.socket)) if path else ()
+        process = subprocess.Popen(
+            [*SERVE, "-f", *where, *STAY, *args], stderr=subprocess.PIPE, text=True, pass_fds=fds
+        )
+        self.foreground.append(process)
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "is ready on" in line:
+                return process
+        raise AssertionError(f"ended with {process.wait(10)}: {''.join(lines)}")
+
+    def daemon(self) -> int:
+        """The process id in the PID file."""
+        return int(self.pid.read_text())
+
+    def close(self) -> None:
+        for process in self.foreground:
+            process.kill()
+            process.wait(10)
+            if process.stderr is not None:
+                process.stderr.close()
+        if self.pid.exists() and (text := self.pid.read_text()) and not gone(int(text)):
+            os.kill(int(text), signal.SIGKILL)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    yield made
+    made.close()
+
+
+def test_ready_means_that_the_launched_process_exits_with_0(place: Place) -> None:
+    launched = place.launch()
+    assert (launched.returncode, launched.stdout, launched.stderr) == (0, "", "")
+    # No waiting: all of it is there now.
+    assert not gone(place.daemon())
+    assert stat.S_ISSOCK(os.stat(place.repair).st_mode)
+    with FrontendClient.connect(place.socket) as front_end:
+        front_end.get_features()
+    assert f"is ready on {place.socket}" in place.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_and_leaves_no_file(place: Place, number: int) -> None:
+    assert place.launch().returncode == 0
+    daemon = place.daemon()
+    os.kill(daemon, number)
+    eventually(lambda: gone(daemon), "the daemon's end")
+    assert sorted(path.name for path in place.socket.parent.iterdir()) == ["log"]
+    assert "stopped by a signal" in place.log.read_text()
+
+
+def test_a_signal_ends_it_while_a_front_end_is_served(place: Place) -> None:
+    process = place.start()
+    with FrontendClient.connect(place.socket) as front_end:
+        front_end.get_features()
+        process.terminate()
+        assert process.wait(10) == 0
+    assert not place.socket.exists()
+
+
+def test_after_a_crash_it_starts_with_the_same_arguments(place: Place) -> None:
+    assert place.launch().returncode == 0
+    first = place.daemon()
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: gone(first), "the first daemon's end")
+    assert place.socket.exists()
+    launched = place.launch()
+    assert (launched.returncode, launched.stderr) == (0, "")
+    assert place.daemon() != first
+    with FrontendClient.connect(place.socket) as front_end:
+        front_end.get_features()
+
+
+def test_a_running_daemon_keeps_its_socket(place: Place) -> None:
+    process = place.start("--one-off")
+    launched = place.launch()
+    assert launched.returncode == 1
+    assert f"{place.socket} is in use: another process listens there" in launched.stderr
+    # Nor does the look at it end a one-off daemon.
+    with FrontendClient.connect(place.socket) as front_end:
+        front_end.get_features()
+    assert process.wait(10) == 0
+
+
+def test_one_off_ends_with_its_front_end(place: Place) -> None:
+    assert place.launch("--one-off").returncode == 0
+    daemon = place.daemon()
+    with FrontendClient.connect(place.socket) as front_end:
+        front_end.get_features()
+        assert not gone(daemon)
+    eventually(lambda: gone(daemon), "the daemon's end")
+    assert not place.socket.exists()
+    assert not place.repair.exists()
+    assert not place.pid.exists()
+
+
+def test_otherwise_it_serves_the_next_one(place: Place) -> None:
+    process = place.start()
+    for _ in range(3):
+        with FrontendClient.connect(place.socket) as front_end:
+            front_end.get_features()
+    assert process.poll() is None
+
+
+def test_a_second_front_end_waits_for_the_first(place: Place) -> None:
+    place.start()
+    with FrontendClient.connect(place.socket) as first:
+        first.get_features()
+        with FrontendClient.connect(place.socket, timeout=0.5) as second, pytest.raises(TimeoutError):
+            second.get_features()
+        with FrontendClient.connect(place.socket) as third:
+            first.close()
+            third.get_features()
+
+
+def test_nonsense_ends_the_session_and_not_the_daemon(place: Place) -> None:
+    process = place.start()
+    with socket.socket(socket.AF_UNIX) as wild:
+        wild.connect(str(place.socket))
+        wild.settimeout(10)
+        wild.sendall(b"\xff" * 512)
+        try:
+            assert wild.recv(1) == b""
+        except ConnectionResetError:
+            pass  # closed with our bytes unread
+    with FrontendClient.connect(place.socket) as front_end:
+        front_end.get_features()
+    assert process.poll() is None
+
+
+def test_a_connected_descriptor_is_the_only_front_end(place: Place) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = place.start("--fd", str(theirs.fileno()), fds=(theirs.fileno(),), path=False)
+    with FrontendClient(ours) as front_end:
+        front_end.get_features()
+        assert process.poll() is None
+    assert process.wait(10) == 0
+
+
+def test_a_descriptor_in_the_background_as_qemu_does_it(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    pid = tmp_path / "pid"
+    with theirs:
+        fd = theirs.fileno()
+        launched = subprocess.run(
+            [*PASST, "--quiet", "--pid", str(pid), "--fd", str(fd), *STAY],
+            capture_output=True,
+            text=True,
+            pass_fds=(fd,),
+            timeout=60,
+            check=False,
+        )
+    assert (launched.returncode, launched.stdout, launched.stderr) == (0, "", "")
+    daemon = int(pid.read_text())
+    with FrontendClient(ours) as front_end:
+        front_end.get_features()
+        assert not gone(daemon)
+    eventually(lambda: gone(daemon), "the daemon's end")
+
+
+def test_passts_default_socket(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    log = tmp_path / "log"
+    launched = subprocess.run(
+        [*PASST, "-P", str(pid), "-l", str(log), *STAY], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (launched.returncode, launched.stderr) == (0, "")
+    daemon = int(pid.read_text())
+    path = log.read_text().partition("is ready on ")[2].partition(",")[0]
+    try:
+        assert path.startswith("/tmp/passt_")
+        with FrontendClient.connect(path) as front_end:
+            front_end.get_features()
+    finally:
+        os.kill(daemon, signal.SIGTERM)
+        eventually(lambda: gone(daemon), "the daemon's end")
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("-P", "/no/such/folder/pid"), "cannot write the PID file /no/such/folder/pid: No such file or directory"),
+        (("-l", "/no/such/folder/log"), "cannot open the log file /no/such/folder/log: No such file or directory"),
+        (("-s", "/no/such/folder/s"), "cannot listen on /no/such/folder/s: No such file or directory"),
+        (("--repair-path", "/no/such/folder/r"), "cannot listen on /no/such/folder/r: No such file or directory"),
+        (("--runas", "no-such-user"), "--runas: no such user: no-such-user"),
+        (("--interface", "no-such-if"), "there is no interface 'no-such-if' (--interface)"),
+        (("--hostname", "x" * 64), "x' is not a name that DNS can carry"),
+        (("--mac-addr", "01:00:5e:00:00:01"), "the MAC address must be one of a single station"),
+        (("-t", "192.0.2.77/80"), "cannot listen on 192.0.2.77 port 80"),
+    ],
+)
+@pytest.mark.parametrize("mode", [(), ("-f",)], ids=["background", "foreground"])
+def test_what_the_system_refuses_is_the_reason_on_stderr(
+    place: Place, args: tuple[str, ...], message: str, mode: tuple[str, ...]
+) -> None:
+    launched = place.launch(*args, *mode)
+    assert launched.returncode == 1
+    assert message in launched.stderr
+    assert "Traceback" not in launched.stderr
+    assert not place.socket.exists()
+    assert not place.repair.exists()
+
+
+def test_the_user(place: Place) -> None:
+    """Root becomes nobody, and its files are nobody's; everybody else stays."""
+    os.chmod(place.socket.parent, 0o755)
+    process = subprocess.Popen(
+        [*SERVE, "-f", "-s", str(place.socket), "-P", str(place.pid)], stderr=subprocess.PIPE, text=True
+    )
+    place.foreground.append(process)
+    assert process.stderr is not None
+    assert any("is ready on" in line for line in process.stderr)
+    wanted = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else os.geteuid()
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    ids = next(line for line in status if line.startswith("Uid:")).split()[1:]
+    assert ids == [str(wanted)] * 4
+    assert next(line for line in status if line.startswith("CapEff:")).split()[1] == "0" * 16
+    assert os.stat(place.socket).st_uid == wanted
+    assert os.stat(place.repair).st_uid == wanted
+    with FrontendClient.connect(place.socket) as front_end:
+        front_end.get_features()
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+def test_no_repair_socket(place: Place) -> None:
+    place.start("--repair-path", "none")
+    assert not place.repair.exists()
