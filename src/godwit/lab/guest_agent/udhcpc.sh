@@ -1,0 +1,20 @@
+#!/bin/busybox sh
+# SPDX-License-Identifier: GPL-2.0-or-later
+# What udhcpc calls with what it was given.
+
+case $1 in
+bound | renew)
+	ip addr flush dev "$interface" scope global 2>/dev/null
+	ip addr add "$ip/${mask:-32}" dev "$interface"
+	test -n "$mtu" && ip link set "$interface" mtu "$mtu"
+	for gateway in $router; do
+		ip route replace "$gateway" dev "$interface"
+		ip route replace default via "$gateway" dev "$interface"
+		break
+	done
+	: >/etc/resolv.conf
+	for server in $dns; do
+		echo "nameserver $server" >>/etc/resolv.conf
+	done
+	;;
+esac
