@@ -1,1 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+"""The packet path: guest memory, virtqueues, flows and sockets, on a thread of its own."""
+
+from godwit.dataplane._engine import Engine
+from godwit.dataplane.state import FlowState, Observed, Side, SocketState
+
+__all__ = ["Engine", "FlowState", "Observed", "Side", "SocketState"]

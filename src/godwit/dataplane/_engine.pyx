@@ -1,0 +1,746 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The data plane as the control thread sees it.
+
+Everything here that changes the plane does so while its thread is parked. A
+failure in the plane is a negative error number; ``check`` makes an exception
+of it, and only here.
+"""
+
+from contextlib import contextmanager
+import os
+import threading
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memcpy, memset
+
+from godwit.dataplane.flow cimport (
+    WATCH_KICK,
+    WATCH_LISTENER,
+    WATCH_WAKE,
+    flow_close,
+    flow_find,
+    flow_index,
+    flow_new,
+    flow_watch,
+    flows_free,
+    flows_init,
+    watch_data,
+)
+from godwit.dataplane.host cimport get_sockaddr, is_v4
+from godwit.dataplane.loop cimport clock_ms, loop_run, loop_wake
+from godwit.dataplane.memory cimport (
+    memory_add,
+    memory_clear,
+    memory_clear_log,
+    memory_remove,
+    memory_set_log,
+)
+from godwit.dataplane.plane cimport (
+    DROPS,
+    EV_ESTABLISHED,
+    EV_FIN_ACKED,
+    EV_FIN_TO_GUEST,
+    FF_CONNECTING,
+    FF_FIN_KNOWN,
+    FF_FROM_GUEST,
+    FF_HELD,
+    FF_RESET_DUE,
+    FF_V6,
+    FLOW_FREE,
+    FLOW_DEAD,
+    FLOW_PING,
+    FLOW_TCP,
+    FLOW_UDP,
+    MAX_MAPS,
+    NONE,
+    RARE_FRAME,
+    RARE_SLOTS,
+    Flow,
+    Listener,
+    Plane,
+    RareFrame,
+)
+from godwit.dataplane.sys cimport (
+    AF_INET,
+    EFD_CLOEXEC,
+    EFD_NONBLOCK,
+    EINVAL,
+    ENOMEM,
+    EPOLL_CLOEXEC,
+    EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL,
+    EPOLLET,
+    EPOLLIN,
+    SO_PEEK_OFF,
+    SOCK_CLOEXEC,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    close,
+    epoll_create1,
+    epoll_ctl,
+    epoll_event,
+    errno,
+    eventfd,
+    getsockname,
+    load32_acquire,
+    read,
+    sem_init,
+    sem_destroy,
+    sem_post,
+    sem_wait,
+    setsockopt,
+    sockaddr,
+    sockaddr_storage,
+    socket,
+    socklen_t,
+    store32_release,
+)
+from godwit.dataplane.tcp cimport tcp_abort, tcp_reset, tcp_resume
+from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, Queue, queue_map
+
+from godwit.dataplane.state import FlowState, Observed, Side
+
+cdef enum:
+    # virtio 1.2, 5.1.3 and 6
+    F_GUEST_CSUM = 1
+    F_GUEST_TSO4 = 7
+    F_GUEST_TSO6 = 8
+    F_MRG_RXBUF = 15
+    F_LOG_ALL = 26
+    F_EVENT_IDX = 29
+    F_PROTOCOL_FEATURES = 30
+    F_VERSION_1 = 32
+    VRING_F_LOG = 1     # vhost_vring_addr.flags
+    PIF_HOST = 1
+    PIF_GUEST = 2
+    PEEK_OFF_NONE = -1
+    # Bits of a migrated flow (state.FlowState.flags) that say something to a reader.
+    STREAM_F_LOCAL = 0x02
+    STREAM_F_ACK_DUE = 0x08
+
+DROP_NAMES = (
+    "short", "malformed", "fragment", "protocol", "source", "no_flow", "window", "table_full",
+    "no_socket", "ring_full", "rare_full", "send", "unreachable",
+)
+assert len(DROP_NAMES) == DROPS
+
+
+cdef object check(int rc, str what):
+    """Raise OSError for a negative error number."""
+    if rc < 0:
+        raise OSError(-rc, f"{what}: {os.strerror(-rc)}")
+
+
+cdef object copy_bytes(uint8_t *out, bytes value, int size, str what):
+    if len(value) != size:
+        raise ValueError(f"{what} must be {size} bytes, not {len(value)}")
+    memcpy(out, <const uint8_t *>value, size)
+
+
+cdef class Engine:
+    """One guest's data plane: memory, two virtqueues, flows, one thread.
+
+    Descriptors that are handed in (rings, memory, log, listeners) belong to
+    the engine from then on. Methods raise OSError where the kernel refused,
+    ValueError for what the caller got wrong.
+    """
+
+    cdef Plane *p
+    cdef object thread
+    cdef object lock
+    cdef int parks
+    cdef int loop_result
+
+    def __cinit__(self, uint32_t max_flows=131072):
+        cdef int i
+        self.p = <Plane *>calloc(1, sizeof(Plane))
+        if self.p == NULL:
+            raise MemoryError
+        self.lock = threading.Lock()
+        self.p.epfd = self.p.wake = self.p.rare_event = -1
+        self.p.vnet_size = 12
+        self.p.send.flow = NONE
+        for i in range(QUEUES):
+            self.p.queues[i].kick = self.p.queues[i].call = self.p.queues[i].err = -1
+        sem_init(&self.p.parked, 0, 0)
+        sem_init(&self.p.resume, 0, 0)
+        check(flows_init(self.p, max_flows), "flow table")
+
+    def __init__(self, max_flows=131072):
+        cdef epoll_event ev
+        self.p.epfd = epoll_create1(EPOLL_CLOEXEC)
+        check(-errno if self.p.epfd < 0 else 0, "epoll")
+        self.p.wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        self.p.rare_event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        check(-errno if self.p.wake < 0 or self.p.rare_event < 0 else 0, "eventfd")
+        ev.events = EPOLLIN
+        ev.data.u64 = watch_data(WATCH_WAKE, 0, 0)
+        check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, self.p.wake, &ev) != 0 else 0, "epoll")
+        self.p.peek_offset = kernel_has_peek_offset()
+        self.p.now = clock_ms()
+
+    def __dealloc__(self):
+        cdef int i
+        cdef Queue *q
+        if self.p == NULL:
+            return
+        memory_clear(&self.p.mem)
+        memory_clear_log(&self.p.mem)
+        for i in range(QUEUES):
+            q = &self.p.queues[i]
+            for fd in (q.kick, q.call, q.err):
+                if fd >= 0:
+                    close(fd)
+        for i in range(self.p.listener_count):
+            if self.p.listeners[i].fd >= 0:
+                close(self.p.listeners[i].fd)
+        free(self.p.listeners)
+        flows_free(self.p)
+        for fd in (self.p.epfd, self.p.wake, self.p.rare_event):
+            if fd >= 0:
+                close(fd)
+        sem_destroy(&self.p.parked)
+        sem_destroy(&self.p.resume)
+        free(self.p)
+
+    # ---- the thread
+
+    def start(self):
+        """Start the thread."""
+        self.thread = threading.Thread(target=self._run, name="data plane", daemon=True)
+        self.thread.start()
+
+    def _run(self):
+        with nogil:
+            self.loop_result = loop_run(self.p)
+
+    def close(self):
+        """Stop the thread. Sockets stay as they are until the engine is freed."""
+        if self.thread is None:
+            return
+        while self.parks:
+            self.unpark()
+        self.p.stop_wanted = True
+        loop_wake(self.p)
+        self.thread.join()
+        self.thread = None
+        self.p.stop_wanted = False
+
+    def park(self):
+        """Bring the thread to a stop between two events. Counts; see unpark()."""
+        with self.lock:
+            if self.parks == 0 and self.thread is not None:
+                self.p.park_wanted = True
+                loop_wake(self.p)
+                with nogil:
+                    while sem_wait(&self.p.parked) != 0:
+                        pass
+            self.parks += 1
+
+    def unpark(self):
+        """Let the thread go on, once for each park()."""
+        with self.lock:
+            self.parks -= 1
+            if self.parks == 0 and self.thread is not None:
+                sem_post(&self.p.resume)
+
+    @contextmanager
+    def parked(self):
+        """The thread stands still inside the block."""
+        self.park()
+        try:
+            yield
+        finally:
+            self.unpark()
+
+    # ---- configuration
+
+    def configure(self, *, bytes our_mac, bytes addr4=None, bytes addr6=None, bytes our_ll=bytes(16),
+                  uint32_t ifindex=0, uint16_t mtu=0, maps=(), bint tcp=True, bint udp=True,
+                  bint icmp=True):
+        """Say who the guest is and what it may reach.
+
+        ``addr4`` and ``addr6`` are 16 bytes (v4-mapped), None without that
+        family. ``maps`` lists (address as the guest names it, port or 0 for any,
+        address as the host knows it, its scope or 0), 16 bytes each address.
+        """
+        maps = list(maps)
+        if len(maps) > MAX_MAPS:
+            raise ValueError(f"at most {MAX_MAPS} address mappings, not {len(maps)}")
+        with self.parked():
+            copy_bytes(self.p.config.our_mac, our_mac, 6, "MAC address")
+            self.p.config.has_v4 = addr4 is not None
+            self.p.config.has_v6 = addr6 is not None
+            copy_bytes(self.p.config.addr4, addr4 or bytes(16), 16, "IPv4 address")
+            copy_bytes(self.p.config.addr6, addr6 or bytes(16), 16, "IPv6 address")
+            copy_bytes(self.p.config.our_ll, our_ll, 16, "link-local address")
+            self.p.config.ifindex = ifindex
+            self.p.config.mtu = mtu
+            self.p.config.no_tcp = not tcp
+            self.p.config.no_udp = not udp
+            self.p.config.no_icmp = not icmp
+            self.p.config.map_count = 0
+            for guest, port, host, scope in maps:
+                copy_bytes(self.p.config.maps[self.p.config.map_count].guest, guest, 16, "address")
+                copy_bytes(self.p.config.maps[self.p.config.map_count].host, host, 16, "address")
+                self.p.config.maps[self.p.config.map_count].port = port
+                self.p.config.maps[self.p.config.map_count].scope = scope
+                self.p.config.map_count += 1
+
+    def set_guest_mac(self, bytes mac):
+        """The guest's MAC address, where it is known before its first frame."""
+        with self.parked():
+            copy_bytes(self.p.config.guest_mac, mac, 6, "MAC address")
+            self.p.config.guest_mac_known = True
+
+    def set_features(self, uint64_t features):
+        """The virtio and vhost features that the driver has taken."""
+        cdef int i
+        with self.parked():
+            self.p.features = features
+            self.p.mergeable = features >> F_MRG_RXBUF & 1
+            self.p.vnet_size = 12 if features & (1ULL << F_VERSION_1 | 1ULL << F_MRG_RXBUF) else 10
+            self.p.guest_csum = features >> F_GUEST_CSUM & 1
+            self.p.guest_tso4 = features >> F_GUEST_TSO4 & 1
+            self.p.guest_tso6 = features >> F_GUEST_TSO6 & 1
+            self.p.mem.log_all = features >> F_LOG_ALL & 1
+            for i in range(QUEUES):
+                self.p.queues[i].event_idx = features >> F_EVENT_IDX & 1
+                if not features >> F_PROTOCOL_FEATURES & 1:
+                    self.p.queues[i].enabled = True
+
+    # ---- memory
+
+    def set_memory(self, regions):
+        """Replace all regions: (guest address, size, user address, offset, descriptor) each."""
+        regions = list(regions)
+        try:
+            with self.parked():
+                memory_clear(&self.p.mem)
+                try:
+                    for guest_addr, size, user_addr, offset, fd in regions:
+                        check(memory_add(&self.p.mem, guest_addr, size, user_addr, offset, fd),
+                              f"memory region at {guest_addr:#x}, {size:#x} bytes")
+                finally:
+                    self._remap()
+        finally:
+            for region in regions:
+                os.close(region[4])
+
+    def add_region(self, uint64_t guest_addr, uint64_t size, uint64_t user_addr, uint64_t offset, int fd):
+        """Add one region."""
+        try:
+            with self.parked():
+                check(memory_add(&self.p.mem, guest_addr, size, user_addr, offset, fd),
+                      f"memory region at {guest_addr:#x}, {size:#x} bytes")
+                self._remap()
+        finally:
+            os.close(fd)
+
+    def remove_region(self, uint64_t guest_addr, uint64_t size, uint64_t user_addr):
+        """Remove one region; rings that lay in it stop."""
+        with self.parked():
+            check(memory_remove(&self.p.mem, guest_addr, size, user_addr),
+                  f"no memory region at {guest_addr:#x}, {size:#x} bytes")
+            self._remap()
+
+    cdef _remap(self):
+        """Find the rings again after the memory changed."""
+        cdef int i
+        for i in range(QUEUES):
+            if self.p.queues[i].addr_set:
+                queue_map(&self.p.queues[i], &self.p.mem)
+
+    def set_log(self, int fd, uint64_t size, uint64_t offset):
+        """Map the dirty log: one bit for each page, ``size`` bytes."""
+        try:
+            with self.parked():
+                check(memory_set_log(&self.p.mem, fd, size, offset), f"dirty log of {size} bytes")
+        finally:
+            os.close(fd)
+
+    # ---- rings
+
+    cdef Queue *queue(self, int index) except NULL:
+        if not 0 <= index < QUEUES:
+            raise ValueError(f"no ring {index}")
+        return &self.p.queues[index]
+
+    def ring_num(self, int index, uint32_t num):
+        """The ring's size: a power of two."""
+        cdef Queue *q = self.queue(index)
+        if num == 0 or num > MAX_QUEUE_SIZE or num & (num - 1):
+            raise ValueError(f"ring {index}: a size of {num} is not a power of two up to {MAX_QUEUE_SIZE}")
+        with self.parked():
+            q.num = num
+            if q.addr_set:
+                queue_map(q, &self.p.mem)
+
+    def ring_addr(self, int index, uint32_t flags, uint64_t desc, uint64_t used, uint64_t avail, uint64_t log):
+        """Where the ring lies, in the front-end's address space; ``log`` is guest-physical."""
+        cdef Queue *q = self.queue(index)
+        with self.parked():
+            q.user_desc = desc
+            q.user_used = used
+            q.user_avail = avail
+            q.log_addr = log
+            q.log_used = flags & VRING_F_LOG
+            q.addr_set = True
+            check(queue_map(q, &self.p.mem), f"ring {index} does not lie in the memory that was shared")
+
+    def ring_base(self, int index, uint16_t base):
+        """The next available entry to take."""
+        cdef Queue *q = self.queue(index)
+        with self.parked():
+            q.last_avail = base
+
+    def ring_kick(self, int index, fd):
+        """Start the ring; ``fd`` tells of new entries."""
+        cdef Queue *q = self.queue(index)
+        cdef epoll_event ev
+        if fd is None:
+            raise ValueError(f"ring {index}: polling is not supported, a kick descriptor is needed")
+        with self.parked():
+            self._unwatch_kick(q)
+            q.kick = fd
+            # Edge-triggered: every write to an eventfd is an edge, so it is never read.
+            ev.events = EPOLLIN | EPOLLET
+            ev.data.u64 = watch_data(WATCH_KICK, 0, index)
+            check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, q.kick, &ev) != 0 else 0,
+                  f"ring {index}: the kick descriptor")
+            if q.used == NULL:
+                raise ValueError(f"ring {index} was started before its address was set")
+            q.used_idx = q.published = (<uint16_t *>(q.used + 2))[0]
+            q.broken = False
+            q.started = True
+
+    cdef _unwatch_kick(self, Queue *q):
+        if q.kick >= 0:
+            epoll_ctl(self.p.epfd, EPOLL_CTL_DEL, q.kick, NULL)
+            close(q.kick)
+            q.kick = -1
+
+    def ring_call(self, int index, fd):
+        """How the guest is interrupted; None: it polls."""
+        cdef Queue *q = self.queue(index)
+        with self.parked():
+            if q.call >= 0:
+                close(q.call)
+            q.call = -1 if fd is None else fd
+
+    def ring_err(self, int index, fd):
+        """How the front-end is told that the ring is broken."""
+        cdef Queue *q = self.queue(index)
+        with self.parked():
+            if q.err >= 0:
+                close(q.err)
+            q.err = -1 if fd is None else fd
+
+    def ring_enable(self, int index, bint enabled):
+        """Enable or disable the ring (it runs when it is started too)."""
+        cdef Queue *q = self.queue(index)
+        with self.parked():
+            q.enabled = enabled
+
+    def ring_stop(self, int index):
+        """Stop the ring. Returns the next available entry to take."""
+        cdef Queue *q = self.queue(index)
+        with self.parked():
+            q.started = False
+            self._unwatch_kick(q)
+            return q.last_avail
+
+    def rings(self):
+        """For each ring: (started, enabled, broken, next available entry, used index)."""
+        return [(bool(self.p.queues[i].started), bool(self.p.queues[i].enabled), bool(self.p.queues[i].broken),
+                 self.p.queues[i].last_avail, self.p.queues[i].used_idx) for i in range(QUEUES)]
+
+    def detach(self):
+        """The front-end is gone: rings, memory and log with it. Flows stay."""
+        cdef int i
+        cdef Queue *q
+        with self.parked():
+            for i in range(QUEUES):
+                q = &self.p.queues[i]
+                self._unwatch_kick(q)
+                for fd in (q.call, q.err):
+                    if fd >= 0:
+                        close(fd)
+                memset(q, 0, sizeof(Queue))
+                q.kick = q.call = q.err = -1
+            memory_clear(&self.p.mem)
+            memory_clear_log(&self.p.mem)
+            self.p.mem.log_all = False
+            self.p.features = 0
+            self.p.config.guest_mac_known = False
+
+    # ---- rare frames
+
+    def rare_fileno(self):
+        """An eventfd that is readable when frames wait for take_rare()."""
+        return self.p.rare_event
+
+    def take_rare(self):
+        """The whole Ethernet frames that wait for the control thread, a list of bytes."""
+        cdef uint64_t ignored
+        cdef uint32_t tail = self.p.up.tail
+        cdef RareFrame *slot
+        frames = []
+        read(self.p.rare_event, &ignored, 8)
+        while tail != load32_acquire(&self.p.up.head):
+            slot = &self.p.up.frames[tail % RARE_SLOTS]
+            frames.append(slot.data[:slot.size])
+            tail += 1
+            store32_release(&self.p.up.tail, tail)
+        return frames
+
+    def inject(self, bytes frame not None):
+        """Send the guest a whole Ethernet frame. False: too many wait already."""
+        cdef uint32_t head = self.p.down.head
+        cdef RareFrame *slot
+        if len(frame) > RARE_FRAME:
+            raise ValueError(f"a frame of {len(frame)} bytes is too long, {RARE_FRAME} is the most")
+        if head - load32_acquire(&self.p.down.tail) >= RARE_SLOTS:
+            return False
+        slot = &self.p.down.frames[head % RARE_SLOTS]
+        memcpy(slot.data, <const uint8_t *>frame, len(frame))
+        slot.size = <uint32_t>len(frame)
+        store32_release(&self.p.down.head, head + 1)
+        loop_wake(self.p)
+        return True
+
+    # ---- listeners
+
+    def listen(self, int fd, uint16_t guest_port):
+        """Connections to this listening socket go to a port of the guest's."""
+        cdef int i
+        cdef Listener *grown
+        cdef epoll_event ev
+        with self.parked():
+            for i in range(self.p.listener_count):
+                if self.p.listeners[i].fd < 0:
+                    break
+            else:
+                i = self.p.listener_count
+                grown = <Listener *>calloc(i + 64, sizeof(Listener)) if i % 64 == 0 else self.p.listeners
+                if grown == NULL:
+                    raise MemoryError
+                if grown != self.p.listeners:
+                    if i:
+                        memcpy(grown, self.p.listeners, i * sizeof(Listener))
+                    free(self.p.listeners)
+                    self.p.listeners = grown
+                self.p.listener_count += 1
+            self.p.listeners[i].fd = fd
+            self.p.listeners[i].guest_port = guest_port
+            ev.events = EPOLLIN
+            ev.data.u64 = watch_data(WATCH_LISTENER, 0, i)
+            check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, fd, &ev) != 0 else 0, "listening socket")
+
+    def listeners(self):
+        """The descriptors of the listening sockets."""
+        return [self.p.listeners[i].fd for i in range(self.p.listener_count) if self.p.listeners[i].fd >= 0]
+
+    # ---- what there is
+
+    def counters(self):
+        """Counters since the start; ``drops`` by reason."""
+        c = self.p.counters
+        return {
+            "frames_from_guest": c.frames_from_guest,
+            "frames_to_guest": c.frames_to_guest,
+            "bytes_from_guest": c.bytes_from_guest,
+            "bytes_to_guest": c.bytes_to_guest,
+            "retransmits": c.retransmits,
+            "flows_opened": c.flows_opened,
+            "flows_reset": c.flows_reset,
+            "flows": self.p.open_flows,
+            "drops": {name: c.drops[i] for i, name in enumerate(DROP_NAMES)},
+        }
+
+    def observed(self):
+        """The guest's addresses as last seen in its frames."""
+        return Observed(self.p.seen6[:16], self.p.seen6_ll[:16], self.p.seen4[12:16],
+                        self.p.config.guest_mac[:6] if self.p.config.guest_mac_known else bytes(6))
+
+    def set_observed(self, seen):
+        """Take over what another back-end saw; zeros leave things as they are."""
+        with self.parked():
+            if any(seen.addr6):
+                copy_bytes(self.p.seen6, seen.addr6, 16, "IPv6 address")
+            if any(seen.addr6_ll):
+                copy_bytes(self.p.seen6_ll, seen.addr6_ll, 16, "link-local address")
+            if any(seen.addr4):
+                copy_bytes(self.p.seen4, bytes(10) + b"\xff\xff" + seen.addr4, 16, "IPv4 address")
+            if any(seen.mac):
+                copy_bytes(self.p.config.guest_mac, seen.mac, 6, "MAC address")
+                self.p.config.guest_mac_known = True
+
+    # ---- flows that move. The thread is parked by the caller during all of this.
+
+    cdef Flow *flow(self, uint32_t index) except NULL:
+        if index >= self.p.used_flows or self.p.flows[index].kind != FLOW_TCP:
+            raise ValueError(f"no TCP flow {index}")
+        return &self.p.flows[index]
+
+    def tcp_flows(self):
+        """The TCP flows that are established on the guest's side, their indices."""
+        cdef uint32_t i
+        cdef Flow *f
+        found = []
+        for i in range(self.p.used_flows):
+            f = &self.p.flows[i]
+            if f.kind == FLOW_TCP and f.sock >= 0 and f.events & EV_ESTABLISHED and not f.flags & FF_RESET_DUE:
+                found.append(i)
+        return found
+
+    def hold_flow(self, uint32_t index):
+        """Have nothing of a flow move until resume_flow(), also when the thread goes on."""
+        self.flow(index).flags |= FF_HELD
+
+    def flow_socket(self, uint32_t index):
+        """(descriptor or -1, whether it is an IPv6 socket) of a TCP flow."""
+        cdef Flow *f = self.flow(index)
+        return f.sock, not is_v4(f.remote_addr)
+
+    def flow_state(self, uint32_t index):
+        """The FlowState of a TCP flow, to be written into a stream."""
+        cdef Flow *f = self.flow(index)
+        cdef sockaddr_storage addr
+        cdef socklen_t n = sizeof(addr)
+        cdef bint from_guest = f.flags & FF_FROM_GUEST != 0
+        if f.sock >= 0 and getsockname(f.sock, <sockaddr *>&addr, &n) == 0:
+            get_sockaddr(&addr, f.local_addr, &f.local_port)
+        guest = Side(f.our_addr[:16], f.guest_addr[:16], f.our_port, f.guest_port)
+        host = Side(f.local_addr[:16], f.remote_addr[:16], f.local_port, f.remote_port)
+        window = f.window >> f.ws_from_guest
+        granted = (f.edge - f.seq_from_guest) >> f.ws_to_guest if <int>(f.edge - f.seq_from_guest) > 0 else 0
+        return FlowState(
+            pif=(PIF_GUEST, PIF_HOST) if from_guest else (PIF_HOST, PIF_GUEST),
+            sides=(guest, host) if from_guest else (host, guest),
+            retries=min(f.retries, 7),
+            ws_from_tap=f.ws_from_guest,
+            ws_to_tap=f.ws_to_guest,
+            # A FIN that is being sent again was sent: the numbers below count it.
+            events=f.events | (EV_FIN_TO_GUEST if f.flags & FF_FIN_KNOWN else 0),
+            tap_mss=f.mss,
+            sndbuf=0,
+            flags=0,
+            seq_dup_ack_approx=0,
+            wnd_from_tap=min(window, 0xFFFF),
+            wnd_to_tap=min(granted, 0xFFFF),
+            seq_to_tap=f.seq_max_to_guest,
+            seq_ack_from_tap=f.seq_ack_from_guest,
+            seq_from_tap=f.seq_from_guest,
+            seq_ack_to_tap=f.seq_ack_to_guest,
+            seq_init_from_tap=f.seq_init_from_guest,
+        )
+
+    def import_flow(self, state):
+        """A flow as another back-end knew it, without a socket yet. Returns its index.
+
+        ValueError: it is in the table already, or the table is full.
+        """
+        cdef Flow *f
+        cdef bint from_guest = state.pif[0] == PIF_GUEST
+        guest = state.sides[0 if from_guest else 1]
+        host = state.sides[1 if from_guest else 0]
+        cdef bytes guest_addr = guest.end_addr, our_addr = guest.our_addr
+        if flow_find(self.p, FLOW_TCP, guest_addr, guest.end_port, our_addr, guest.our_port) != NULL:
+            raise ValueError("two flows between the same ends")
+        self.p.now = clock_ms()
+        f = flow_new(self.p, FLOW_TCP, guest_addr, guest.end_port, our_addr, guest.our_port)
+        if f == NULL:
+            raise ValueError("the flow table is full")
+        copy_bytes(f.remote_addr, host.end_addr, 16, "address")
+        copy_bytes(f.local_addr, host.our_addr, 16, "address")
+        f.remote_port = host.end_port
+        f.local_port = host.our_port
+        f.flags = (FF_FROM_GUEST if from_guest else 0) | (0 if is_v4(f.guest_addr) else FF_V6) | FF_HELD
+        f.events = state.events
+        f.ws_from_guest = state.ws_from_tap
+        f.ws_to_guest = state.ws_to_tap
+        f.mss = min(max(state.tap_mss, 64), 65532)
+        f.window = state.wnd_from_tap << state.ws_from_tap
+        f.seq_to_guest = f.seq_max_to_guest = state.seq_to_tap
+        f.seq_ack_from_guest = state.seq_ack_from_tap
+        f.seq_from_guest = state.seq_from_tap
+        f.seq_ack_to_guest = state.seq_ack_to_tap
+        f.seq_init_from_guest = state.seq_init_from_tap
+        f.edge = <uint32_t>(state.seq_ack_to_tap + (state.wnd_to_tap << state.ws_to_tap))
+        if f.events & EV_FIN_TO_GUEST:
+            f.flags |= FF_FIN_KNOWN
+            f.seq_fin = f.seq_to_guest - 1
+        return flow_index(self.p, f)
+
+    def set_flow_socket(self, uint32_t index, int fd):
+        """The socket of a flow that was imported; the engine's from now on."""
+        cdef Flow *f = self.flow(index)
+        if f.sock >= 0:
+            raise ValueError(f"flow {index} has a socket")
+        f.sock = fd
+
+    def drop_flow_socket(self, uint32_t index):
+        """Close a flow's socket, without a word to the guest."""
+        cdef Flow *f = self.flow(index)
+        if f.sock >= 0:
+            close(f.sock)
+            f.sock = -1
+
+    def resume_flow(self, uint32_t index, bint watch):
+        """Go on with a flow: one thawed, or (``watch``) one imported and restored."""
+        cdef Flow *f = self.flow(index)
+        self.p.now = clock_ms()
+        f.flags &= ~FF_HELD
+        if watch and flow_watch(self.p, f) != 0:
+            tcp_reset(self.p, f)
+            return
+        tcp_resume(self.p, f)
+
+    def reset_flow(self, uint32_t index):
+        """Reset a flow on both sides; the guest hears of it as soon as its ring has room."""
+        self.p.now = clock_ms()
+        tcp_reset(self.p, self.flow(index))
+
+    def forget_flow(self, uint32_t index):
+        """Close a flow without a word to anyone."""
+        flow_close(self.p, self.flow(index))
+
+    def close_flows(self):
+        """Close every flow: the guest is gone. TCP peers are reset."""
+        cdef uint32_t i
+        with self.parked():
+            for i in range(self.p.used_flows):
+                if self.p.flows[i].kind == FLOW_TCP:
+                    tcp_abort(self.p, &self.p.flows[i])
+                elif self.p.flows[i].kind == FLOW_UDP or self.p.flows[i].kind == FLOW_PING:
+                    flow_close(self.p, &self.p.flows[i])
+
+    def flows(self):
+        """All flows, as dictionaries, for people to read. Parks the thread."""
+        cdef uint32_t i
+        cdef Flow *f
+        found = []
+        with self.parked():
+            for i in range(self.p.used_flows):
+                f = &self.p.flows[i]
+                if f.kind in (FLOW_TCP, FLOW_UDP, FLOW_PING):
+                    found.append({
+                        "index": i, "kind": {FLOW_TCP: "tcp", FLOW_UDP: "udp", FLOW_PING: "ping"}[f.kind],
+                        "guest": (f.guest_addr[:16], f.guest_port), "our": (f.our_addr[:16], f.our_port),
+                        "remote": (f.remote_addr[:16], f.remote_port), "events": f.events, "flags": f.flags,
+                        "in_flight": f.seq_to_guest - f.seq_ack_from_guest, "window": f.window,
+                    })
+        return found
+
+
+cdef bint kernel_has_peek_offset():
+    """SO_PEEK_OFF works on TCP since Linux 6.9; older kernels refuse it there."""
+    cdef int zero = 0, rc
+    cdef int s = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)
+    if s < 0:
+        return False
+    rc = setsockopt(s, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
+    close(s)
+    return rc == 0

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The flow table, the lists that flows are in, and their timers."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from godwit.dataplane.plane cimport Flow, FlowKind, Plane
+
+# What an epoll event is about: kind, generation (24 bits), index.
+cdef enum Watch:
+    WATCH_WAKE = 1
+    WATCH_KICK
+    WATCH_FLOW
+    WATCH_LISTENER
+
+cdef int flows_init(Plane *p, uint32_t max_flows) noexcept nogil
+cdef void flows_free(Plane *p) noexcept nogil
+
+cdef Flow *flow_find(Plane *p, int kind, const uint8_t *guest_addr, uint16_t guest_port,
+                     const uint8_t *our_addr, uint16_t our_port) noexcept nogil
+# A new flow with these ends, in the table; NULL when the table is full.
+cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
+                    const uint8_t *our_addr, uint16_t our_port) noexcept nogil
+# Close the socket and take the flow out of everything.
+cdef void flow_close(Plane *p, Flow *f) noexcept nogil
+cdef void flow_release(Plane *p, Flow *f) noexcept nogil
+cdef int flow_watch(Plane *p, Flow *f) noexcept nogil
+
+cdef void flow_touch(Plane *p, Flow *f) noexcept nogil
+cdef void flow_wait_ring(Plane *p, Flow *f) noexcept nogil
+cdef void flow_unwait(Plane *p, Flow *f) noexcept nogil
+
+# Timers: a flow has one deadline; it may be moved later at no cost.
+cdef void flow_deadline(Plane *p, Flow *f, uint64_t when) noexcept nogil
+cdef Flow *flow_due(Plane *p) noexcept nogil
+cdef int timeout_ms(Plane *p) noexcept nogil
+
+cdef uint64_t keyed_hash(Plane *p, const void *data, size_t n) noexcept nogil
+
+cdef inline uint32_t flow_index(Plane *p, Flow *f) noexcept nogil:
+    return <uint32_t>(f - p.flows)
+
+cdef inline uint64_t watch_data(int kind, uint32_t generation, uint32_t index) noexcept nogil:
+    return (<uint64_t>kind << 56) | (<uint64_t>(generation & 0xFFFFFF) << 32) | index

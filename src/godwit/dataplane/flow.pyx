@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
+
+from godwit.dataplane.plane cimport (
+    FF_RING_WAIT,
+    FF_TOUCHED,
+    FLOW_DEAD,
+    FLOW_FREE,
+    FLOW_TCP,
+    NONE,
+    Flow,
+    FlowKind,
+    Plane,
+)
+from godwit.dataplane.sys cimport (
+    ENOMEM,
+    EPOLL_CTL_ADD,
+    EPOLLET,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLRDHUP,
+    MAP_ANONYMOUS,
+    MAP_FAILED,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    PROT_READ,
+    PROT_WRITE,
+    close,
+    epoll_ctl,
+    epoll_event,
+    errno,
+    getrandom,
+    mmap,
+    munmap,
+)
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    static inline uint64_t gw_fold_multiply(uint64_t a, uint64_t b)
+    { unsigned __int128 r = (unsigned __int128)a * b; return (uint64_t)r ^ (uint64_t)(r >> 64); }
+    """
+    uint64_t fold_multiply "gw_fold_multiply"(uint64_t a, uint64_t b) nogil
+
+cdef struct Key:
+    uint8_t guest_addr[16]
+    uint8_t our_addr[16]
+    uint16_t guest_port
+    uint16_t our_port
+    uint32_t kind
+
+
+cdef uint64_t keyed_hash(Plane *p, const void *data, size_t n) noexcept nogil:
+    """A hash of n bytes (a multiple of 8) under the plane's random key."""
+    cdef uint64_t h = p.hash_key[0], w
+    cdef const uint8_t *at = <const uint8_t *>data
+    while n >= 8:
+        memcpy(&w, at, 8)
+        h = fold_multiply(h ^ w, p.hash_key[1] | 1)
+        at += 8
+        n -= 8
+    return fold_multiply(h, p.hash_key[0] | 1)
+
+
+cdef uint32_t bucket(Plane *p, int kind, const uint8_t *guest_addr, uint16_t guest_port,
+                     const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
+    cdef Key key
+    memcpy(key.guest_addr, guest_addr, 16)
+    memcpy(key.our_addr, our_addr, 16)
+    key.guest_port = guest_port
+    key.our_port = our_port
+    key.kind = kind
+    return <uint32_t>keyed_hash(p, &key, sizeof(Key)) & p.bucket_mask
+
+
+cdef void *reserve(size_t n) noexcept nogil:
+    """Zeroed memory that costs nothing until it is touched; NULL if there is none."""
+    cdef void *at = mmap(NULL, n, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    return NULL if at == MAP_FAILED else at
+
+
+cdef int flows_init(Plane *p, uint32_t max_flows) noexcept nogil:
+    cdef uint32_t buckets = 1024
+    while buckets < max_flows:
+        buckets <<= 1
+    if getrandom(p.hash_key, sizeof(p.hash_key), 0) != sizeof(p.hash_key):
+        return -errno
+    p.flows = <Flow *>reserve(max_flows * sizeof(Flow))
+    p.buckets = <uint32_t *>reserve(buckets * sizeof(uint32_t))
+    p.heap = <uint32_t *>reserve(max_flows * sizeof(uint32_t))
+    p.max_flows = max_flows
+    p.bucket_mask = buckets - 1
+    if p.flows == NULL or p.buckets == NULL or p.heap == NULL:
+        flows_free(p)
+        return -ENOMEM
+    p.free_head = p.touched = p.ring_wait = p.ring_wait_tail = NONE
+    return 0
+
+
+cdef void flows_free(Plane *p) noexcept nogil:
+    cdef uint32_t i
+    if p.flows != NULL:
+        for i in range(p.used_flows):
+            if p.flows[i].kind != FLOW_FREE and p.flows[i].sock >= 0:
+                close(p.flows[i].sock)
+        munmap(p.flows, p.max_flows * sizeof(Flow))
+    if p.buckets != NULL:
+        munmap(p.buckets, (p.bucket_mask + 1) * sizeof(uint32_t))
+    if p.heap != NULL:
+        munmap(p.heap, p.max_flows * sizeof(uint32_t))
+    p.flows = NULL
+    p.buckets = NULL
+    p.heap = NULL
+
+
+cdef Flow *flow_find(Plane *p, int kind, const uint8_t *guest_addr, uint16_t guest_port,
+                     const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
+    # Buckets hold an index + 1: fresh memory is all zero.
+    cdef uint32_t i = p.buckets[bucket(p, kind, guest_addr, guest_port, our_addr, our_port)]
+    cdef Flow *f
+    while i:
+        f = &p.flows[i - 1]
+        if (f.kind == kind and f.guest_port == guest_port and f.our_port == our_port
+                and memcmp(f.our_addr, our_addr, 16) == 0
+                and memcmp(f.guest_addr, guest_addr, 16) == 0):
+            return f
+        i = f.hash_next
+    return NULL
+
+
+cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
+                    const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
+    cdef uint32_t i, b, generation
+    cdef Flow *f
+    if p.free_head != NONE:
+        i = p.free_head
+        p.free_head = p.flows[i].hash_next
+    elif p.used_flows < p.max_flows:
+        i = p.used_flows
+        p.used_flows += 1
+    else:
+        return NULL
+    f = &p.flows[i]
+    generation = f.generation
+    memset(f, 0, sizeof(Flow))
+    f.generation = generation
+    f.kind = kind
+    f.sock = -1
+    f.touched_next = f.wait_next = f.wait_prev = f.heap_pos = NONE
+    f.last_active = p.now
+    memcpy(f.guest_addr, guest_addr, 16)
+    memcpy(f.our_addr, our_addr, 16)
+    f.guest_port = guest_port
+    f.our_port = our_port
+    b = bucket(p, kind, guest_addr, guest_port, our_addr, our_port)
+    f.hash_next = p.buckets[b]
+    p.buckets[b] = i + 1
+    p.open_flows += 1
+    p.counters.flows_opened += 1
+    return f
+
+
+cdef int flow_watch(Plane *p, Flow *f) noexcept nogil:
+    """Have the loop told of what happens to the flow's socket.
+
+    Edge-triggered: bytes stay in the kernel's queue until the guest has
+    acknowledged them, so a level would be high nearly always.
+    """
+    cdef epoll_event ev
+    ev.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    if f.kind != FLOW_TCP:
+        ev.events = EPOLLIN | EPOLLET
+    ev.data.u64 = watch_data(WATCH_FLOW, f.generation, flow_index(p, f))
+    return -errno if epoll_ctl(p.epfd, EPOLL_CTL_ADD, f.sock, &ev) != 0 else 0
+
+
+cdef void flow_close(Plane *p, Flow *f) noexcept nogil:
+    cdef uint32_t i = flow_index(p, f)
+    cdef uint32_t *at
+    if f.kind == FLOW_DEAD or f.kind == FLOW_FREE:
+        return
+    at = &p.buckets[bucket(p, f.kind, f.guest_addr, f.guest_port, f.our_addr, f.our_port)]
+    while at[0] != i + 1:
+        at = &p.flows[at[0] - 1].hash_next
+    at[0] = f.hash_next
+    if f.sock >= 0:
+        close(f.sock)
+        f.sock = -1
+    flow_unwait(p, f)
+    if f.heap_pos != NONE:
+        heap_remove(p, f)
+    if p.send.flow == i:
+        p.send.flow = NONE
+        p.send.count = 0
+        p.send.bytes = 0
+    p.open_flows -= 1
+    f.kind = FLOW_DEAD
+    if not f.flags & FF_TOUCHED:
+        flow_release(p, f)
+
+
+cdef void flow_release(Plane *p, Flow *f) noexcept nogil:
+    """Give a dead flow's slot back, once it is in no list."""
+    f.kind = FLOW_FREE
+    f.generation += 1
+    f.hash_next = p.free_head
+    p.free_head = flow_index(p, f)
+
+
+cdef void flow_touch(Plane *p, Flow *f) noexcept nogil:
+    if not f.flags & FF_TOUCHED:
+        f.flags |= FF_TOUCHED
+        f.touched_next = p.touched
+        p.touched = flow_index(p, f)
+
+
+cdef void flow_wait_ring(Plane *p, Flow *f) noexcept nogil:
+    """Queue the flow for receive buffers; first come, first served."""
+    cdef uint32_t i = flow_index(p, f)
+    if f.flags & FF_RING_WAIT:
+        return
+    f.flags |= FF_RING_WAIT
+    f.wait_next = NONE
+    f.wait_prev = p.ring_wait_tail
+    if p.ring_wait_tail != NONE:
+        p.flows[p.ring_wait_tail].wait_next = i
+    else:
+        p.ring_wait = i
+    p.ring_wait_tail = i
+
+
+cdef void flow_unwait(Plane *p, Flow *f) noexcept nogil:
+    if not f.flags & FF_RING_WAIT:
+        return
+    f.flags &= ~FF_RING_WAIT
+    if f.wait_prev != NONE:
+        p.flows[f.wait_prev].wait_next = f.wait_next
+    else:
+        p.ring_wait = f.wait_next
+    if f.wait_next != NONE:
+        p.flows[f.wait_next].wait_prev = f.wait_prev
+    else:
+        p.ring_wait_tail = f.wait_prev
+
+
+# Timers: a binary heap of flow indices, ordered by the deadline that each had
+# when it was last moved ("due"). A deadline that moved later since is found
+# out when it comes up, and the flow sinks; so acknowledgements, which push a
+# deadline all the time, do not touch the heap.
+
+cdef inline uint64_t due(Plane *p, uint32_t pos) noexcept nogil:
+    return p.flows[p.heap[pos]].last_due
+
+
+cdef inline void heap_put(Plane *p, uint32_t pos, uint32_t i) noexcept nogil:
+    p.heap[pos] = i
+    p.flows[i].heap_pos = pos
+
+
+cdef void heap_up(Plane *p, uint32_t pos) noexcept nogil:
+    cdef uint32_t i = p.heap[pos], parent
+    while pos:
+        parent = (pos - 1) >> 1
+        if due(p, parent) <= p.flows[i].last_due:
+            break
+        heap_put(p, pos, p.heap[parent])
+        pos = parent
+    heap_put(p, pos, i)
+
+
+cdef void heap_down(Plane *p, uint32_t pos) noexcept nogil:
+    cdef uint32_t i = p.heap[pos], child
+    while True:
+        child = 2 * pos + 1
+        if child >= p.heap_size:
+            break
+        if child + 1 < p.heap_size and due(p, child + 1) < due(p, child):
+            child += 1
+        if p.flows[i].last_due <= due(p, child):
+            break
+        heap_put(p, pos, p.heap[child])
+        pos = child
+    heap_put(p, pos, i)
+
+
+cdef void heap_remove(Plane *p, Flow *f) noexcept nogil:
+    cdef uint32_t pos = f.heap_pos, moved
+    f.heap_pos = NONE
+    p.heap_size -= 1
+    if pos == p.heap_size:
+        return
+    moved = p.heap[p.heap_size]
+    heap_put(p, pos, moved)
+    heap_up(p, pos)
+    heap_down(p, p.flows[moved].heap_pos)
+
+
+cdef void flow_deadline(Plane *p, Flow *f, uint64_t when) noexcept nogil:
+    """Set the time (ms) at which the flow wants attention; 0: never."""
+    f.deadline = when
+    if when == 0:
+        return
+    if f.heap_pos == NONE:
+        f.last_due = when
+        heap_put(p, p.heap_size, flow_index(p, f))
+        p.heap_size += 1
+        heap_up(p, f.heap_pos)
+    elif when < f.last_due:
+        f.last_due = when
+        heap_up(p, f.heap_pos)
+
+
+cdef Flow *flow_due(Plane *p) noexcept nogil:
+    """A flow whose deadline has passed, its deadline cleared; NULL if none."""
+    cdef Flow *f
+    while p.heap_size and due(p, 0) <= p.now:
+        f = &p.flows[p.heap[0]]
+        if f.deadline > p.now:
+            f.last_due = f.deadline
+            heap_down(p, 0)
+            continue
+        heap_remove(p, f)
+        if f.deadline:
+            f.deadline = 0
+            return f
+    return NULL
+
+
+cdef int timeout_ms(Plane *p) noexcept nogil:
+    """How long the loop may sleep: milliseconds, -1 for ever."""
+    cdef uint64_t left
+    if p.heap_size == 0:
+        return -1
+    if due(p, 0) <= p.now:
+        return 0
+    left = due(p, 0) - p.now
+    return <int>left if left < 0x7FFFFFFF else 0x7FFFFFFF

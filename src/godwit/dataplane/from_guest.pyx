@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy
+
+from godwit.dataplane.datagram cimport ping_from_guest, udp_from_guest
+from godwit.dataplane.host cimport is_link_local6, map_v4
+from godwit.dataplane.packet cimport Packet
+from godwit.dataplane.plane cimport (
+    DROP_FRAGMENT,
+    DROP_MALFORMED,
+    DROP_PROTOCOL,
+    DROP_RARE_FULL,
+    DROP_SHORT,
+    DROP_SOURCE,
+    DROP_UNREACHABLE,
+    ETH_HLEN,
+    HEADERS,
+    MAX_FRAME,
+    RARE_FRAME,
+    RARE_SLOTS,
+    Chain,
+    Plane,
+    RareFrame,
+    drop,
+)
+from godwit.dataplane.sys cimport (
+    IPPROTO_ICMP,
+    IPPROTO_ICMPV6,
+    IPPROTO_TCP,
+    IPPROTO_UDP,
+    be16,
+    iovec,
+    load32_acquire,
+    store32_release,
+    write,
+)
+from godwit.dataplane.tcp cimport tcp_from_guest, tcp_send_pending
+from godwit.dataplane.to_guest cimport IPV4_HLEN, IPV6_HLEN
+from godwit.dataplane.virtqueue cimport (
+    MAX_CHAIN,
+    TX,
+    Queue,
+    queue_active,
+    queue_break,
+    queue_chain,
+    queue_notify_off,
+    queue_notify_on,
+    queue_pending,
+    queue_publish,
+    queue_used,
+)
+
+cdef enum:
+    TX_BATCH = 256
+    ETHERTYPE_IPV4 = 0x0800
+    ETHERTYPE_ARP = 0x0806
+    ETHERTYPE_IPV6 = 0x86DD
+    IPV6_HOP_BY_HOP = 0
+    IPV6_ROUTING = 43
+    IPV6_FRAGMENT = 44
+    IPV6_DESTINATION = 60
+    MAX_EXTENSIONS = 8
+    L4_ROOM = 60            # the header of TCP at its longest, to be had in Packet.header
+    DHCP_SERVER = 67
+    DHCPV6_SERVER = 547
+    ICMP_ECHO = 8
+    ICMPV6_ECHO = 128
+    ICMPV6_ROUTER_SOLICITATION = 133
+    ICMPV6_NEIGHBOUR_ADVERTISEMENT = 136
+
+
+cdef void rare(Plane *p, Packet *k) noexcept nogil:
+    """Hand a whole frame to the control thread."""
+    cdef RareFrame *slot
+    cdef uint32_t head = p.up.head, at = 0
+    cdef uint64_t one = 1
+    cdef size_t skip = k.skip, part
+    cdef int i
+    if head - load32_acquire(&p.up.tail) >= RARE_SLOTS or k.size > RARE_FRAME:
+        drop(p, DROP_RARE_FULL)
+        return
+    slot = &p.up.frames[head % RARE_SLOTS]
+    for i in range(k.count):
+        part = k.iov[i].iov_len
+        if skip >= part:
+            skip -= part
+            continue
+        part -= skip
+        if part > k.size - at:
+            part = k.size - at
+        memcpy(slot.data + at, <uint8_t *>k.iov[i].iov_base + skip, part)
+        at += <uint32_t>part
+        skip = 0
+    slot.size = at
+    store32_release(&p.up.head, head + 1)
+    write(p.rare_event, &one, 8)
+
+
+cdef int parse_ipv4(Plane *p, Packet *k, const uint8_t *ip, uint32_t room) noexcept nogil:
+    """Fill in what is above IP; 0, or the reason to drop the frame plus 1."""
+    cdef uint32_t size, total
+    if room < IPV4_HLEN:
+        return DROP_SHORT + 1
+    size = (ip[0] & 0xF) << 2
+    total = be16(ip + 2)
+    if ip[0] >> 4 != 4 or size < IPV4_HLEN or total < size or total > k.size - ETH_HLEN:
+        return DROP_MALFORMED + 1
+    if be16(ip + 6) & 0x3FFF:
+        return DROP_FRAGMENT + 1
+    k.v6 = False
+    k.proto = ip[9]
+    k.l4 = ETH_HLEN + size
+    k.l4_size = total - size
+    map_v4(k.saddr, ip + 12)
+    map_v4(k.daddr, ip + 16)
+    return 0
+
+
+cdef int parse_ipv6(Plane *p, Packet *k, const uint8_t *ip, uint32_t room) noexcept nogil:
+    cdef uint32_t total, at = IPV6_HLEN, size
+    cdef int i
+    cdef uint8_t following
+    if room < IPV6_HLEN:
+        return DROP_SHORT + 1
+    total = be16(ip + 4)
+    if ip[0] >> 4 != 6 or total > k.size - ETH_HLEN - IPV6_HLEN:
+        return DROP_MALFORMED + 1
+    total += IPV6_HLEN
+    following = ip[6]
+    for i in range(MAX_EXTENSIONS):
+        if following == IPV6_FRAGMENT:
+            return DROP_FRAGMENT + 1
+        if following != IPV6_HOP_BY_HOP and following != IPV6_ROUTING and following != IPV6_DESTINATION:
+            break
+        if at + 8 > total or at + 8 > room:
+            return DROP_SHORT + 1
+        following = ip[at]
+        size = (<uint32_t>ip[at + 1] + 1) << 3
+        at += size
+        if at > total or at > room:
+            return DROP_MALFORMED + 1
+    k.v6 = True
+    k.proto = following
+    k.l4 = ETH_HLEN + at
+    k.l4_size = total - at
+    memcpy(k.saddr, ip + 8, 16)
+    memcpy(k.daddr, ip + 24, 16)
+    return 0
+
+
+cdef bint observe(Plane *p, Packet *k) noexcept nogil:
+    """Note the address that the guest uses. False: it cannot be the guest's."""
+    cdef const uint8_t *a = k.saddr
+    cdef int i
+    cdef uint8_t any_bit = 0
+    if not k.v6:
+        if a[12] == 0:
+            return True     # 0.0.0.0 while it has none: DHCP
+        if a[12] == 127 or a[12] >= 224:
+            return False
+        if memcmp(p.seen4, a, 16) != 0:
+            memcpy(p.seen4, a, 16)
+        return True
+    if a[0] == 0xFF:
+        return False
+    if is_link_local6(a):
+        if memcmp(p.seen6_ll, a, 16) != 0:
+            memcpy(p.seen6_ll, a, 16)
+        return True
+    for i in range(15):
+        any_bit |= a[i]
+    if any_bit == 0:
+        return a[15] == 0   # "::" while it has none; "::1" is nobody's on a wire
+    if memcmp(p.seen6, a, 16) != 0:
+        memcpy(p.seen6, a, 16)
+    return True
+
+
+cdef bint is_multicast(Packet *k) noexcept nogil:
+    if k.v6:
+        return k.daddr[0] == 0xFF
+    return k.daddr[12] >= 224
+
+
+cdef void frame(Plane *p, Packet *k) noexcept nogil:
+    """One Ethernet frame, its first bytes in k.header."""
+    cdef const uint8_t *e = k.header
+    cdef const uint8_t *l4
+    cdef uint32_t have = k.size if k.size < HEADERS else HEADERS
+    cdef uint16_t kind, port
+    cdef int reason
+    if k.size < ETH_HLEN:
+        drop(p, DROP_SHORT)
+        return
+    if e[6] & 1:
+        drop(p, DROP_SOURCE)
+        return
+    if memcmp(p.config.guest_mac, e + 6, 6) != 0 or not p.config.guest_mac_known:
+        memcpy(p.config.guest_mac, e + 6, 6)
+        p.config.guest_mac_known = True
+    kind = be16(e + 12)
+    if kind == ETHERTYPE_ARP:
+        rare(p, k)
+        return
+    if kind == ETHERTYPE_IPV4 and p.config.has_v4:
+        reason = parse_ipv4(p, k, e + ETH_HLEN, have - ETH_HLEN)
+    elif kind == ETHERTYPE_IPV6 and p.config.has_v6:
+        reason = parse_ipv6(p, k, e + ETH_HLEN, have - ETH_HLEN)
+    else:
+        reason = DROP_PROTOCOL + 1
+    if reason:
+        drop(p, reason - 1)
+        return
+    if not observe(p, k):
+        drop(p, DROP_SOURCE)
+        return
+    # The whole header above IP is in the copy, or is not there at all.
+    if k.l4 + (L4_ROOM if k.l4_size > L4_ROOM else k.l4_size) > HEADERS:
+        drop(p, DROP_MALFORMED)
+        return
+    l4 = k.header + k.l4
+    if k.proto == IPPROTO_TCP and not p.config.no_tcp:
+        if is_multicast(k):
+            drop(p, DROP_UNREACHABLE)
+            return
+        tcp_from_guest(p, k)
+    elif k.proto == IPPROTO_UDP and not p.config.no_udp:
+        port = be16(l4 + 2) if k.l4_size >= 8 else 0
+        if port == (DHCPV6_SERVER if k.v6 else DHCP_SERVER) or is_multicast(k):
+            rare(p, k)
+        else:
+            udp_from_guest(p, k)
+    elif k.proto == (IPPROTO_ICMPV6 if k.v6 else IPPROTO_ICMP) and k.l4_size >= 8:
+        if k.v6 and ICMPV6_ROUTER_SOLICITATION <= l4[0] <= ICMPV6_NEIGHBOUR_ADVERTISEMENT:
+            rare(p, k)
+        elif l4[0] == (ICMPV6_ECHO if k.v6 else ICMP_ECHO) and not is_multicast(k) and not p.config.no_icmp:
+            ping_from_guest(p, k)
+        else:
+            drop(p, DROP_PROTOCOL)
+    else:
+        drop(p, DROP_PROTOCOL)
+
+
+cdef bint chain_to_packet(Plane *p, Chain *c, Packet *k) noexcept nogil:
+    """Copy the frame's first bytes; False if it is no frame at all."""
+    cdef size_t skip = p.vnet_size, part, at = 0, want
+    cdef int i
+    if c.total < p.vnet_size or c.total - p.vnet_size > MAX_FRAME:
+        drop(p, DROP_SHORT if c.total < p.vnet_size else DROP_MALFORMED)
+        return False
+    k.size = <uint32_t>(c.total - p.vnet_size)
+    k.iov = c.iov
+    k.count = c.count
+    k.skip = p.vnet_size
+    k.payload = k.payload_size = 0
+    want = k.size if k.size < HEADERS else HEADERS
+    for i in range(c.count):
+        if at == want:
+            break
+        part = c.iov[i].iov_len
+        if skip >= part:
+            skip -= part
+            continue
+        part -= skip
+        if part > want - at:
+            part = want - at
+        memcpy(k.header + at, <uint8_t *>c.iov[i].iov_base + skip, part)
+        at += part
+        skip = 0
+    return True
+
+
+cdef void frames_from_guest(Plane *p) noexcept nogil:
+    cdef Queue *q = &p.queues[TX]
+    cdef Chain *c = &p.chain
+    cdef Packet k
+    cdef int pending, i, n, done = 0
+    p.tx_again = False
+    if not queue_active(q):
+        return
+    queue_notify_off(q)
+    while done < TX_BATCH:
+        pending = queue_pending(q)
+        if pending < 0:
+            queue_break(q)
+            break
+        if pending == 0:
+            if queue_notify_on(q, &p.mem):
+                queue_notify_off(q)
+                continue
+            break
+        for i in range(pending):
+            n = queue_chain(q, &p.mem, 0, False, c.iov, c.guest_addr, MAX_CHAIN, &c.head, &c.total)
+            if n < 0:
+                queue_break(q)
+                break
+            c.count = n
+            q.last_avail += 1
+            p.counters.frames_from_guest += 1
+            if chain_to_packet(p, c, &k):
+                frame(p, &k)
+            queue_used(q, c.head, 0)
+            done += 1
+            if done == TX_BATCH:
+                break
+        if q.broken:
+            break
+    if done == TX_BATCH:
+        p.tx_again = True
+    # Payload still refers to the guest's buffers: send it before they go back.
+    tcp_send_pending(p)
+    queue_publish(q, &p.mem)

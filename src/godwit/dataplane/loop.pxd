@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The data plane's thread: one loop over kicks, sockets and timers."""
+
+from libc.stdint cimport uint64_t
+
+from godwit.dataplane.plane cimport Plane
+
+# Runs until p.stop_wanted; 0, or a negative error number.
+cdef int loop_run(Plane *p) noexcept nogil
+cdef void loop_wake(Plane *p) noexcept nogil
+cdef uint64_t clock_ms() noexcept nogil

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The data plane's thread.
+
+One turn: wait; take the events; run the timers that are due; settle the flows
+that were touched; give receive buffers to those that wait for them; publish
+the used entries. The control thread's wish to change something is granted at
+the end of a turn, when nothing is half done: the thread is then *parked* until
+it is let go.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from godwit.dataplane.datagram cimport datagram_from_sock, datagram_timer
+from godwit.dataplane.flow cimport (
+    WATCH_FLOW,
+    WATCH_KICK,
+    WATCH_LISTENER,
+    WATCH_WAKE,
+    flow_due,
+    flow_release,
+    flow_unwait,
+    timeout_ms,
+)
+from godwit.dataplane.from_guest cimport frames_from_guest
+from godwit.dataplane.plane cimport (
+    FF_RING_WAIT,
+    FF_TOUCHED,
+    FLOW_DEAD,
+    FLOW_FREE,
+    FLOW_TCP,
+    NONE,
+    RARE_SLOTS,
+    Flow,
+    Plane,
+    RareFrame,
+)
+from godwit.dataplane.sys cimport (
+    CLOCK_MONOTONIC,
+    EINTR,
+    clock_gettime,
+    epoll_event,
+    epoll_wait,
+    errno,
+    load32_acquire,
+    read,
+    sem_post,
+    sem_wait,
+    store32_release,
+    timespec,
+    write,
+)
+from godwit.dataplane.tcp cimport tcp_accept, tcp_from_sock, tcp_settle, tcp_timer
+from godwit.dataplane.to_guest cimport frame_to_guest
+from godwit.dataplane.virtqueue cimport (
+    RX,
+    TX,
+    Queue,
+    queue_active,
+    queue_notify_off,
+    queue_notify_on,
+    queue_publish,
+)
+
+cdef enum:
+    EVENTS = 64
+    RING_ROUNDS = 8
+
+
+cdef uint64_t clock_ms() noexcept nogil:
+    cdef timespec ts
+    clock_gettime(CLOCK_MONOTONIC, &ts)
+    return <uint64_t>ts.tv_sec * 1000 + ts.tv_nsec // 1000000
+
+
+cdef void loop_wake(Plane *p) noexcept nogil:
+    cdef uint64_t one = 1
+    write(p.wake, &one, 8)
+
+
+cdef void frames_from_control(Plane *p) noexcept nogil:
+    cdef uint32_t tail = p.down.tail
+    cdef RareFrame *slot
+    while tail != load32_acquire(&p.down.head):
+        slot = &p.down.frames[tail % RARE_SLOTS]
+        frame_to_guest(p, slot.data, slot.size)
+        tail += 1
+        store32_release(&p.down.tail, tail)
+
+
+cdef void settle(Plane *p) noexcept nogil:
+    cdef uint32_t i
+    cdef Flow *f
+    while p.touched != NONE:
+        i = p.touched
+        f = &p.flows[i]
+        p.touched = f.touched_next
+        f.flags &= ~FF_TOUCHED
+        if f.kind == FLOW_DEAD:
+            flow_release(p, f)
+        else:
+            tcp_settle(p, f)
+
+
+cdef void serve_ring_waiters(Plane *p) noexcept nogil:
+    """Each flow that waits for receive buffers gets a turn, in order."""
+    cdef uint32_t last = p.ring_wait_tail, i
+    cdef Flow *f
+    if not queue_active(&p.queues[RX]):
+        return
+    while p.ring_wait != NONE:
+        i = p.ring_wait
+        f = &p.flows[i]
+        flow_unwait(p, f)
+        if f.kind == FLOW_TCP:
+            tcp_settle(p, f)
+        else:
+            datagram_from_sock(p, f)
+        # One that got nothing waits again, at the end: so will the others.
+        if i == last or f.flags & FF_RING_WAIT:
+            return
+
+
+cdef void flow_event(Plane *p, uint64_t data, uint32_t events) noexcept nogil:
+    cdef uint32_t i = <uint32_t>data
+    cdef Flow *f
+    if i >= p.used_flows:
+        return
+    f = &p.flows[i]
+    # An event of the same turn may have closed the flow and reused its slot.
+    if f.generation & 0xFFFFFF != (data >> 32) & 0xFFFFFF:
+        return
+    if f.kind == FLOW_TCP:
+        tcp_from_sock(p, f, events)
+    elif f.kind != FLOW_DEAD and f.kind != FLOW_FREE:
+        datagram_from_sock(p, f)
+
+
+cdef void finish_turn(Plane *p) noexcept nogil:
+    """Serve those that wait for receive buffers, and publish what was used."""
+    cdef Queue *q = &p.queues[RX]
+    cdef int i
+    if not queue_active(q):
+        return
+    for i in range(RING_ROUNDS):
+        serve_ring_waiters(p)
+        settle(p)
+        queue_publish(q, &p.mem)
+        if p.ring_wait == NONE:
+            queue_notify_off(q)
+            return
+        if not queue_notify_on(q, &p.mem):
+            return
+    p.tx_again = True   # the guest adds buffers all the time: others first, then again
+
+
+cdef int loop_run(Plane *p) noexcept nogil:
+    cdef epoll_event events[EVENTS]
+    cdef int n, i, kind
+    cdef uint64_t data, ignored
+    cdef bint woken
+    cdef Flow *f
+    while True:
+        n = epoll_wait(p.epfd, events, EVENTS, 0 if p.tx_again else timeout_ms(p))
+        if n < 0 and errno != EINTR:
+            return -errno
+        p.now = clock_ms()
+        woken = False
+        if p.tx_again:
+            frames_from_guest(p)
+        for i in range(n):
+            data = events[i].data.u64
+            kind = <int>(data >> 56)
+            if kind == WATCH_FLOW:
+                flow_event(p, data, events[i].events)
+            elif kind == WATCH_KICK:
+                if <uint32_t>data == TX:
+                    frames_from_guest(p)
+                # A kick of the receive ring: those that wait are served below.
+            elif kind == WATCH_LISTENER:
+                if <int>data < p.listener_count and p.listeners[<int>data].fd >= 0:
+                    tcp_accept(p, &p.listeners[<int>data])
+            elif kind == WATCH_WAKE:
+                read(p.wake, &ignored, 8)
+                woken = True
+        if woken:
+            frames_from_control(p)
+        f = flow_due(p)
+        while f != NULL:
+            if f.kind == FLOW_TCP:
+                tcp_timer(p, f)
+            else:
+                datagram_timer(p, f)
+            f = flow_due(p)
+        settle(p)
+        finish_turn(p)
+        if woken:
+            if p.stop_wanted:
+                return 0
+            if p.park_wanted:
+                p.park_wanted = False
+                sem_post(&p.parked)
+                while sem_wait(&p.resume) != 0:
+                    pass
+                p.now = clock_ms()
+                # What control changed may have made something possible.
+                frames_from_guest(p)
+                settle(p)
+                finish_turn(p)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The state of one data plane: one guest, one thread, no locks.
+
+Only the data plane's thread touches any of this while it runs; the control
+thread does so while that thread is parked (see ``loop.pyx``).
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from godwit.dataplane.memory cimport Memory
+from godwit.dataplane.sys cimport iovec, sem_t
+from godwit.dataplane.virtqueue cimport MAX_CHAIN, QUEUES, Chain, Queue
+
+cdef enum:
+    NONE = 0xFFFFFFFFU      # no flow: end of a list, no place in the heap
+    MAX_MAPS = 8
+    RARE_SLOTS = 64
+    RARE_FRAME = 2048       # bytes; rare frames (ARP, DHCP, NDP) are small
+    ETH_HLEN = 14
+    HEADERS = 256           # vnet, Ethernet, IP with extensions, TCP with options
+    MAX_FRAME = 14 + 40 + 65535    # Ethernet, IPv6, and the longest payload that it can state
+    MAX_RX_CHAINS = 1024    # a 64 KiB frame in the smallest buffers that a guest would use
+
+# Why a frame from either side went nowhere. Names in DROP_NAMES, flow.pyx.
+cdef enum Drop:
+    DROP_SHORT              # too short for its own headers
+    DROP_MALFORMED          # headers that contradict themselves
+    DROP_FRAGMENT
+    DROP_PROTOCOL           # no such protocol here
+    DROP_SOURCE             # a source address that cannot be the guest's
+    DROP_NO_FLOW            # a segment of no known connection (a reset is sent)
+    DROP_WINDOW             # outside the receive window, or a gap before it
+    DROP_TABLE_FULL
+    DROP_NO_SOCKET          # the host gave no socket
+    DROP_RING_FULL          # no buffer in the guest's receive queue
+    DROP_RARE_FULL          # the control thread is behind with rare frames
+    DROP_SEND               # the host's socket took it not
+    DROP_UNREACHABLE        # an address that is not to be reached from here
+    DROPS
+
+cdef enum FlowKind:
+    FLOW_FREE = 0
+    FLOW_TCP
+    FLOW_UDP
+    FLOW_PING
+    FLOW_DEAD               # closed, its slot is released once nothing refers to it
+
+# A TCP flow's state: what was seen on either side. These are the bits of the
+# published device-state stream (version 2), so that they move as they are.
+cdef enum Event:
+    EV_ACCEPTED = 0x01      # opened from outside: accepted on the host
+    EV_SYN_FROM_GUEST = 0x02
+    EV_ESTABLISHED = 0x04
+    EV_FIN_FROM_SOCK = 0x08
+    EV_FIN_TO_SOCK = 0x10
+    EV_FIN_FROM_GUEST = 0x20
+    EV_FIN_TO_GUEST = 0x40
+    EV_FIN_ACKED = 0x80     # the guest acknowledged that FIN
+
+cdef enum FlowFlag:
+    FF_V6 = 0x0001
+    FF_FROM_GUEST = 0x0002  # the guest opened it
+    FF_ACK_DUE = 0x0004     # the guest waits for an acknowledgement
+    FF_TOUCHED = 0x0008     # in the list to be settled at the end of the batch
+    FF_RING_WAIT = 0x0010   # in the list that waits for receive buffers
+    FF_MORE = 0x0020        # the socket may have data that did not fit window or ring
+    FF_EOF = 0x0040         # the kernel said that the peer's FIN has come
+    FF_SHORT = 0x0080       # the socket took less than the guest sent
+    FF_RESET_DUE = 0x0100   # tell the guest, then close
+    FF_FAST_DONE = 0x0200   # fast retransmission done for this window
+    FF_SYN_DUE = 0x0400     # SYN or SYN,ACK waits for a receive buffer
+    FF_CONNECTING = 0x0800
+    FF_HELD = 0x1000        # frozen: not a byte moves until it is resumed
+    FF_FIN_KNOWN = 0x4000   # seq_fin is valid
+    FF_DUP_ACKS = 0x8000    # send three acknowledgements, for a fast retransmission
+    FF_WINDOW_LOW = 0x10000 # "writable" from the socket is worth a window update
+
+cdef struct Flow:
+    uint8_t kind
+    uint8_t events
+    int sock
+    uint32_t flags
+    uint32_t generation     # odd/even use does not matter; changes at each release
+    uint32_t hash_next      # next in the bucket; next free slot when free
+    uint32_t touched_next
+    uint32_t wait_next      # the list that waits for receive buffers
+    uint32_t wait_prev
+    uint32_t heap_pos
+    uint64_t deadline       # ms, CLOCK_MONOTONIC; 0: none
+    uint64_t last_due       # its key in the heap: the deadline when it was last moved
+    uint64_t last_active    # ms
+    # Who talks to whom. On the guest's side "our" is the peer as the guest sees it.
+    uint8_t guest_addr[16]
+    uint8_t our_addr[16]
+    uint8_t remote_addr[16]
+    uint8_t local_addr[16]  # of the host's socket; known after a load, else asked at a save
+    uint16_t guest_port     # ICMP: the identifier
+    uint16_t our_port
+    uint16_t remote_port
+    uint16_t local_port
+    # TCP. Sequence numbers are those between guest and us.
+    uint32_t seq_to_guest       # next to send
+    uint32_t seq_max_to_guest   # highest ever sent + 1 (differs during retransmission)
+    uint32_t seq_ack_from_guest # first not acknowledged by the guest
+    uint32_t seq_from_guest     # next expected
+    uint32_t seq_ack_to_guest   # last acknowledged by us
+    uint32_t seq_init_from_guest
+    uint32_t seq_fin            # of our FIN to the guest, if FF_FIN_KNOWN
+    uint32_t acked              # acknowledged by the guest, still in the socket's queue
+    uint32_t window             # the guest's, bytes from seq_ack_from_guest
+    uint32_t edge               # right edge of the window that the guest was given
+    uint32_t granted            # its size when it was last computed
+    uint16_t mss                # towards the guest
+    uint16_t frames_seen        # frames_from_guest, its low bits, at the last retransmission
+    uint16_t wnd_sent           # the window field of the last segment
+    uint8_t ws_from_guest
+    uint8_t ws_to_guest
+    uint8_t retries
+    uint8_t dup_acks
+
+cdef struct AddrMap:
+    uint8_t guest[16]       # as the guest names it
+    uint8_t host[16]        # as the host knows it
+    uint16_t port           # 0: any
+    uint32_t scope          # interface of a link-local host address
+
+cdef struct Listener:
+    int fd
+    uint16_t guest_port
+    bint v6
+
+cdef struct RareFrame:
+    uint32_t size
+    uint8_t data[RARE_FRAME]
+
+# Frames on the way between the data plane and the control thread: one writer,
+# one reader, indices published with release and read with acquire.
+cdef struct RareRing:
+    uint32_t head
+    uint32_t tail
+    RareFrame frames[RARE_SLOTS]
+
+cdef struct Config:
+    uint8_t our_mac[6]
+    uint8_t guest_mac[6]
+    bint guest_mac_known
+    bint has_v4
+    bint has_v6
+    bint no_tcp
+    bint no_udp
+    bint no_icmp
+    uint8_t addr4[16]       # the guest's, v4-mapped
+    uint8_t addr6[16]
+    uint8_t our_ll[16]      # our link-local address: the router as the guest sees it
+    uint32_t ifindex        # scope of link-local peers
+    uint16_t mtu
+    int map_count
+    AddrMap maps[MAX_MAPS]
+
+# Payload of consecutive segments of one flow, handed over in one sendmsg.
+cdef struct Send:
+    uint32_t flow
+    int count
+    uint32_t bytes
+    iovec iov[MAX_CHAIN]
+
+# Receive buffers picked for one frame to the guest.
+cdef struct RxBuf:
+    int chains
+    int count               # of iov
+    uint32_t capacity       # bytes, with the vnet header
+    uint16_t heads[MAX_RX_CHAINS]
+    uint32_t sizes[MAX_RX_CHAINS]
+    iovec iov[MAX_CHAIN]
+    uint64_t guest_addr[MAX_CHAIN]
+    iovec view[MAX_CHAIN]   # the part of iov that takes payload
+
+cdef struct Counters:
+    uint64_t frames_from_guest
+    uint64_t frames_to_guest
+    uint64_t bytes_from_guest   # TCP payload
+    uint64_t bytes_to_guest
+    uint64_t retransmits
+    uint64_t flows_opened
+    uint64_t flows_reset
+    uint64_t drops[DROPS]
+
+cdef struct Plane:
+    Memory mem
+    Queue queues[QUEUES]
+    uint64_t features           # as acknowledged by the driver
+    uint32_t vnet_size          # 12 with VERSION_1 or MRG_RXBUF, else 10
+    bint mergeable
+    bint guest_csum             # the guest takes frames without a checksum
+    bint guest_tso4
+    bint guest_tso6
+    Config config
+    # what the guest was seen to use
+    uint8_t seen4[16]
+    uint8_t seen6[16]
+    uint8_t seen6_ll[16]
+    # flows
+    Flow *flows
+    uint32_t max_flows
+    uint32_t used_flows         # slots ever used
+    uint32_t open_flows
+    uint32_t free_head
+    uint32_t *buckets
+    uint32_t bucket_mask
+    uint64_t hash_key[2]
+    uint32_t *heap
+    uint32_t heap_size
+    uint32_t touched            # lists of flows
+    uint32_t ring_wait
+    uint32_t ring_wait_tail
+    # listeners: slots, fd -1 where free
+    Listener *listeners
+    int listener_count
+    # the loop
+    int epfd
+    int wake                    # eventfd: the control thread wants something
+    int rare_event              # eventfd: frames wait for the control thread
+    uint64_t now                # ms
+    bint park_wanted
+    bint stop_wanted
+    bint tx_again               # the transmit ring was left with work
+    bint peek_offset            # the kernel has SO_PEEK_OFF for TCP
+    sem_t parked
+    sem_t resume
+    RareRing up
+    RareRing down
+    Send send
+    Chain chain
+    RxBuf rx
+    Counters counters
+    uint8_t scratch[65536]      # what of a datagram does not fit the buffers first picked
+
+
+cdef inline void drop(Plane *p, int reason) noexcept nogil:
+    """Count a frame that goes nowhere."""
+    p.counters.drops[reason] += 1

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The system calls and constants that the data plane uses, by header."""
+
+from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef extern from "<errno.h>" nogil:
+    int errno
+    enum:
+        EAGAIN
+        EINTR
+        EINPROGRESS
+        EINVAL
+        ENOBUFS
+        ENOMEM
+        EMFILE
+        ENFILE
+        EPIPE
+        ECONNREFUSED
+        EACCES
+        EPERM
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+    int dup(int fd)
+    ssize_t read(int fd, void *buf, size_t n)
+    ssize_t write(int fd, const void *buf, size_t n)
+
+cdef extern from "<fcntl.h>" nogil:
+    int fcntl(int fd, int cmd, ...)
+    enum:
+        F_DUPFD_CLOEXEC
+
+cdef extern from "<sys/stat.h>" nogil:
+    ctypedef long off_t
+    cdef struct stat_t "stat":
+        off_t st_size
+    int fstat(int fd, stat_t *st)
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *addr, size_t n, int prot, int flags, int fd, off_t offset)
+    int munmap(void *addr, size_t n)
+    void *MAP_FAILED
+    enum:
+        PROT_READ
+        PROT_WRITE
+        MAP_SHARED
+        MAP_PRIVATE
+        MAP_ANONYMOUS
+        MAP_NORESERVE
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initval, int flags)
+    enum:
+        EFD_NONBLOCK
+        EFD_CLOEXEC
+
+cdef extern from "<sys/random.h>" nogil:
+    ssize_t getrandom(void *buf, size_t n, unsigned int flags)
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int fd, unsigned long request, ...)
+
+cdef extern from "<linux/sockios.h>" nogil:
+    enum:
+        SIOCOUTQ
+        SIOCINQ
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    cdef struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *ev)
+    int epoll_wait(int epfd, epoll_event *ev, int n, int timeout)
+    enum:
+        EPOLLIN
+        EPOLLOUT
+        EPOLLRDHUP
+        EPOLLERR
+        EPOLLHUP
+        EPOLLET "((uint32_t)EPOLLET)"
+        EPOLL_CLOEXEC
+        EPOLL_CTL_ADD
+        EPOLL_CTL_DEL
+
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long n, int timeout)
+    enum:
+        POLLOUT
+
+cdef extern from "<semaphore.h>" nogil:
+    ctypedef struct sem_t:
+        pass
+    int sem_init(sem_t *s, int pshared, unsigned int value)
+    int sem_destroy(sem_t *s)
+    int sem_post(sem_t *s)
+    int sem_wait(sem_t *s)
+
+cdef extern from "<time.h>" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec *ts)
+    enum:
+        CLOCK_MONOTONIC
+
+cdef extern from "<sys/socket.h>" nogil:
+    ctypedef unsigned int socklen_t
+    cdef struct sockaddr:
+        unsigned short sa_family
+    cdef struct sockaddr_storage:
+        unsigned short ss_family
+    cdef struct msghdr:
+        void *msg_name
+        socklen_t msg_namelen
+        iovec *msg_iov
+        size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
+        int msg_flags
+    cdef struct linger_t "linger":
+        int l_onoff
+        int l_linger
+    int socket(int domain, int type, int protocol)
+    int bind(int fd, const sockaddr *addr, socklen_t n)
+    int connect(int fd, const sockaddr *addr, socklen_t n)
+    int accept4(int fd, sockaddr *addr, socklen_t *n, int flags)
+    int shutdown(int fd, int how)
+    int getsockname(int fd, sockaddr *addr, socklen_t *n)
+    int getpeername(int fd, sockaddr *addr, socklen_t *n)
+    int getsockopt(int fd, int level, int opt, void *val, socklen_t *n)
+    int setsockopt(int fd, int level, int opt, const void *val, socklen_t n)
+    ssize_t recv(int fd, void *buf, size_t n, int flags)
+    ssize_t send(int fd, const void *buf, size_t n, int flags)
+    ssize_t sendmsg(int fd, const msghdr *msg, int flags)
+    ssize_t recvmsg(int fd, msghdr *msg, int flags)
+    enum:
+        AF_INET
+        AF_INET6
+        SOCK_STREAM
+        SOCK_DGRAM
+        SOCK_NONBLOCK
+        SOCK_CLOEXEC
+        SOL_SOCKET
+        SO_ERROR
+        SO_LINGER
+        SO_REUSEADDR
+        SO_KEEPALIVE
+        SO_PEEK_OFF
+        SO_SNDBUF
+        SHUT_WR
+        MSG_DONTWAIT
+        MSG_NOSIGNAL
+        MSG_PEEK
+        MSG_TRUNC
+
+cdef extern from "<linux/tcp.h>" nogil:
+    enum:
+        TCP_NODELAY
+
+cdef extern from "<netinet/in.h>" nogil:
+    cdef struct in_addr:
+        uint32_t s_addr
+    cdef struct sockaddr_in:
+        unsigned short sin_family
+        uint16_t sin_port
+        in_addr sin_addr
+    cdef struct in6_addr:
+        uint8_t s6_addr[16]
+    cdef struct sockaddr_in6:
+        unsigned short sin6_family
+        uint16_t sin6_port
+        uint32_t sin6_flowinfo
+        in6_addr sin6_addr
+        uint32_t sin6_scope_id
+    enum:
+        IPPROTO_TCP
+        IPPROTO_UDP
+        IPPROTO_ICMP
+        IPPROTO_ICMPV6
+        IPPROTO_IPV6
+        IPV6_V6ONLY
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <string.h>
+    #include <sys/socket.h>
+    #ifndef SO_MEMINFO
+    #define SO_MEMINFO 55
+    #endif
+    #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    #error "godwit's virtqueues are written for little-endian hosts"
+    #endif
+    static inline uint16_t gw_be16(const void *p)
+    { uint16_t v; memcpy(&v, p, 2); return __builtin_bswap16(v); }
+    static inline uint32_t gw_be32(const void *p)
+    { uint32_t v; memcpy(&v, p, 4); return __builtin_bswap32(v); }
+    static inline void gw_put16(void *p, uint16_t v)
+    { v = __builtin_bswap16(v); memcpy(p, &v, 2); }
+    static inline void gw_put32(void *p, uint32_t v)
+    { v = __builtin_bswap32(v); memcpy(p, &v, 4); }
+    static inline uint16_t gw_load16_acquire(const void *p)
+    { return __atomic_load_n((const uint16_t *)p, __ATOMIC_ACQUIRE); }
+    static inline uint16_t gw_load16(const void *p)
+    { return __atomic_load_n((const uint16_t *)p, __ATOMIC_RELAXED); }
+    static inline void gw_store16_release(void *p, uint16_t v)
+    { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE); }
+    static inline void gw_store16(void *p, uint16_t v)
+    { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELAXED); }
+    static inline void gw_fence(void)
+    { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+    static inline void gw_or8(void *p, uint8_t v)
+    { __atomic_fetch_or((uint8_t *)p, v, __ATOMIC_RELAXED); }
+    static inline uint32_t gw_load32_acquire(const void *p)
+    { return __atomic_load_n((const uint32_t *)p, __ATOMIC_ACQUIRE); }
+    static inline void gw_store32_release(void *p, uint32_t v)
+    { __atomic_store_n((uint32_t *)p, v, __ATOMIC_RELEASE); }
+    """
+    enum:
+        SO_MEMINFO
+    uint16_t be16 "gw_be16"(const void *p) nogil
+    uint32_t be32 "gw_be32"(const void *p) nogil
+    void put16 "gw_put16"(void *p, uint16_t v) nogil
+    void put32 "gw_put32"(void *p, uint32_t v) nogil
+    uint16_t load16_acquire "gw_load16_acquire"(const void *p) nogil
+    uint16_t load16 "gw_load16"(const void *p) nogil
+    void store16_release "gw_store16_release"(void *p, uint16_t v) nogil
+    void store16 "gw_store16"(void *p, uint16_t v) nogil
+    void fence "gw_fence"() nogil
+    void or8 "gw_or8"(void *p, uint8_t v) nogil
+    uint32_t load32_acquire "gw_load32_acquire"(const void *p) nogil
+    void store32_release "gw_store32_release"(void *p, uint32_t v) nogil
+
+
+cdef inline bint before(uint32_t a, uint32_t b) noexcept nogil:
+    """Whether sequence number a comes before b (RFC 9293, 3.4: modulo 2^32)."""
+    return <int>(a - b) < 0

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""TCP between the guest's segments and a host socket (RFC 9293)."""
+
+from libc.stdint cimport uint32_t
+
+from godwit.dataplane.packet cimport Packet
+from godwit.dataplane.plane cimport Flow, Listener, Plane
+
+cdef enum:
+    TCP_FIN = 0x01
+    TCP_SYN = 0x02
+    TCP_RST = 0x04
+    TCP_PSH = 0x08
+    TCP_ACK = 0x10
+    TCP_HLEN = 20
+
+cdef void tcp_from_guest(Plane *p, Packet *k) noexcept nogil
+cdef void tcp_send_pending(Plane *p) noexcept nogil
+cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil
+cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil
+cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil
+cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil
+# Reset both sides; the guest's as soon as its ring has room.
+cdef void tcp_reset(Plane *p, Flow *f) noexcept nogil
+cdef void tcp_abort(Plane *p, Flow *f) noexcept nogil
+# Take from the socket's queue what the guest has acknowledged.
+cdef void tcp_discard(Plane *p, Flow *f) noexcept nogil
+cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil

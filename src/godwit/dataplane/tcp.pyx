@@ -1,0 +1,1045 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""TCP between the guest's segments and a host socket (RFC 9293).
+
+Theory of operation. godwit stands for the peer towards the guest, and for the
+guest towards the peer, and buffers nothing: the queues of the host's socket
+are the buffers.
+
+*From the guest*: the payload of in-order segments goes from guest memory into
+the socket; what the socket took is acknowledged to the guest, no more. The
+window that the guest is given is the free room in the socket's send buffer.
+When that gets short the socket is polled for writability, which also makes
+the kernel enlarge the buffer as the congestion window grows, and the event
+that says "writable again" sends the guest a window update.
+
+*To the guest*: data is peeked from the socket's receive queue straight into
+the guest's buffers, at the offset of what is in flight (SO_PEEK_OFF), as far
+as the guest's window goes. Only when the guest has acknowledged it is it taken
+from the queue. So the peer's window is closed by a guest that does not read,
+and a retransmission is another peek.
+
+A flow's state is `events` (plane.pxd): which of SYN, established, FIN was seen
+on which side. Nothing is answered while a batch of frames is worked on; each
+flow touched is settled once at its end: discard, send, acknowledge, timer.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
+
+from godwit.dataplane.flow cimport (
+    flow_close,
+    flow_deadline,
+    flow_find,
+    flow_index,
+    flow_new,
+    flow_touch,
+    flow_unwait,
+    flow_wait_ring,
+    flow_watch,
+    keyed_hash,
+)
+from godwit.dataplane.host cimport (
+    get_sockaddr,
+    is_link_local6,
+    is_v4,
+    put_sockaddr,
+    to_guest_name,
+    to_host,
+)
+from godwit.dataplane.packet cimport Packet, packet_payload
+from godwit.dataplane.plane cimport (
+    DROP_MALFORMED,
+    DROP_NO_FLOW,
+    DROP_NO_SOCKET,
+    DROP_RING_FULL,
+    DROP_SEND,
+    DROP_SHORT,
+    DROP_TABLE_FULL,
+    DROP_UNREACHABLE,
+    DROP_WINDOW,
+    EV_ACCEPTED,
+    EV_ESTABLISHED,
+    EV_FIN_ACKED,
+    EV_FIN_FROM_GUEST,
+    EV_FIN_FROM_SOCK,
+    EV_FIN_TO_GUEST,
+    EV_FIN_TO_SOCK,
+    EV_SYN_FROM_GUEST,
+    FF_ACK_DUE,
+    FF_CONNECTING,
+    FF_DUP_ACKS,
+    FF_EOF,
+    FF_FAST_DONE,
+    FF_FIN_KNOWN,
+    FF_FROM_GUEST,
+    FF_HELD,
+    FF_MORE,
+    FF_RESET_DUE,
+    FF_RING_WAIT,
+    FF_SHORT,
+    FF_SYN_DUE,
+    FF_V6,
+    FF_WINDOW_LOW,
+    FLOW_DEAD,
+    FLOW_TCP,
+    NONE,
+    Flow,
+    Listener,
+    Plane,
+    drop,
+)
+from godwit.dataplane.sys cimport (
+    AF_INET,
+    AF_INET6,
+    EAGAIN,
+    EINPROGRESS,
+    EINTR,
+    EPOLLERR,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLRDHUP,
+    IPPROTO_TCP,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    MSG_PEEK,
+    MSG_TRUNC,
+    POLLOUT,
+    SHUT_WR,
+    SO_ERROR,
+    SO_KEEPALIVE,
+    SO_LINGER,
+    SO_MEMINFO,
+    SO_PEEK_OFF,
+    SOCK_CLOEXEC,
+    SOCK_NONBLOCK,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    TCP_NODELAY,
+    accept4,
+    be16,
+    be32,
+    before,
+    close,
+    connect,
+    errno,
+    getsockopt,
+    iovec,
+    linger_t,
+    msghdr,
+    poll,
+    pollfd,
+    put16,
+    put32,
+    recv,
+    recvmsg,
+    sendmsg,
+    setsockopt,
+    shutdown,
+    sockaddr,
+    sockaddr_storage,
+    socket,
+    socklen_t,
+)
+from godwit.dataplane.to_guest cimport (
+    IPV4_HLEN,
+    IPV6_HLEN,
+    MAX_HEADERS,
+    VNET_GSO_TCPV4,
+    VNET_GSO_TCPV6,
+    put_checksum,
+    put_headers,
+    rx_finish,
+    rx_reserve,
+    rx_view,
+)
+from godwit.dataplane.plane cimport ETH_HLEN
+from godwit.dataplane.virtqueue cimport MAX_CHAIN, RX, queue_active
+
+cdef enum:
+    RTO_FIRST = 1000            # ms; RFC 6298, 2.1: with no sample, one second
+    RTO_MOST = 60000            # RFC 6298, 2.5
+    SYN_RETRIES = 6             # as Linux: given up after about two minutes
+    DATA_RETRIES = 15           # as Linux's tcp_retries2
+    RETRIES_PAUSED = 6          # by then the wait is the longest
+    CONNECT_TIMEOUT = 130000    # ms; the kernel gives up at about 127 s by itself
+    KEEPALIVE_IDLE = 7200000    # ms; RFC 9293, 3.8.4: no less than two hours
+    DUP_ACK_LIMIT = 3           # RFC 5681, 3.2
+    WS_TO_GUEST = 8             # 16 MiB in 16 bits
+    OPT_MSS = 2
+    OPT_WS = 3
+    DEFAULT_MSS4 = 536          # RFC 9293, 3.7.1
+    DEFAULT_MSS6 = 1220
+    MAX_SEGMENT = 65535         # what IP can say of its own length
+    MEMINFO_SNDBUF = 3          # SK_MEMINFO_*, linux/sock_diag.h
+    MEMINFO_WMEM_QUEUED = 5
+    MEMINFO_VARS = 9
+    ACCEPT_BATCH = 64
+
+
+cdef uint32_t initial_seq(Plane *p, Flow *f) noexcept nogil:
+    """RFC 6528: a keyed hash of the connection, plus a clock of 4 us."""
+    return <uint32_t>keyed_hash(p, f.guest_addr, 72) + <uint32_t>(p.now * 250)
+
+
+cdef uint16_t own_mss(Plane *p, bint v6) noexcept nogil:
+    """What we tell the guest that we take: what fits the MTU it was given."""
+    cdef uint32_t mtu = p.config.mtu if p.config.mtu else MAX_SEGMENT
+    return <uint16_t>(mtu - TCP_HLEN - (IPV6_HLEN if v6 else IPV4_HLEN))
+
+
+cdef inline uint32_t in_flight(Flow *f) noexcept nogil:
+    return f.seq_to_guest - f.seq_ack_from_guest
+
+
+# ---- segments to the guest
+
+cdef void put_tcp(uint8_t *t, Flow *f, uint32_t seq, uint8_t flags, uint32_t size) noexcept nogil:
+    memset(t, 0, TCP_HLEN)
+    put16(t, f.our_port)
+    put16(t + 2, f.guest_port)
+    put32(t + 4, seq)
+    t[12] = <uint8_t>(size << 2)
+    t[13] = flags
+    if flags & TCP_ACK:
+        put32(t + 8, f.seq_from_guest)
+        f.seq_ack_to_guest = f.seq_from_guest
+        f.flags &= ~FF_ACK_DUE
+    put16(t + 14, f.wnd_sent)
+
+
+cdef bint send_flags(Plane *p, Flow *f, uint32_t seq, uint8_t flags) noexcept nogil:
+    """A segment without payload. False: no receive buffer, nothing was sent."""
+    cdef uint8_t h[MAX_HEADERS]
+    cdef uint32_t size = TCP_HLEN, l4
+    cdef bint v6 = f.flags & FF_V6 != 0
+    if flags & TCP_SYN:
+        size += 4
+        if f.ws_to_guest:
+            size += 4
+    if rx_reserve(p, p.vnet_size + ETH_HLEN + IPV6_HLEN + size) < (
+            p.vnet_size + ETH_HLEN + (IPV6_HLEN if v6 else IPV4_HLEN) + size):
+        return False
+    l4 = put_headers(p, h, v6, f.our_addr, f.guest_addr, IPPROTO_TCP, size)
+    put_tcp(h + l4, f, seq, flags, size)
+    if flags & TCP_SYN:
+        # RFC 7323, 2.2: the window of a segment with SYN is never scaled.
+        put16(h + l4 + 14, 0xFFFF)
+        h[l4 + 20] = OPT_MSS
+        h[l4 + 21] = 4
+        put16(h + l4 + 22, own_mss(p, v6))
+        if f.ws_to_guest:
+            h[l4 + 24] = 1      # no operation, for the alignment
+            h[l4 + 25] = OPT_WS
+            h[l4 + 26] = 3
+            h[l4 + 27] = f.ws_to_guest
+    put_checksum(p, h, l4, 16, l4 + size, 0, v6, f.our_addr, f.guest_addr, IPPROTO_TCP)
+    rx_finish(p, h, l4 + size, l4 + size)
+    return True
+
+
+cdef void send_reset_for(Plane *p, Packet *k, const uint8_t *t) noexcept nogil:
+    """RFC 9293, 3.10.7.1: the reset that answers a segment of no connection."""
+    cdef uint8_t h[MAX_HEADERS]
+    cdef uint32_t l4, size = TCP_HLEN, ack
+    if rx_reserve(p, p.vnet_size + ETH_HLEN + IPV6_HLEN + size) < p.vnet_size + ETH_HLEN + IPV6_HLEN + size:
+        drop(p, DROP_RING_FULL)
+        return
+    l4 = put_headers(p, h, k.v6, k.daddr, k.saddr, IPPROTO_TCP, size)
+    memset(h + l4, 0, TCP_HLEN)
+    memcpy(h + l4, t + 2, 2)
+    memcpy(h + l4 + 2, t, 2)
+    h[l4 + 12] = TCP_HLEN << 2
+    if t[13] & TCP_ACK:
+        memcpy(h + l4 + 4, t + 8, 4)
+        h[l4 + 13] = TCP_RST
+    else:
+        ack = be32(t + 4) + k.payload_size + (1 if t[13] & TCP_SYN else 0) + (1 if t[13] & TCP_FIN else 0)
+        put32(h + l4 + 8, ack)
+        h[l4 + 13] = TCP_RST | TCP_ACK
+    put_checksum(p, h, l4, 16, l4 + size, 0, k.v6, k.daddr, k.saddr, IPPROTO_TCP)
+    rx_finish(p, h, l4 + size, l4 + size)
+
+
+cdef void update_window(Plane *p, Flow *f) noexcept nogil:
+    """The window for the guest: the free room in the socket's send buffer."""
+    cdef uint32_t info[MEMINFO_VARS]
+    cdef socklen_t n = sizeof(info)
+    cdef uint32_t room, left = f.edge - f.seq_from_guest
+    cdef pollfd pfd
+    if f.flags & FF_SHORT:
+        f.granted = 0
+        f.wnd_sent = 0
+        return
+    if <int>left < 0:
+        left = 0
+    # Most of what was granted is still there: no need to ask the kernel again.
+    if left < f.granted - (f.granted >> 2) or f.granted == 0:
+        room = 0
+        if f.sock >= 0 and not f.flags & FF_CONNECTING:
+            if getsockopt(f.sock, SOL_SOCKET, SO_MEMINFO, info, &n) == 0:
+                if info[MEMINFO_WMEM_QUEUED] < info[MEMINFO_SNDBUF]:
+                    room = info[MEMINFO_SNDBUF] - info[MEMINFO_WMEM_QUEUED]
+                f.flags &= ~FF_WINDOW_LOW
+                if room <= info[MEMINFO_SNDBUF] // 3:
+                    f.flags |= FF_WINDOW_LOW
+                    # poll() on a full socket is what makes the kernel grow its
+                    # buffer later and tell us when there is room again.
+                    pfd.fd = f.sock
+                    pfd.events = POLLOUT
+                    pfd.revents = 0
+                    poll(&pfd, 1, 0)
+                room -= room >> 3   # the kernel's own book-keeping takes room too
+        if room > left:
+            # RFC 9293, 3.8.6.2.2: the right edge moves by a segment or by half
+            # of the buffer, or not at all.
+            if room - left >= f.mss or room - left >= room >> 1:
+                f.edge = f.seq_from_guest + room
+                left = room
+        f.granted = room if room > left else left
+    left >>= f.ws_to_guest
+    f.wnd_sent = <uint16_t>left if left < 0xFFFF else 0xFFFF
+
+
+cdef void arm_retransmit(Plane *p, Flow *f) noexcept nogil:
+    cdef uint64_t rto = RTO_FIRST << (f.retries if f.retries < 6 else 6)
+    flow_deadline(p, f, p.now + (rto if rto < RTO_MOST else RTO_MOST))
+
+
+cdef void send_fin(Plane *p, Flow *f) noexcept nogil:
+    """The peer has closed and the guest has been sent all: tell it."""
+    if f.flags & FF_ACK_DUE:
+        update_window(p, f)
+    if not send_flags(p, f, f.seq_to_guest, TCP_FIN | TCP_ACK):
+        flow_wait_ring(p, f)
+        return
+    f.events |= EV_FIN_FROM_SOCK | EV_FIN_TO_GUEST
+    f.seq_fin = f.seq_to_guest
+    f.flags |= FF_FIN_KNOWN
+    f.seq_to_guest += 1
+    if before(f.seq_max_to_guest, f.seq_to_guest):
+        f.seq_max_to_guest = f.seq_to_guest
+    f.flags &= ~FF_MORE
+    arm_retransmit(p, f)
+
+
+cdef void send_data(Plane *p, Flow *f) noexcept nogil:
+    """Move what the socket has to the guest, as far as window and ring go."""
+    cdef uint8_t h[MAX_HEADERS]
+    cdef uint8_t scratch[4096]
+    cdef bint v6 = f.flags & FF_V6 != 0
+    cdef bint tso = p.guest_tso6 if v6 else p.guest_tso4
+    cdef uint32_t head = p.vnet_size + ETH_HLEN + (IPV6_HLEN if v6 else IPV4_HLEN) + TCP_HLEN
+    cdef uint32_t most = MAX_SEGMENT - (IPV6_HLEN if v6 else IPV4_HLEN) - TCP_HLEN
+    cdef uint32_t room, want, capacity, l4, flying
+    cdef ssize_t n
+    cdef msghdr msg
+    cdef int count
+    if not f.events & EV_ESTABLISHED or f.events & EV_FIN_TO_GUEST or f.sock < 0:
+        return
+    if not tso:
+        most = f.mss
+    else:
+        most -= most % f.mss    # whole segments only, but for the last
+    memset(&msg, 0, sizeof(msg))
+    while True:
+        flying = in_flight(f)
+        room = f.window - flying if f.window > flying else 0
+        if room == 0 or (room < f.mss and flying and room < f.window >> 1):
+            # Window shut, or nearly: the guest opens it, or the timer asks.
+            f.flags |= FF_MORE
+            if not f.deadline or f.deadline > p.now + RTO_MOST:
+                arm_retransmit(p, f)
+            return
+        want = room if room < most else most
+        capacity = rx_reserve(p, head + want)
+        if capacity <= head:
+            f.flags |= FF_MORE
+            flow_wait_ring(p, f)
+            return
+        if want > capacity - head:
+            want = capacity - head
+        if p.peek_offset:
+            count = rx_view(p, head, want)
+            msg.msg_iov = p.rx.view
+        else:
+            # Before Linux 6.9: peek from the start, what is in flight first.
+            if not peek_past(p, f, head, want, scratch, sizeof(scratch), &msg, &count):
+                f.flags |= FF_MORE
+                return
+        msg.msg_iovlen = count
+        n = recvmsg(f.sock, &msg, MSG_PEEK | MSG_DONTWAIT)
+        if n >= 0 and not p.peek_offset:
+            n = n - flying if n > flying else (0 if f.flags & FF_EOF else -1)
+            if n < 0:
+                f.flags &= ~FF_MORE
+                return
+            rx_view(p, head, want)
+        if n < 0:
+            if errno == EAGAIN or errno == EINTR:
+                f.flags &= ~FF_MORE
+            else:
+                tcp_reset(p, f)
+            return
+        if n == 0:
+            f.flags |= FF_EOF
+            send_fin(p, f)
+            return
+        if f.flags & FF_ACK_DUE:
+            update_window(p, f)
+        l4 = put_headers(p, h, v6, f.our_addr, f.guest_addr, IPPROTO_TCP, TCP_HLEN + <uint32_t>n)
+        put_tcp(h + l4, f, f.seq_to_guest, TCP_ACK | TCP_PSH, TCP_HLEN)
+        put_checksum(p, h, l4, 16, head, <uint32_t>n, v6, f.our_addr, f.guest_addr, IPPROTO_TCP)
+        if n > f.mss:
+            h[1] = VNET_GSO_TCPV6 if v6 else VNET_GSO_TCPV4
+            h[2] = head - p.vnet_size       # hdr_len and gso_size, little-endian
+            h[3] = 0
+            h[4] = f.mss & 0xFF
+            h[5] = f.mss >> 8
+        rx_finish(p, h, head, head + <uint32_t>n)
+        f.seq_to_guest += <uint32_t>n
+        if before(f.seq_max_to_guest, f.seq_to_guest):
+            p.counters.bytes_to_guest += f.seq_to_guest - f.seq_max_to_guest
+            f.seq_max_to_guest = f.seq_to_guest
+        if flying == 0 or not f.deadline:
+            arm_retransmit(p, f)
+        # Less than asked for: the queue is empty now, and more (or the end of
+        # it) raises another edge. An end that was announced is still to read.
+        if n < want and not f.flags & FF_EOF:
+            f.flags &= ~FF_MORE
+            return
+
+
+cdef bint peek_past(Plane *p, Flow *f, uint32_t head, uint32_t want, uint8_t *scratch,
+                    uint32_t scratch_size, msghdr *msg, int *count) noexcept nogil:
+    """p.rx.view after elements that swallow the bytes in flight. False: too many."""
+    cdef uint32_t flying = in_flight(f), part
+    cdef int n = 0, payload, i
+    while flying:
+        if n >= MAX_CHAIN // 2:
+            return False
+        part = flying if flying < scratch_size else scratch_size
+        p.send.iov[n].iov_base = scratch
+        p.send.iov[n].iov_len = part
+        flying -= part
+        n += 1
+    payload = rx_view(p, head, want)
+    if n + payload > MAX_CHAIN:
+        return False
+    for i in range(payload):
+        p.send.iov[n + i] = p.rx.view[i]
+    msg.msg_iov = p.send.iov
+    count[0] = n + payload
+    return True
+
+
+cdef void tcp_discard(Plane *p, Flow *f) noexcept nogil:
+    """Take what the guest has acknowledged out of the socket's queue."""
+    cdef ssize_t n
+    while f.acked:
+        n = recv(f.sock, NULL, f.acked, MSG_TRUNC | MSG_DONTWAIT)
+        if n <= 0:
+            if n < 0 and errno == EINTR:
+                continue
+            # Acknowledged bytes are always there: the guest acknowledged what
+            # it was never sent, or the connection broke and will say so.
+            f.acked = 0
+            return
+        f.acked -= <uint32_t>n
+
+
+cdef void rewind(Plane *p, Flow *f) noexcept nogil:
+    """Send again from what the guest has not acknowledged."""
+    cdef int zero = 0
+    tcp_discard(p, f)
+    f.seq_to_guest = f.seq_ack_from_guest
+    f.events &= ~EV_FIN_TO_GUEST
+    if p.peek_offset:
+        setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
+    f.flags |= FF_MORE
+    p.counters.retransmits += 1
+
+
+# ---- the end of a flow
+
+cdef void abort_socket(Flow *f) noexcept nogil:
+    """Make the close of the socket a reset for the peer (socket(7), SO_LINGER)."""
+    cdef linger_t now
+    if f.sock >= 0:
+        now.l_onoff = 1
+        now.l_linger = 0
+        setsockopt(f.sock, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+
+
+cdef void tcp_reset(Plane *p, Flow *f) noexcept nogil:
+    abort_socket(f)
+    if f.sock >= 0:
+        close(f.sock)
+        f.sock = -1
+    if not f.flags & FF_RESET_DUE:
+        p.counters.flows_reset += 1
+    f.seq_to_guest = f.seq_max_to_guest
+    if f.events & EV_SYN_FROM_GUEST or f.events & EV_ACCEPTED:
+        if not send_flags(p, f, f.seq_to_guest, TCP_RST | TCP_ACK):
+            f.flags |= FF_RESET_DUE
+            flow_deadline(p, f, 0)
+            flow_wait_ring(p, f)
+            return
+    flow_close(p, f)
+
+
+cdef void tcp_abort(Plane *p, Flow *f) noexcept nogil:
+    """Reset the peer; the guest knows already, or is no more."""
+    abort_socket(f)
+    p.counters.flows_reset += 1
+    flow_close(p, f)
+
+
+cdef bint close_if_done(Plane *p, Flow *f) noexcept nogil:
+    """Both directions closed and acknowledged: the kernel sees to the rest."""
+    if f.events & EV_FIN_TO_SOCK and f.events & EV_FIN_ACKED and not f.flags & FF_ACK_DUE:
+        flow_close(p, f)
+        return True
+    return False
+
+
+# ---- the guest opens
+
+cdef void parse_options(Flow *f, const uint8_t *t, uint32_t size, bint v6) noexcept nogil:
+    cdef uint32_t at = TCP_HLEN, n
+    f.mss = DEFAULT_MSS6 if v6 else DEFAULT_MSS4
+    f.ws_from_guest = 0
+    f.ws_to_guest = 0
+    while at < size:
+        if t[at] == 0:
+            break
+        if t[at] == 1:
+            at += 1
+            continue
+        if at + 1 >= size:
+            break
+        n = t[at + 1]
+        if n < 2 or at + n > size:
+            break
+        if t[at] == OPT_MSS and n == 4:
+            f.mss = be16(t + at + 2)
+        elif t[at] == OPT_WS and n == 3:
+            # RFC 7323, 2.3: more than 14 counts as 14.
+            f.ws_from_guest = t[at + 2] if t[at + 2] < 14 else 14
+            f.ws_to_guest = WS_TO_GUEST
+        at += n
+
+
+cdef void limit_mss(Plane *p, Flow *f) noexcept nogil:
+    cdef uint16_t own = own_mss(p, f.flags & FF_V6 != 0)
+    if f.mss > own:
+        f.mss = own
+    if f.mss < 64:
+        f.mss = 64              # what a hostile guest asks for costs it, not us
+    f.mss &= 0xFFFC             # the published stream says it in units of four
+
+
+cdef int stream_socket(Plane *p, bint v6) noexcept nogil:
+    cdef int one = 1
+    cdef int s = socket(AF_INET6 if v6 else AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
+    if s >= 0:
+        # The guest's own stack has decided already what is worth a segment.
+        setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
+    return s
+
+
+cdef void begin(Plane *p, Flow *f) noexcept nogil:
+    """Have the loop watch a connection's socket; peeking starts at its queue's start."""
+    cdef int zero = 0, one = 1
+    if p.peek_offset:
+        setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
+    setsockopt(f.sock, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one))
+    if flow_watch(p, f) != 0:
+        tcp_reset(p, f)
+
+
+cdef void open_from_guest(Plane *p, Packet *k, const uint8_t *t, uint32_t size) noexcept nogil:
+    cdef uint8_t host[16]
+    cdef sockaddr_storage addr
+    cdef socklen_t n
+    cdef Flow *f
+    cdef int rc
+    if not to_host(p, k.daddr, be16(t + 2), host):
+        drop(p, DROP_UNREACHABLE)
+        send_reset_for(p, k, t)
+        return
+    f = flow_new(p, FLOW_TCP, k.saddr, be16(t), k.daddr, be16(t + 2))
+    if f == NULL:
+        drop(p, DROP_TABLE_FULL)
+        send_reset_for(p, k, t)
+        return
+    f.flags = FF_FROM_GUEST | (FF_V6 if k.v6 else 0)
+    f.events = EV_SYN_FROM_GUEST
+    memcpy(f.remote_addr, host, 16)
+    f.remote_port = f.our_port
+    parse_options(f, t, size, k.v6)
+    limit_mss(p, f)
+    f.seq_init_from_guest = be32(t + 4) + 1
+    f.seq_from_guest = f.seq_ack_to_guest = f.edge = f.seq_init_from_guest
+    f.window = be16(t + 14)
+    f.seq_to_guest = f.seq_max_to_guest = f.seq_ack_from_guest = initial_seq(p, f)
+    f.sock = stream_socket(p, not is_v4(host))
+    if f.sock < 0:
+        drop(p, DROP_NO_SOCKET)
+        tcp_reset(p, f)
+        return
+    n = put_sockaddr(p, &addr, host, f.remote_port)
+    rc = connect(f.sock, <sockaddr *>&addr, n)
+    if rc != 0 and errno != EINPROGRESS:
+        tcp_reset(p, f)
+        return
+    # Also when connected at once: the first event says "writable" all the same.
+    f.flags |= FF_CONNECTING
+    flow_deadline(p, f, p.now + CONNECT_TIMEOUT)
+    begin(p, f)
+
+
+cdef void send_syn(Plane *p, Flow *f) noexcept nogil:
+    """SYN to the guest, or SYN,ACK as the answer to its own."""
+    cdef uint8_t flags = TCP_SYN | (TCP_ACK if f.events & EV_SYN_FROM_GUEST else 0)
+    f.flags |= FF_SYN_DUE
+    if not send_flags(p, f, f.seq_ack_from_guest, flags):
+        flow_wait_ring(p, f)
+        return
+    f.flags &= ~FF_SYN_DUE
+    f.seq_to_guest = f.seq_max_to_guest = f.seq_ack_from_guest + 1
+    f.edge = f.seq_from_guest + 0xFFFF
+    f.wnd_sent = 0xFFFF
+    arm_retransmit(p, f)
+
+
+cdef void connected(Plane *p, Flow *f) noexcept nogil:
+    """The host's side of a connection that the guest opened is there, or failed."""
+    cdef int error = 0
+    cdef socklen_t n = sizeof(error)
+    if getsockopt(f.sock, SOL_SOCKET, SO_ERROR, &error, &n) != 0 or error:
+        tcp_reset(p, f)
+        return
+    f.flags &= ~FF_CONNECTING
+    send_syn(p, f)
+
+
+# ---- opened from outside
+
+cdef const uint8_t *guest_side(Plane *p, const uint8_t *remote) noexcept nogil:
+    """The guest's address for a peer: as it was last seen to use it, else as it was told."""
+    if is_v4(remote):
+        if p.seen4[10]:
+            return p.seen4
+        return p.config.addr4
+    if is_link_local6(remote):
+        return p.seen6_ll
+    if p.seen6[0]:
+        return p.seen6
+    return p.config.addr6
+
+
+cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil:
+    cdef sockaddr_storage addr
+    cdef socklen_t n
+    cdef uint8_t remote[16]
+    cdef uint8_t name[16]
+    cdef const uint8_t *guest
+    cdef uint16_t port
+    cdef int s, i, one = 1
+    cdef Flow *f
+    for i in range(ACCEPT_BATCH):
+        n = sizeof(addr)
+        s = accept4(listener.fd, <sockaddr *>&addr, &n, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if s < 0:
+            return
+        get_sockaddr(&addr, remote, &port)
+        guest = guest_side(p, remote)
+        f = NULL
+        if (to_guest_name(p, remote, port, name)
+                and flow_find(p, FLOW_TCP, guest, listener.guest_port, name, port) == NULL):
+            f = flow_new(p, FLOW_TCP, guest, listener.guest_port, name, port)
+            if f == NULL:
+                drop(p, DROP_TABLE_FULL)
+        else:
+            drop(p, DROP_UNREACHABLE)
+        if f == NULL:
+            close(s)
+            continue
+        f.sock = s
+        f.flags = 0 if is_v4(remote) else FF_V6
+        f.events = EV_ACCEPTED
+        memcpy(f.remote_addr, remote, 16)
+        f.remote_port = port
+        f.mss = own_mss(p, f.flags & FF_V6 != 0) & 0xFFFC
+        f.ws_to_guest = WS_TO_GUEST
+        f.seq_to_guest = f.seq_max_to_guest = f.seq_ack_from_guest = initial_seq(p, f)
+        setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
+        begin(p, f)
+        if f.kind == FLOW_TCP:
+            send_syn(p, f)
+
+
+cdef void establish(Plane *p, Flow *f) noexcept nogil:
+    f.events |= EV_ESTABLISHED
+    f.flags |= FF_MORE
+    f.retries = 0
+    f.granted = 0
+    flow_deadline(p, f, p.now + KEEPALIVE_IDLE)
+
+
+cdef void answer_from_guest(Plane *p, Flow *f, Packet *k, const uint8_t *t, uint32_t size) noexcept nogil:
+    """The guest's answer to our SYN (RFC 9293, 3.10.7.3)."""
+    cdef uint8_t flags = t[13]
+    if flags & TCP_ACK and be32(t + 8) != f.seq_to_guest:
+        if not flags & TCP_RST:
+            send_reset_for(p, k, t)
+        return
+    if flags & TCP_RST:
+        if flags & TCP_ACK:
+            tcp_abort(p, f)
+        return
+    if flags & (TCP_SYN | TCP_ACK) != TCP_SYN | TCP_ACK:
+        return
+    parse_options(f, t, size, k.v6)
+    limit_mss(p, f)
+    f.seq_init_from_guest = be32(t + 4) + 1
+    f.seq_from_guest = f.edge = f.seq_init_from_guest
+    # The scale that we offered in our SYN holds only if the guest sent one too;
+    # that of its own segments starts with the next one.
+    f.window = be16(t + 14)
+    f.seq_ack_from_guest = f.seq_to_guest
+    f.events |= EV_SYN_FROM_GUEST
+    establish(p, f)
+    f.flags |= FF_ACK_DUE
+    flow_touch(p, f)
+
+
+# ---- segments from the guest
+
+cdef void take_ack(Plane *p, Flow *f, uint32_t ack, uint32_t window, bint bare) noexcept nogil:
+    """An acknowledgement: of data, perhaps of our FIN, and the guest's window."""
+    cdef uint32_t n = ack - f.seq_ack_from_guest
+    cdef bint same_window = window == f.window
+    if before(ack, f.seq_ack_from_guest) or before(f.seq_max_to_guest, ack):
+        # Old, or of what was never sent: RFC 9293, 3.10.7.4, says answer the latter.
+        if before(f.seq_max_to_guest, ack):
+            f.flags |= FF_ACK_DUE
+        return
+    f.window = window
+    if n == 0:
+        if bare and same_window and in_flight(f) and not f.flags & FF_FAST_DONE:
+            f.dup_acks += 1
+            if f.dup_acks >= DUP_ACK_LIMIT:
+                f.dup_acks = 0
+                f.flags |= FF_FAST_DONE
+                rewind(p, f)
+        return
+    f.dup_acks = 0
+    f.retries = 0
+    if f.flags & FF_FIN_KNOWN and ack == f.seq_fin + 1:
+        f.events |= EV_FIN_TO_GUEST | EV_FIN_ACKED
+        n -= 1
+    f.acked += n
+    f.seq_ack_from_guest = ack
+    if before(f.seq_to_guest, ack):
+        f.seq_to_guest = ack    # it was sent again meanwhile; the kernel's offset follows the discard
+    if f.seq_to_guest == f.seq_max_to_guest:
+        f.flags &= ~FF_FAST_DONE
+    if in_flight(f):
+        arm_retransmit(p, f)
+    else:
+        flow_deadline(p, f, p.now + KEEPALIVE_IDLE)
+
+
+cdef void take_data(Plane *p, Flow *f, Packet *k, uint32_t seq, bint fin) noexcept nogil:
+    """Payload in order goes to the socket; the rest the guest sends again."""
+    cdef uint32_t expected = f.seq_from_guest, skip = 0, size = k.payload_size
+    cdef int n
+    if p.send.flow == flow_index(p, f):
+        expected += p.send.bytes
+    elif p.send.count:
+        tcp_send_pending(p)
+        if f.kind != FLOW_TCP:
+            return
+    f.flags |= FF_ACK_DUE
+    if f.events & EV_FIN_FROM_GUEST:
+        return                  # nothing counts after a FIN
+    if seq != expected:
+        skip = expected - seq
+        if before(expected, seq) or skip > size or (skip == size and not fin):
+            # A gap, or all of it old (a retransmission, a keep-alive): acknowledged.
+            if before(expected, seq):
+                drop(p, DROP_WINDOW)
+            return
+        size -= skip
+    if size:
+        if f.flags & FF_SHORT:
+            drop(p, DROP_SEND)
+            return
+        n = packet_payload(k, skip, size, p.send.iov + p.send.count, MAX_CHAIN - p.send.count)
+        if n < 0 and p.send.count:
+            tcp_send_pending(p)
+            if f.kind != FLOW_TCP or f.seq_from_guest != expected:
+                return
+            n = packet_payload(k, skip, size, p.send.iov, MAX_CHAIN)
+        if n < 0:
+            drop(p, DROP_MALFORMED)
+            return
+        p.send.flow = flow_index(p, f)
+        p.send.count += n
+        p.send.bytes += size
+    if fin:
+        tcp_send_pending(p)
+        if f.kind != FLOW_TCP or f.seq_from_guest != expected + size:
+            return
+        f.seq_from_guest += 1
+        f.events |= EV_FIN_FROM_GUEST | EV_FIN_TO_SOCK
+        if shutdown(f.sock, SHUT_WR) != 0:
+            tcp_reset(p, f)
+
+
+cdef void tcp_send_pending(Plane *p) noexcept nogil:
+    """Hand the payload that was gathered to its socket."""
+    cdef Flow *f
+    cdef msghdr msg
+    cdef ssize_t n
+    if p.send.flow == NONE:
+        return
+    f = &p.flows[p.send.flow]
+    memset(&msg, 0, sizeof(msg))
+    msg.msg_iov = p.send.iov
+    msg.msg_iovlen = p.send.count
+    while True:
+        n = sendmsg(f.sock, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n >= 0 or errno != EINTR:
+            break
+    if n < 0 and errno == EAGAIN:
+        n = 0
+    if n >= 0:
+        f.seq_from_guest += <uint32_t>n
+        p.counters.bytes_from_guest += n
+        if <uint32_t>n < p.send.bytes:
+            # Acknowledge what was taken, with no window, until there is room.
+            f.flags |= FF_SHORT
+            f.edge = f.seq_from_guest
+            drop(p, DROP_SEND)
+    p.send.flow = NONE
+    p.send.count = 0
+    p.send.bytes = 0
+    if n < 0:
+        tcp_reset(p, f)
+
+
+cdef void tcp_from_guest(Plane *p, Packet *k) noexcept nogil:
+    cdef const uint8_t *t = k.header + k.l4
+    cdef uint32_t size, seq, ack, window
+    cdef uint8_t flags
+    cdef Flow *f
+    if k.l4_size < TCP_HLEN:
+        drop(p, DROP_SHORT)
+        return
+    size = (t[12] >> 4) << 2
+    if size < TCP_HLEN or size > k.l4_size:
+        drop(p, DROP_MALFORMED)
+        return
+    k.payload = k.l4 + size
+    k.payload_size = k.l4_size - size
+    flags = t[13]
+    f = flow_find(p, FLOW_TCP, k.saddr, be16(t), k.daddr, be16(t + 2))
+    if f == NULL:
+        if flags & TCP_RST:
+            return
+        if flags & (TCP_SYN | TCP_ACK | TCP_FIN) == TCP_SYN:
+            open_from_guest(p, k, t, size)
+        else:
+            drop(p, DROP_NO_FLOW)
+            send_reset_for(p, k, t)
+        return
+    seq = be32(t + 4)
+    ack = be32(t + 8)
+    f.last_active = p.now
+    if f.flags & (FF_RESET_DUE | FF_HELD):
+        return                  # its reset waits for a receive buffer, or it is frozen
+    if not f.events & EV_SYN_FROM_GUEST:
+        answer_from_guest(p, f, k, t, size)
+        return
+    if flags & TCP_RST:
+        # RFC 5961, 3.2: exactly the expected number resets; one within the
+        # window is asked about; any other is a stranger's.
+        if p.send.flow == flow_index(p, f):
+            tcp_send_pending(p)
+            if f.kind != FLOW_TCP:
+                return
+        if seq == f.seq_from_guest:
+            tcp_abort(p, f)
+        elif not before(seq, f.seq_from_guest) and before(seq, f.edge):
+            f.flags |= FF_ACK_DUE
+            flow_touch(p, f)
+        return
+    if flags & TCP_SYN:
+        if f.events & EV_ESTABLISHED:
+            f.flags |= FF_ACK_DUE   # RFC 5961, 4.2
+            flow_touch(p, f)
+        elif seq + 1 != f.seq_init_from_guest:
+            # Another connection from the same port: the old one is no more.
+            tcp_abort(p, f)
+            open_from_guest(p, k, t, size)
+        elif not f.flags & FF_CONNECTING and f.flags & FF_FROM_GUEST:
+            send_syn(p, f)
+        return
+    if not flags & TCP_ACK:
+        drop(p, DROP_MALFORMED)
+        return
+    if not f.events & EV_ESTABLISHED:
+        if f.flags & (FF_CONNECTING | FF_SYN_DUE) or ack != f.seq_to_guest:
+            send_reset_for(p, k, t)
+            return
+        f.seq_ack_from_guest = ack
+        f.window = <uint32_t>be16(t + 14) << f.ws_from_guest
+        establish(p, f)
+    flow_touch(p, f)
+    window = <uint32_t>be16(t + 14) << f.ws_from_guest
+    take_ack(p, f, ack, window, k.payload_size == 0 and not flags & TCP_FIN)
+    if k.payload_size or flags & TCP_FIN:
+        take_data(p, f, k, seq, flags & TCP_FIN != 0)
+    elif before(seq, f.seq_from_guest) and p.send.flow != flow_index(p, f):
+        f.flags |= FF_ACK_DUE   # a keep-alive without a byte
+
+
+cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil:
+    """The end of a batch: everything that it made due for this flow."""
+    cdef int i
+    if f.flags & FF_HELD:
+        return
+    if f.kind != FLOW_TCP or f.sock < 0:
+        if f.kind == FLOW_TCP and f.flags & FF_RESET_DUE:
+            flow_unwait(p, f)
+            tcp_reset(p, f)
+        return
+    flow_unwait(p, f)
+    if f.flags & FF_SYN_DUE:
+        send_syn(p, f)
+        return
+    tcp_discard(p, f)
+    if f.flags & FF_MORE:
+        send_data(p, f)
+        if f.kind != FLOW_TCP or f.sock < 0:
+            return
+    elif f.flags & FF_EOF and not f.events & EV_FIN_TO_GUEST:
+        send_data(p, f)
+        if f.kind != FLOW_TCP or f.sock < 0:
+            return
+    if f.flags & FF_ACK_DUE:
+        update_window(p, f)
+        if not send_flags(p, f, f.seq_to_guest, TCP_ACK):
+            flow_wait_ring(p, f)
+            return
+        if f.flags & FF_DUP_ACKS:
+            f.flags &= ~FF_DUP_ACKS
+            for i in range(DUP_ACK_LIMIT):
+                send_flags(p, f, f.seq_to_guest, TCP_ACK)
+    close_if_done(p, f)
+
+
+# ---- the host's socket
+
+cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil:
+    if f.sock < 0 or f.flags & FF_HELD:
+        return
+    if f.flags & FF_CONNECTING:
+        if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
+            connected(p, f)
+            if f.kind != FLOW_TCP or f.sock < 0:
+                return
+        else:
+            return
+    elif events & EPOLLERR or (events & EPOLLHUP and not f.events & EV_FIN_TO_SOCK):
+        # A reset from the peer, or a timeout in the kernel: nothing more can
+        # be read or written.
+        tcp_reset(p, f)
+        return
+    if events & EPOLLRDHUP:
+        f.flags |= FF_EOF
+    if events & (EPOLLIN | EPOLLRDHUP):
+        f.flags |= FF_MORE
+        f.last_active = p.now
+    if events & EPOLLOUT and f.events & EV_ESTABLISHED:
+        if f.flags & FF_SHORT:
+            f.flags &= ~FF_SHORT
+            f.flags |= FF_DUP_ACKS | FF_ACK_DUE
+            f.granted = 0
+        elif f.flags & FF_WINDOW_LOW:
+            f.flags &= ~FF_WINDOW_LOW
+            f.flags |= FF_ACK_DUE
+            f.granted = 0
+    if f.events & EV_ESTABLISHED:
+        flow_touch(p, f)
+
+
+cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
+    cdef uint64_t idle
+    if f.flags & (FF_RESET_DUE | FF_HELD) or f.sock < 0:
+        return
+    if not f.events & EV_ESTABLISHED:
+        if f.flags & FF_CONNECTING or f.retries >= SYN_RETRIES:
+            tcp_reset(p, f)
+            return
+        f.retries += 1
+        send_syn(p, f)
+        if f.deadline == 0:
+            arm_retransmit(p, f)
+        return
+    tcp_discard(p, f)
+    if in_flight(f) == 0 and not f.flags & FF_MORE:
+        idle = p.now - f.last_active
+        if idle >= KEEPALIVE_IDLE:
+            if f.retries >= DATA_RETRIES:
+                tcp_reset(p, f)
+                return
+            f.retries += 1
+            # RFC 9293, 3.8.4: one number before the next; the guest answers.
+            send_flags(p, f, f.seq_to_guest - 1, TCP_ACK)
+            arm_retransmit(p, f)
+            return
+        flow_deadline(p, f, f.last_active + KEEPALIVE_IDLE)
+        return
+    if not queue_active(&p.queues[RX]) or f.flags & FF_RING_WAIT:
+        arm_retransmit(p, f)    # the guest takes nothing now: no fault of the flow's
+        return
+    if f.retries >= DATA_RETRIES and f.window:
+        tcp_reset(p, f)
+        return
+    # A guest from which no frame at all has come since stands still (paused):
+    # then the wait grows to its longest, and no further.
+    if f.retries < RETRIES_PAUSED or (f.retries < DATA_RETRIES
+                                      and f.frames_seen != <uint16_t>p.counters.frames_from_guest):
+        f.retries += 1
+    f.frames_seen = <uint16_t>p.counters.frames_from_guest
+    if in_flight(f):
+        rewind(p, f)
+        if f.window == 0:
+            f.window = 1        # one byte tries the window (RFC 9293, 3.8.6.1)
+        send_data(p, f)
+    elif f.window == 0:
+        send_flags(p, f, f.seq_to_guest - 1, TCP_ACK)
+    else:
+        send_data(p, f)
+    if f.kind == FLOW_TCP and f.sock >= 0:
+        arm_retransmit(p, f)
+
+
+cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil:
+    """Take up a flow that came with a migration, or was thawed."""
+    cdef int offset = in_flight(f)
+    if f.events & EV_FIN_TO_GUEST:
+        offset -= 1 if not f.events & EV_FIN_ACKED else 0
+    if offset < 0:
+        offset = 0
+    if p.peek_offset:
+        setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &offset, sizeof(offset))
+    f.flags |= FF_MORE | FF_ACK_DUE
+    f.granted = 0
+    f.retries = 0
+    arm_retransmit(p, f)
+    flow_touch(p, f)
