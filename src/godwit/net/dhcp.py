@@ -171,7 +171,13 @@ def _reply(config: NetConfig, request: Message, kind: Kind | None) -> bytes:
     assert config.gateway4 is not None
     informs = request.kind == Kind.INFORM
     yiaddr = UNSPECIFIED if informs else config.addr4
-    options = _fill(_options(config, request, kind), _room(config, request))
+    room = _room(config, request)
+    options = _fill(_options(config, request, kind), room)
+    left = room - len(options)
+    names = encode_names(config.search, left - 2 * -(-left // 257))  # two bytes of head for each 255
+    if names:
+        options += _encode(Option.SEARCH, names)
+    options += bytes([Option.END])
     if request.ciaddr != UNSPECIFIED:  # section 4.1: a client with an address gets it there
         dest, dest_mac = request.ciaddr, request.chaddr
     elif request.flags & FLAG_BROADCAST or informs:
@@ -185,7 +191,7 @@ def _refuse(config: NetConfig, request: Message) -> bytes:
     """A NAK is always broadcast: the client's address is what is wrong (section 4.1)."""
     assert config.gateway4 is not None
     options = [(Option.KIND, bytes([Kind.NAK])), (Option.SERVER, config.gateway4.packed)]
-    encoded = _fill(iter(options), _room(config, request))
+    encoded = _fill(iter(options), _room(config, request)) + bytes([Option.END])
     return _frame(config, request, UNSPECIFIED, encoded, LIMITED_BROADCAST, BROADCAST)
 
 
@@ -233,7 +239,6 @@ def _options(config: NetConfig, request: Message, kind: Kind | None) -> Iterator
         yield Option.FQDN, _fqdn(config.fqdn, client)
     if config.search:
         yield Option.DOMAIN, config.search[0].encode("ascii")
-        yield Option.SEARCH, encode_names(config.search, 1024)
 
 
 def _fqdn(name: str, client: bytes | None) -> bytes:
@@ -245,20 +250,25 @@ def _fqdn(name: str, client: bytes | None) -> bytes:
 
 
 def _room(config: NetConfig, request: Message) -> int:
-    """Bytes for options: what the client takes, within the MTU."""
+    """Bytes for options, less the end mark: what the client takes, within the MTU."""
     size = DEFAULT_SIZE
     option = request.options.get(Option.MAX_SIZE)
     if option is not None and len(option) == 2:
         size = max(DEFAULT_SIZE, min(int.from_bytes(option, "big"), config.mtu or 1500, 1500))
-    return size - IP4_HEADER - UDP_HEADER - FIXED - len(COOKIE)
+    return size - IP4_HEADER - UDP_HEADER - FIXED - len(COOKIE) - 1
 
 
 def _fill(options: Iterator[tuple[int, bytes]], room: int) -> bytes:
-    """The options that fit, whole, with the end mark; a long one in parts (RFC 3396)."""
+    """The options that fit, each whole or not at all."""
     encoded = b""
     for code, value in options:
-        parts = [value[at : at + 255] for at in range(0, len(value), 255)] or [b""]
-        more = b"".join(bytes([code, len(part)]) + part for part in parts)
-        if len(encoded) + len(more) + 1 <= room:
+        more = _encode(code, value)
+        if len(encoded) + len(more) <= room:
             encoded += more
-    return encoded + bytes([Option.END])
+    return encoded
+
+
+def _encode(code: int, value: bytes) -> bytes:
+    """An option; a long one in parts (RFC 3396)."""
+    parts = [value[at : at + 255] for at in range(0, len(value), 255)] or [b""]
+    return b"".join(bytes([code, len(part)]) + part for part in parts)

@@ -53,7 +53,7 @@ class Responder:
         name servers are the present ones. The guest's neighbour cache needs
         no frame: the router's MAC address does not change.
         """
-        if self.config.addr6 is None or not self.config.ra:
+        if self.config.addr6 is None or not (self.config.ndp and self.config.ra):
             return []
         return [ndp.unsolicited_advertisement(self.config)]
 

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The SPEC of port forwards, and the sockets opened for it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from godwit.net.forward import (
+    Forward,
+    ForwardError,
+    Forwards,
+    Listener,
+    Place,
+    close_listeners,
+    ephemeral_ports,
+    open_listeners,
+    parse_forwards,
+)
+
+EPHEMERAL = (32768, 60999)
+V4 = ip_address("192.0.2.1")
+V6 = ip_address("2001:db8::1")
+INNER = ip_address("10.0.2.15")
+
+
+def parse(*specs: str) -> list[Forward]:
+    return list(parse_forwards(specs, ephemeral=EPHEMERAL).ranges)
+
+
+def weak(first: int, last: int, place: Place | None = None) -> Forward:
+    return Forward(first, last, first, place or Place(), None, True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("none", []),
+        ("22", [Forward(22, 22, 22)]),
+        ("1", [Forward(1, 1, 1)]),
+        ("65535", [Forward(65535, 65535, 65535)]),
+        ("22:2222", [Forward(22, 22, 2222)]),
+        ("22,80", [Forward(22, 22, 22), Forward(80, 80, 80)]),
+        ("22-80", [Forward(22, 80, 22)]),
+        ("22-80:32-90", [Forward(22, 80, 32)]),
+        ("192.0.2.1/22", [Forward(22, 22, 22, Place(V4))]),
+        ("192.0.2.1%eth0/22", [Forward(22, 22, 22, Place(V4, "eth0"))]),
+        ("%eth0/22,23:24", [Forward(22, 22, 22, Place(None, "eth0")), Forward(23, 23, 24, Place(None, "eth0"))]),
+        ("2001:db8::1/22", [Forward(22, 22, 22, Place(V6))]),
+        ("[2001:db8::1]/22", [Forward(22, 22, 22, Place(V6))]),
+        ("[2001:db8::1]%eth0/22", [Forward(22, 22, 22, Place(V6, "eth0"))]),
+        ("1:2:3:4:5:6:7:8/22", [Forward(22, 22, 22, Place(ip_address("1:2:3:4:5:6:7:8")))]),
+        ("::1/22", [Forward(22, 22, 22, Place(ip_address("::1")))]),
+        ("2000-5000,~3000-3010", [Forward(2000, 2999, 2000), Forward(3011, 5000, 3011)]),
+        ("2000-5000:12000-15000,~2000,~5000", [Forward(2001, 4999, 12001)]),
+        ("20-30,~25,~24-26,~10-20", [Forward(21, 23, 21), Forward(27, 30, 27)]),
+        ("40000", [Forward(40000, 40000, 40000)]),  # ephemeral ports can be named
+        ("all", [weak(1, 32767), weak(61000, 65535)]),
+        ("192.0.2.1/all", [weak(1, 32767, Place(V4)), weak(61000, 65535, Place(V4))]),
+        ("%eth0/all", [weak(1, 32767, Place(None, "eth0")), weak(61000, 65535, Place(None, "eth0"))]),
+        ("~20000-20010", [weak(1, 19999), weak(20011, 32767), weak(61000, 65535)]),
+        ("~22,~1-10,~61000-65535", [weak(11, 21), weak(23, 32767)]),
+        ("80:10.0.2.15/8080", [Forward(80, 80, 8080, Place(), INNER)]),
+        ("80-81,90:10.0.2.15/8080", [Forward(80, 81, 80), Forward(90, 90, 8080, Place(), INNER)]),
+        ("192.0.2.1/80-81:10.0.2.15/90-91", [Forward(80, 81, 90, Place(V4), INNER)]),
+        ("80:[2001:db8::1]/8080", [Forward(80, 80, 8080, Place(), V6)]),
+        ("192.0.2.1%br-lan.7/80:[2001:db8::1]/8080", [Forward(80, 80, 8080, Place(V4, "br-lan.7"), V6)]),
+    ],
+)
+def test_good(spec: str, expected: list[Forward]) -> None:
+    assert parse(spec) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("", "a port is missing"),
+        (",", "a port is missing"),
+        ("22,", "a port is missing"),
+        ("22,,23", "a port is missing"),
+        ("~", "a port is missing"),
+        ("22:", "a port is missing"),
+        (":22", "a port is missing"),
+        ("0", "port 0 is out of range"),
+        ("65536", "port 65536 is out of range"),
+        ("1-65536", "port 65536 is out of range"),
+        ("22:0", "port 0 is out of range"),
+        ("123456", "'123456' is not a port"),
+        ("ssh", "'ssh' is not a port"),
+        ("22 ", "'22 ' is not a port"),
+        ("-22", "'-22' is not a port"),
+        ("22-", "'22-' is not a port"),
+        ("+22", "'+22' is not a port"),
+        ("\u0662", "is not a port"),
+        ("30-20", "the range 30-20 ends before it begins"),
+        ("22-80:32-91", "22-80 is 59 ports, but its target 32-91 is 60"),
+        ("22-80:32", "22-80 is 59 ports, but its target 32 is 1"),
+        ("22,22", "port 22 is forwarded twice"),
+        ("20-30,25:80", "port 25 is forwarded twice"),
+        ("~22:23", "the excluded 22 cannot have a target"),
+        ("22,~22", "leave nothing to forward"),
+        ("~1-65535", "leave nothing to forward"),
+        ("all,22", "'all' is not a port"),
+        ("auto", "is not for a guest"),
+        ("192.0.2.1/none", "takes no address"),
+        ("/22", "an address or %interface is missing"),
+        ("%/22", "'' is not the name of an interface"),
+        ("%0123456789abcdef/22", "'0123456789abcdef' is not the name of an interface"),
+        ("192.0.2.256/22", "'192.0.2.256' is not an IP address"),
+        ("localhost/22", "'localhost' is not an IP address"),
+        ("224.0.0.1/22", "224.0.0.1 is a multicast address"),
+        ("192.0.2.1/", "a port is missing"),
+        ("80:10.0.2.300/80", "'10.0.2.300' is not an IP address"),
+        ("80:10.0.2.15", "'10.0.2.15' is not a port"),
+        ("[::1/22", "'[::1' is not an IP address"),
+    ],
+)
+def test_bad(spec: str, reason: str) -> None:
+    with pytest.raises(ForwardError, match=re.escape(reason)) as caught:
+        parse(spec)
+    assert repr(spec) in str(caught.value)
+
+
+def test_several_specs_add_up_and_the_strict_ones_come_first() -> None:
+    assert parse("all", "22:2222", "%eth0/22") == [
+        Forward(22, 22, 2222),
+        Forward(22, 22, 22, Place(None, "eth0")),
+        weak(1, 32767),
+        weak(61000, 65535),
+    ]
+    with pytest.raises(ForwardError, match="port 22 is forwarded twice"):
+        parse("22", "20-30")
+    with pytest.raises(ForwardError, match="'none' does not go together"):
+        parse("none", "22")
+
+
+def test_target_and_count() -> None:
+    forwards = parse_forwards(["22:2222", "100-200:300-400"])
+    assert (forwards.target(22), forwards.target(150), forwards.target(23)) == (2222, 350, None)
+    assert forwards.ports == 102
+    assert forwards
+    assert not Forwards()
+
+
+def test_all_is_a_few_ranges_whatever_is_excluded() -> None:
+    assert len(parse("all")) == 2
+
+
+def test_the_ephemeral_range_is_the_hosts() -> None:
+    first, last = ephemeral_ports()
+    assert 0 < first < last <= 65535
+    assert parse_forwards("all").ranges[0].last == first - 1
+
+
+@given(st.text(alphabet="0123456789,-:~/%[].allnoe ", max_size=30))
+def test_any_text_parses_or_says_why(text: str) -> None:
+    try:
+        forwards = parse_forwards(text, ephemeral=EPHEMERAL)
+    except ForwardError:
+        return
+    for one in forwards.ranges:
+        assert 1 <= one.first <= one.last <= 65535
+        assert 1 <= one.to_first <= one.to_first + one.last - one.first <= 65535
+
+
+@pytest.fixture
+def listeners() -> Iterator[list[Listener]]:
+    found: list[Listener] = []
+    yield found
+    close_listeners(found)
+
+
+def free_port(family: socket.AddressFamily = socket.AF_INET6, kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
+    with socket.socket(family, kind) as sock:
+        sock.bind(("", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_one_socket_takes_both_families(listeners: list[Listener]) -> None:
+    port = free_port()
+    listeners += open_listeners(parse_forwards(f"{port}:80"))
+    [one] = listeners
+    assert (one.port, one.to_port, one.to_address) == (port, 80, None)
+    assert not os.get_blocking(one.fd)
+    assert not os.get_inheritable(one.fd)
+    for address in ("127.0.0.1", "::1"):
+        socket.create_connection((address, port), timeout=5).close()
+
+
+@pytest.mark.parametrize(
+    ("ipv4", "ipv6", "good", "bad"), [(True, False, "127.0.0.1", "::1"), (False, True, "::1", "127.0.0.1")]
+)
+def test_one_family_alone(listeners: list[Listener], ipv4: bool, ipv6: bool, good: str, bad: str) -> None:
+    port = free_port()
+    listeners += open_listeners(parse_forwards(str(port)), ipv4=ipv4, ipv6=ipv6)
+    socket.create_connection((good, port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((bad, port), timeout=5)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_an_address_and_an_interface(listeners: list[Listener], address: str) -> None:
+    port = free_port()
+    listeners += open_listeners(parse_forwards(f"{address}%lo/{port}-{port}"))
+    socket.create_connection((address, port), timeout=5).close()
+    with socket.socket(fileno=os.dup(listeners[0].fd)) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"lo"
+
+
+def test_udp_is_bound(listeners: list[Listener]) -> None:
+    port = free_port(kind=socket.SOCK_DGRAM)
+    listeners += open_listeners(parse_forwards(f"127.0.0.1/{port}"), kind=socket.SOCK_DGRAM)
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+        socket.socket(fileno=os.dup(listeners[0].fd)) as receiver,
+    ):
+        sender.sendto(b"hello", ("127.0.0.1", port))
+        assert receiver.recv(10) == b"hello"
+
+
+def test_a_port_taken_is_an_error_that_leaves_nothing_open() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        before = descriptors()
+        with pytest.raises(ForwardError, match=rf"cannot listen on 127.0.0.1 port {port}: .*another program has it"):
+            open_listeners(parse_forwards(f"127.0.0.1/{free_port()},{port}"))
+        assert descriptors() == before
+
+
+def test_in_all_a_port_taken_is_passed_over(listeners: list[Listener]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        near = Forward(
+            max(1, port - 2), min(65535, port + 2), max(1, port - 2), Place(ip_address("127.0.0.1")), None, True
+        )
+        listeners += open_listeners(Forwards((near,)))
+        assert port not in [one.port for one in listeners]
+        assert listeners
+        only = near._replace(first=port, last=port, to_first=port)
+        with pytest.raises(ForwardError, match="not one can be listened on"):
+            open_listeners(Forwards((only,)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "advice"),
+    [
+        ("192.0.2.199/4444", "does not have this address"),
+        ("%nosuchif0/4444", "there is no such interface"),
+    ],
+)
+def test_the_reason_says_what_to_do(spec: str, advice: str) -> None:
+    with pytest.raises(ForwardError, match=advice):
+        open_listeners(parse_forwards(spec))
+
+
+def test_an_address_of_a_family_that_is_off() -> None:
+    with pytest.raises(ForwardError, match="IPv4 is off") as caught:
+        open_listeners(parse_forwards("127.0.0.1/4444"), ipv4=False)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EAFNOSUPPORT
+
+
+def test_a_restart_does_not_meet_its_own_old_connections(listeners: list[Listener]) -> None:
+    port = free_port()
+    listeners += open_listeners(parse_forwards(str(port)))
+    client = socket.create_connection(("127.0.0.1", port), timeout=5)
+    with socket.socket(fileno=os.dup(listeners[0].fd)) as server:
+        server.setblocking(True)
+        accepted, _ = server.accept()
+    accepted.close()  # our side first: it is the one in TIME_WAIT
+    client.recv(1)
+    client.close()
+    close_listeners(listeners)
+    listeners[:] = open_listeners(parse_forwards(str(port)))
+    assert listeners

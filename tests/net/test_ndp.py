@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Neighbour discovery against scapy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import IPv6Address
+from typing import Any
+
+import pytest
+from scapy.layers.inet6 import (
+    ICMPv6ND_NA,
+    ICMPv6ND_NS,
+    ICMPv6ND_RA,
+    ICMPv6ND_RS,
+    ICMPv6NDOptDNSSL,
+    ICMPv6NDOptDstLLAddr,
+    ICMPv6NDOptMTU,
+    ICMPv6NDOptPrefixInfo,
+    ICMPv6NDOptRDNSS,
+    ICMPv6NDOptSrcLLAddr,
+    IPv6,
+)
+from scapy.layers.l2 import Ether
+
+from godwit.net.config import NetConfig
+from godwit.net.responder import Responder
+
+GUEST = "52:54:00:12:34:56"
+GUEST_LL = "fe80::5054:ff:fe12:3456"
+OURS = "9a:55:9a:55:9a:55"
+GUEST_GLOBAL = "2001:db8:1::7"
+
+
+def solicit_router(source: str = GUEST_LL, **fields: Any) -> bytes:
+    packet = Ether(src=GUEST, dst="33:33:00:00:00:02") / IPv6(src=source, dst="ff02::2", hlim=255, **fields)
+    packet /= ICMPv6ND_RS()
+    return bytes(packet / ICMPv6NDOptSrcLLAddr(lladdr=GUEST)) if source != "::" else bytes(packet)
+
+
+def solicit(target: str, source: str = GUEST_LL, dest: str | None = None, **fields: Any) -> bytes:
+    group = IPv6Address(int(IPv6Address("ff02::1:ff00:0")) | int(IPv6Address(target)) & 0xFFFFFF)
+    packet = Ether(src=GUEST, dst="33:33:ff:00:00:01")
+    packet /= IPv6(src=source, dst=dest or str(group), **{"hlim": 255, **fields})
+    packet /= ICMPv6ND_NS(tgt=target)
+    return bytes(packet / ICMPv6NDOptSrcLLAddr(lladdr=GUEST)) if source != "::" else bytes(packet)
+
+
+def read(frames: list[bytes]) -> Any:
+    [frame] = frames
+    reply = Ether(frame)
+    assert reply.src == OURS
+    assert reply[IPv6].hlim == 255
+    again = Ether(frame)
+    del again[IPv6].payload.cksum
+    assert Ether(bytes(again))[IPv6].payload.cksum == reply[IPv6].payload.cksum
+    assert reply[IPv6].plen == len(frame) - 54
+    return reply
+
+
+def test_router_advertisement(responder: Responder) -> None:
+    reply = read(responder.respond(solicit_router()))
+    assert (reply.dst, reply[IPv6].dst, reply[IPv6].src) == (GUEST, GUEST_LL, "fe80::1")
+    ra = reply[ICMPv6ND_RA]
+    assert (ra.code, ra.chlim, ra.M, ra.O, ra.routerlifetime) == (0, 64, 1, 1, 65535)
+    assert reply[ICMPv6NDOptSrcLLAddr].lladdr == OURS
+    prefix = reply[ICMPv6NDOptPrefixInfo]
+    assert (prefix.prefix, prefix.prefixlen, prefix.L, prefix.A) == ("2001:db8:1::", 64, 1, 1)
+    assert (prefix.validlifetime, prefix.preferredlifetime) == (0xFFFFFFFF, 0xFFFFFFFF)
+    assert reply[ICMPv6NDOptMTU].mtu == 1500
+    assert reply[ICMPv6NDOptRDNSS].dns == ["2001:db8:53::1", "2001:db8:53::2"]
+    assert reply[ICMPv6NDOptDNSSL].searchlist == ["example.org.", "lab.example.net."]
+
+
+def test_a_guest_without_an_address_is_answered_to_all(responder: Responder) -> None:
+    reply = read(responder.respond(solicit_router("::")))
+    assert (reply.dst, reply[IPv6].dst) == ("33:33:00:00:00:01", "ff02::1")
+    assert ICMPv6ND_RA in reply
+
+
+def test_the_prefix_is_64_bits_whatever_the_hosts(config: NetConfig) -> None:
+    for length in (48, 64, 128):
+        reply = read(Responder(replace(config, prefix_len6=length)).respond(solicit_router()))
+        prefix = reply[ICMPv6NDOptPrefixInfo]
+        assert (prefix.prefix, prefix.prefixlen) == ("2001:db8:1::", 64)
+
+
+def test_what_is_not_known_is_not_told(config: NetConfig) -> None:
+    bare = replace(config, mtu=0, dns6=[], search=[], dhcpv6=False)
+    reply = read(Responder(bare).respond(solicit_router()))
+    assert (reply[ICMPv6ND_RA].M, reply[ICMPv6ND_RA].O) == (0, 0)
+    for option in (ICMPv6NDOptMTU, ICMPv6NDOptRDNSS, ICMPv6NDOptDNSSL):
+        assert option not in reply
+
+
+def test_the_mtu_is_at_least_what_ipv6_needs(config: NetConfig) -> None:
+    assert read(Responder(replace(config, mtu=900)).respond(solicit_router()))[ICMPv6NDOptMTU].mtu == 1280
+
+
+def test_long_lists_are_cut_to_an_advertisement_that_fits(config: NetConfig) -> None:
+    many = replace(
+        config,
+        dns6=[IPv6Address(f"2001:db8::{n}") for n in range(1, 100)],
+        search=[f"domain-{n}.example.org" for n in range(200)],
+    )
+    [frame] = Responder(many).respond(solicit_router())
+    assert len(frame) - 14 <= 1280
+    reply = read([frame])
+    assert reply[ICMPv6NDOptRDNSS].dns == [f"2001:db8::{n}" for n in range(1, 9)]
+    assert reply[ICMPv6NDOptDNSSL].searchlist[:2] == ["domain-0.example.org.", "domain-1.example.org."]
+
+
+@pytest.mark.parametrize("target", ["fe80::1", "2001:db8:1::99", "2001:db8:1::1", "fe80::aaaa", "2001:db8:ffff::1"])
+def test_every_other_address_is_ours(responder: Responder, target: str) -> None:
+    reply = read(responder.respond(solicit(target)))
+    assert (reply.dst, reply[IPv6].dst, reply[IPv6].src) == (GUEST, GUEST_LL, target)
+    advertisement = reply[ICMPv6ND_NA]
+    router = int(target.startswith("fe80"))
+    assert (advertisement.tgt, advertisement.R, advertisement.S, advertisement.O) == (target, router, 1, 1)
+    assert reply[ICMPv6NDOptDstLLAddr].lladdr == OURS
+
+
+def test_reachability_is_confirmed_to_a_unicast_probe(responder: Responder) -> None:
+    reply = read(responder.respond(solicit("fe80::1", GUEST_GLOBAL, "fe80::1")))
+    assert reply[IPv6].dst == GUEST_GLOBAL
+
+
+@pytest.mark.parametrize(
+    ("target", "source"),
+    [
+        (GUEST_GLOBAL, "::"),  # duplicate address detection of what DHCPv6 gave it
+        (GUEST_LL, "::"),  # of its link-local address
+        ("2001:db8:1::5054:ff:fe12:3456", "::"),  # of what it made of the prefix
+        (GUEST_GLOBAL, GUEST_LL),
+        ("2001:db8:1::50", "2001:db8:1::50"),
+        ("ff02::1", GUEST_LL),
+        ("::", GUEST_LL),
+    ],
+)
+def test_the_guest_may_have_its_addresses(responder: Responder, target: str, source: str) -> None:
+    assert responder.respond(solicit(target, source)) == []
+
+
+def test_the_routers_address_is_defended(responder: Responder) -> None:
+    reply = read(responder.respond(solicit("fe80::1", "::")))
+    assert (reply.dst, reply[IPv6].dst) == ("33:33:00:00:00:01", "ff02::1")
+    advertisement = reply[ICMPv6ND_NA]
+    assert (advertisement.tgt, advertisement.R, advertisement.S, advertisement.O) == ("fe80::1", 1, 0, 1)
+
+
+@pytest.mark.parametrize("frame", [solicit_router(), solicit("fe80::1")])
+def test_a_packet_that_was_routed_is_dropped(responder: Responder, frame: bytes) -> None:
+    packet = Ether(frame)
+    packet[IPv6].hlim = 254
+    assert responder.respond(bytes(packet)) == []
+
+
+def test_options_of_length_zero_and_link_layer_address_without_source(responder: Responder) -> None:
+    frame = bytes(Ether(solicit("fe80::1", "::")) / b"")
+    with_option = Ether(src=GUEST, dst="33:33:ff:00:00:01") / IPv6(src="::", dst="ff02::1:ff00:1", hlim=255)
+    with_option /= ICMPv6ND_NS(tgt="fe80::1")
+    assert responder.respond(frame) != []
+    assert responder.respond(bytes(with_option / ICMPv6NDOptSrcLLAddr(lladdr=GUEST))) == []
+    zero = Ether(src=GUEST, dst="33:33:ff:00:00:01") / IPv6(src=GUEST_LL, dst="ff02::1:ff00:1", hlim=255)
+    zero /= ICMPv6ND_NS(tgt="fe80::1")
+    assert responder.respond(bytes(zero / (b"\x01\x00" + bytes(6)))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "advertises", "answers"),
+    [({"ra": False}, False, True), ({"ndp": False}, False, False), ({"addr6": None}, False, False)],
+)
+def test_switched_off(config: NetConfig, change: dict[str, Any], advertises: bool, answers: bool) -> None:
+    responder = Responder(replace(config, **change))
+    assert bool(responder.respond(solicit_router())) is advertises
+    assert bool(responder.respond(solicit("fe80::1"))) is answers
+    assert bool(responder.announce()) is advertises
+
+
+def test_announcement(responder: Responder) -> None:
+    reply = read(responder.announce())
+    assert (reply.dst, reply[IPv6].dst, reply[IPv6].src) == ("33:33:00:00:00:01", "ff02::1", "fe80::1")
+    assert reply[ICMPv6NDOptPrefixInfo].prefix == "2001:db8:1::"
