@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from godwit.vhost_user import BackendSession, Feature, Outgoing, ProtocolFeature
+from godwit.vhost_user import BackendSession, Feature, ProtocolFeature
 
 FEATURES = (
     Feature.VIRTIO_F_VERSION_1
@@ -32,16 +32,28 @@ def open_fds() -> set[str]:
 
 
 @pytest.fixture(autouse=True)
-def no_descriptor_leaks() -> Iterator[None]:
+def no_descriptor_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    close = os.close
+    twice: list[int] = []
+
+    def checked(fd: int) -> None:
+        try:
+            close(fd)
+        except OSError:
+            twice.append(fd)
+            raise
+
+    monkeypatch.setattr(os, "close", checked)
     before = len(open_fds())
     yield
-    assert len(open_fds()) == before, "descriptors leaked, or were closed twice"
+    assert len(open_fds()) == before, "descriptors leaked"
+    assert not twice, "descriptors were closed twice"
 
 
 @pytest.fixture
-def fd() -> Iterator[Callable[[], int]]:
+def fd() -> Callable[[], int]:
     """Makes descriptors for somebody else to close."""
-    yield lambda: os.eventfd(0, os.EFD_CLOEXEC)
+    return lambda: os.eventfd(0, os.EFD_CLOEXEC)
 
 
 @pytest.fixture
@@ -56,13 +68,3 @@ def backend() -> Iterator[BackendSession]:
     )
     yield session
     session.close()
-
-
-@pytest.fixture
-def feed() -> Callable[[BackendSession, Outgoing], None]:
-    """Hands a front-end's message to a back-end, descriptors duplicated as the kernel does."""
-
-    def feed(session: BackendSession, message: Outgoing) -> None:
-        session.receive(message.data, [os.dup(fd) for fd in message.fds])
-
-    return feed

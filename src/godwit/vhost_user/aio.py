@@ -167,9 +167,13 @@ class _Server:
                     await writable
                 finally:
                     self._loop.remove_writer(self._sock)
-            except OSError as error:
+            except (BrokenPipeError, ConnectionResetError) as error:
                 log.debug("a reply could not be sent: %s", error)
                 self._sender.close()
+            except OSError as error:
+                self._sender.close()
+                self._session.receive_error(ProtocolError(f"a reply could not be sent: {error}", fatal=True))
+                self._arrived.set()
 
 
 def _set_result(future: asyncio.Future[None]) -> None:
