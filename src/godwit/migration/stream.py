@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import threading
 from typing import BinaryIO, Final
 
 from godwit.migration.errors import (
@@ -36,12 +37,14 @@ class Cancel:
     def __init__(self) -> None:
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._reason = ""
+        self._lock = threading.Lock()
 
     def set(self, reason: str) -> None:
         """Stop the transfer at its next read, write or stage, or the wait that it is in."""
         self._reason = reason or "cancelled"
-        if self._event >= 0:
-            os.eventfd_write(self._event, 1)
+        with self._lock:
+            if self._event >= 0:
+                os.eventfd_write(self._event, 1)
 
     def check(self) -> None:
         """:raises AbortedError: it was set."""
@@ -54,9 +57,10 @@ class Cancel:
 
     def close(self) -> None:
         """Release the descriptor."""
-        event, self._event = self._event, -1
-        if event >= 0:
-            os.close(event)
+        with self._lock:
+            event, self._event = self._event, -1
+            if event >= 0:
+                os.close(event)
 
 
 class _Stream:
