@@ -64,3 +64,12 @@ def test_nothing_without_ipv4(config: NetConfig) -> None:
 def test_the_mac_address_can_be_chosen(config: NetConfig) -> None:
     [frame] = ask(Responder(replace(config, our_mac=bytes.fromhex("020000000001"))), "192.0.2.1")
     assert Ether(frame).src == Ether(frame)[ARP].hwsrc == "02:00:00:00:00:01"
+
+
+def test_announcement(config: NetConfig) -> None:
+    frame = Responder(config).announce()[0]
+    sent = Ether(frame)
+    assert (sent.src, sent.dst) == (OURS, "ff:ff:ff:ff:ff:ff")
+    arp = sent[ARP]
+    assert (arp.op, arp.hwsrc, arp.psrc, arp.pdst) == (1, OURS, "192.0.2.1", "192.0.2.1")
+    assert Responder(replace(config, addr4=None, gateway4=None, addr6=None)).announce() == []

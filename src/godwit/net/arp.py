@@ -7,7 +7,7 @@ import struct
 from ipaddress import IPv4Address
 
 from godwit.net.config import NetConfig
-from godwit.net.packet import ETH_ARP, ETH_IPV4, Ethernet, MalformedError, Reader, build_ethernet
+from godwit.net.packet import BROADCAST, ETH_ARP, ETH_IPV4, Ethernet, MalformedError, Reader, build_ethernet
 
 REQUEST = 1
 REPLY = 2
@@ -37,6 +37,11 @@ def respond(config: NetConfig, ethernet: Ethernet) -> bytes | None:
     if sender.is_unspecified and target != config.gateway4:
         return None
     return _frame(config, ethernet.source, REPLY, target, sender_mac, sender)
+
+
+def announcement(config: NetConfig, address: IPv4Address) -> bytes:
+    """To everyone: ``address`` is at our MAC address (RFC 5227, section 2.3)."""
+    return _frame(config, BROADCAST, REQUEST, address, bytes(6), address)
 
 
 def _frame(

@@ -49,13 +49,16 @@ class Responder:
     def announce(self) -> list[bytes]:
         """Unsolicited frames that bring the guest up to date after a migration or a change of the configuration.
 
-        A router advertisement to all nodes, so that route, prefix, MTU and
-        name servers are the present ones. The guest's neighbour cache needs
-        no frame: the router's MAC address does not change.
+        An ARP announcement of the router, in case it had another MAC address
+        where the guest comes from, and a router advertisement to all nodes,
+        so that route, prefix, MTU and name servers are the present ones.
         """
-        if self.config.addr6 is None or not (self.config.ndp and self.config.ra):
-            return []
-        return [ndp.unsolicited_advertisement(self.config)]
+        frames = []
+        if self.config.gateway4 is not None:
+            frames.append(arp.announcement(self.config, self.config.gateway4))
+        if self.config.addr6 is not None and self.config.ndp and self.config.ra:
+            frames.append(ndp.unsolicited_advertisement(self.config))
+        return frames
 
     def _answer(self, ethernet: Ethernet) -> list[bytes]:
         config = self.config
