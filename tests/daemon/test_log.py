@@ -17,11 +17,12 @@ logger = logging.getLogger("godwit.daemon.test")
 
 
 @pytest.fixture(autouse=True)
-def _root_level() -> Iterator[None]:
-    root = logging.getLogger()
-    before = root.level
+def _levels() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in (None, "godwit")]
+    before = [one.level for one in loggers]
     yield
-    root.setLevel(before)
+    for one, was in zip(loggers, before, strict=True):
+        one.setLevel(was)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,15 @@ def test_the_foreground_logs_to_stderr(capsys: pytest.CaptureFixture[str]) -> No
     log.close()
     logger.error("after the end")
     assert capsys.readouterr().err == "hello\n"
+
+
+def test_libraries_are_heard_only_when_something_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log(Options(foreground=True, debug=True))
+    logger.debug("ours")
+    logging.getLogger("library").info("unheard")
+    logging.getLogger("library").warning("theirs")
+    log.close()
+    assert capsys.readouterr().err == "ours\ntheirs\n"
 
 
 def test_a_file_gets_all_and_stderr_the_errors_of_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

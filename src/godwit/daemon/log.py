@@ -103,7 +103,9 @@ class Log:
     def __init__(self, options: Options) -> None:
         logging.addLevelName(TRACE, "TRACE")
         self._root = logging.getLogger()
-        self._root.setLevel(level(options))
+        logging.getLogger("godwit").setLevel(level(options))
+        # Of the libraries that we use, only what somebody should look at.
+        self._root.setLevel(max(level(options), logging.WARNING))
         self._handlers: list[logging.Handler] = []
         lasting = _lasting(options)
         self._add(lasting or logging.NullHandler())
