@@ -222,6 +222,8 @@ class Writer(_Stream):
     def push_bytes(self, data: bytes) -> None:
         """Append ``data`` as it is."""
         size = len(data)
+        if size >= CHUNK:
+            self.flush()  # so that it is written from where it is
         self.offset += size
         self._parts.append(data)
         self._gathered += size

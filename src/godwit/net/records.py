@@ -108,7 +108,7 @@ FLOW: Final[Record[FlowState]] = Record(
     (
         Field("pif", array(u8, 2), "interface of each side, initiator first: 1 host, 2 guest"),
         Field("side", array(SIDE, 2), "each side, initiator first"),
-        Field("retries", u8, "retransmissions to the guest, or of a keep-alive, so far"),
+        Field("retries", u8, "attempts so far at what last timed out"),
         Field("ws_from_tap", u8, "window scale that the guest announced", range(MAX_WINDOW_SCALE + 1)),
         Field("ws_to_tap", u8, "window scale announced to the guest", range(MAX_WINDOW_SCALE + 1)),
         Field(
@@ -125,7 +125,7 @@ FLOW: Final[Record[FlowState]] = Record(
             "0x01 stalled, 0x02 local peer, 0x04 active close, 0x08 ACK to the guest due, "
             "0x10 ACK from the guest due, 0x20 blocked on an ACK, 0x40 SYN sent again",
         ),
-        Field("seq_dup_ack_approx", u8, "low byte of the last duplicate ACK from the guest"),
+        Field("seq_dup_ack_approx", u8, "low byte of the last duplicate ACK sent to the guest"),
         Field("wnd_from_tap", u16, "last window of the guest, unscaled"),
         Field("wnd_to_tap", u16, "last window told to the guest, unscaled"),
         Field("seq_to_tap", u32, "next sequence number to the guest"),
@@ -173,7 +173,7 @@ SOCKET: Final[Record[SocketState]] = Record(
         Field("rcvq", u32, "bytes in the receive queue, a FIN not counted", range(MAX_QUEUE + 1)),
         Field("mss", u32, "TCP_MAXSEG", range(1, 65536)),
         Field("timestamp", u32, "TCP_TIMESTAMP, 0 without that option"),
-        Field("snd_wl1", u32, "TCP_REPAIR_WINDOW, as the next four"),
+        Field("snd_wl1", u32, "TCP_REPAIR_WINDOW, as the next four: sequence number of the last window update"),
         Field("snd_wnd", u32, "window of the peer"),
         Field("max_window", u32, "largest window of the peer"),
         Field("rcv_wnd", u32, "our window; one more in CLOSE_WAIT and LAST_ACK"),

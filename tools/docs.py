@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Write the generated parts of the documentation anew: ``tools/docs.py``.
+
+A generated part stands between ``<!-- generated: NAME -->`` and
+``<!-- end -->``; the rest of each page is written by hand. A test compares
+the pages with the declarations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from godwit.migration.document import lifecycle_diagram, lifecycle_states, record_table, stages_list
+from godwit.net.records import FLOW, OBSERVED, SIDE, SOCKET
+from godwit.net.state import versions
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "migration.md": {
+        "life cycle": lifecycle_diagram,
+        "states": lifecycle_states,
+    },
+    "stream-v2.md": {
+        "stages": lambda: stages_list(next(version for version in versions() if version.id == 2)),
+        "observed addresses": lambda: record_table(OBSERVED),
+        "flow": lambda: record_table(FLOW),
+        "side": lambda: record_table(SIDE),
+        "socket": lambda: record_table(SOCKET),
+    },
+}
+
+PART = re.compile(r"(<!-- generated: (?P<name>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def renew(page: str, text: str) -> str:
+    """The text of a page with every generated part made anew.
+
+    :raises KeyError: a part that nothing generates, or one that the page lacks.
+    """
+    makers = dict(PARTS[page])
+    renewed = PART.sub(lambda match: f"{match[1]}{makers.pop(match['name'])()}\n{match[3]}", text)
+    if makers:
+        raise KeyError(f"{page} has no part for {', '.join(makers)}")
+    return renewed
+
+
+def main() -> None:
+    for page in PARTS:
+        path = DOCS / page
+        path.write_text(renew(page, path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
