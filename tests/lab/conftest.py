@@ -155,6 +155,18 @@ class Loopback(BaseDevice):
         memory, at = self.place(address, True)
         struct.pack_into(layout, memory, at, *values)
 
+    def load(self, address: int) -> int:
+        """Read 16 bits that both sides use, in one piece."""
+        memory, at = self.place(address, True)
+        with memoryview(memory) as octets, octets.cast("H") as halves:
+            return halves[at // 2]
+
+    def store(self, address: int, value: int) -> None:
+        """Write 16 bits in one piece, which struct does not: it clears them first."""
+        memory, at = self.place(address, True)
+        with memoryview(memory) as octets, octets.cast("H") as halves:
+            halves[at // 2] = value
+
     def dirty(self, gpa: int, size: int) -> None:
         if self.log is not None and self.acked & Feature.VHOST_F_LOG_ALL:
             for page in range(gpa // 4096, (gpa + size - 1) // 4096 + 1):
@@ -177,10 +189,10 @@ class Loopback(BaseDevice):
             index = after
 
     def available(self, ring: Ring) -> int:
-        return (self.get("<H", ring.addr.available + 2)[0] - ring.base) & 0xFFFF
+        return (self.load(ring.addr.available + 2) - ring.base) & 0xFFFF
 
     def take(self, ring: Ring) -> int:
-        head = self.get("<H", ring.addr.available + 4 + 2 * (ring.base % ring.num))[0]
+        head = self.load(ring.addr.available + 4 + 2 * (ring.base % ring.num))
         ring.base = (ring.base + 1) & 0xFFFF
         return head
 
@@ -188,14 +200,14 @@ class Loopback(BaseDevice):
         for number, (head, size) in enumerate(entries):
             self.put("<II", ring.addr.used + 4 + 8 * ((ring.used + number) % ring.num), head, size)
         before, ring.used = ring.used, (ring.used + len(entries)) & 0xFFFF
-        self.put("<H", ring.addr.used + 2, ring.used)
+        self.store(ring.addr.used + 2, ring.used)
         if ring.addr.flags & VringFlag.LOG:
             self.dirty(ring.addr.log, 6 + 8 * ring.num)
         if self.acked & Feature.VIRTIO_F_EVENT_IDX:
-            event = self.get("<H", ring.addr.available + 4 + 2 * ring.num)[0]
+            event = self.load(ring.addr.available + 4 + 2 * ring.num)
             wanted = (ring.used - event - 1) & 0xFFFF < (ring.used - before) & 0xFFFF
         else:
-            wanted = not self.get("<H", ring.addr.available)[0] & 1
+            wanted = not self.load(ring.addr.available) & 1
         if wanted and ring.call is not None:
             os.eventfd_write(ring.call, 1)
 
@@ -234,7 +246,7 @@ class Loopback(BaseDevice):
         # Kicks are wanted for all that comes from here on.
         for ring in self.rings:
             if ring.running:
-                self.put("<H", ring.addr.used + 4 + 8 * ring.num, ring.base + (64 if ring is rx else 0) & 0xFFFF)
+                self.store(ring.addr.used + 4 + 8 * ring.num, ring.base + (64 if ring is rx else 0) & 0xFFFF)
         if rx.running and tx.running and self.available(tx) and self.available(rx) > 64:
             self.process()
 
@@ -263,7 +275,7 @@ class Loopback(BaseDevice):
 
     async def set_vring_addr(self, index: int, addr: VringAddr) -> None:
         self.rings[index].addr = addr
-        self.rings[index].used = self.get("<H", addr.used + 2)[0]
+        self.rings[index].used = self.load(addr.used + 2)
 
     async def set_vring_kick(self, index: int, fd: int | None) -> None:
         assert fd is not None
