@@ -8,6 +8,7 @@ byte order of the machine that wrote them.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
 from godwit.dataplane.state import FlowState, Observed, Side, SocketState
@@ -76,27 +77,34 @@ SIDE: Final[Record[Side]] = Record(
 )
 
 
+@functools.lru_cache(maxsize=4096)
+def _family(address: bytes) -> int:
+    """4 or 6, by the form of the address; 0 for one that no host can have. Few are different, hence the cache."""
+    if address in _UNSPECIFIED:
+        return 0
+    if address[:12] == V4_MAPPED:
+        return 4 if address[12] < 0xE0 else 0
+    return 6 if address[0] != 0xFF else 0
+
+
 def _check_flow(flat: tuple[Any, ...]) -> None:
     """What no single field of a flow can know."""
     first, second = flat[0], flat[1]
     if first + second != PIF_HOST + PIF_GUEST or first == 0 or second == 0:
         raise UnsoundError(1, f"with {first} on the other side: must be host (1) and guest (2), in either order")
     for index in (2, 6):
-        ours, end = flat[index], flat[index + 1]
-        if (ours[:12] == V4_MAPPED) != (end[:12] == V4_MAPPED):
+        ours, end = _family(flat[index]), _family(flat[index + 1])
+        if not ours or not end:
+            raise UnsoundError(index if not ours else index + 1, "must be the address of one host")
+        if ours != end:
             raise UnsoundError(index + 1, "must be of the same family as our address on that side")
-        for offset in (0, 1):
-            address = flat[index + offset]
-            first_byte = address[12] if address[:12] == V4_MAPPED else address[0]
-            if address in _UNSPECIFIED or first_byte == 0xFF or (first_byte >= 0xE0 and address[:12] == V4_MAPPED):
-                raise UnsoundError(index + offset, "must be the address of one host")
     if not flat[13] & EVENT_ESTABLISHED:
         raise UnsoundError(13, "must have bit 0x04: only an established flow can be here")
 
 
 def _make_flow(*fields: Any) -> FlowState:
     """The flow of the fields' values; in the stream ``sndbuf`` is in units of 256 bytes."""
-    return FlowState(*fields[:7], fields[7] << 8, *fields[8:])
+    return FlowState._make((*fields[:7], fields[7] << 8, *fields[8:]))
 
 
 def _flow_fields(flow: FlowState) -> tuple[Any, ...]:
@@ -143,13 +151,8 @@ FLOW: Final[Record[FlowState]] = Record(
 
 def flow_of(flat: tuple[Any, ...]) -> FlowState:
     """``FLOW.build``, spelt out: this runs for each flow of a stream."""
-    return FlowState(
-        (flat[0], flat[1]),
-        (Side(flat[2], flat[3], flat[4], flat[5]), Side(flat[6], flat[7], flat[8], flat[9])),
-        *flat[10:15],
-        flat[15] << 8,
-        *flat[16:],
-    )
+    first, second = Side._make(flat[2:6]), Side._make(flat[6:10])
+    return FlowState._make(((flat[0], flat[1]), (first, second), *flat[10:15], flat[15] << 8, *flat[16:]))
 
 
 def flat_of(flow: FlowState) -> tuple[Any, ...]:
