@@ -75,7 +75,6 @@ class Options:
     net: NetOptions = field(default_factory=NetOptions)
     tcp_ports: Forwards = field(default_factory=Forwards)
     udp_ports: Forwards = field(default_factory=Forwards)
-    freebind: bool = False
     tcp: bool = True
     udp: bool = True
     icmp: bool = True
@@ -265,7 +264,6 @@ TABLE: tuple[Row, ...] = (
     Row(("--map-guest-addr",), Kind.LIST, "map_guest", "ADDR", _address_or_none, "map this address to the host's own"),
     Row(("--dns-forward",), Kind.LIST, "dns_forward", "ADDR", _address, "map this address to the host's resolver"),
     Row(("--dns-host",), Kind.LIST, "dns_host", "ADDR", _address, "the host's resolver"),
-    Row(("--freebind",), Kind.ON, "freebind", help="forward from addresses that the host does not have"),
     Row(("-4", "--ipv4-only"), Kind.OFF, "ipv6", help="no IPv6"),
     Row(("-6", "--ipv6-only"), Kind.OFF, "ipv4", help="no IPv4"),
     Row(("--no-tcp",), Kind.OFF, "tcp", help="no TCP"),
@@ -279,7 +277,7 @@ TABLE: tuple[Row, ...] = (
     Row(("--no-dhcp-search",), Kind.OFF, "tell_search", help="announce no search list"),
     *_refused(
         Kind.LATER,
-        "-p|--pcap= --stats= -o|--outbound= --outbound-if4= --outbound-if6= --migrate-exit --migrate-no-linger",
+        "-p|--pcap= --stats= -o|--outbound= --outbound-if4= --outbound-if6= --migrate-exit --migrate-no-linger --freebind",
     ),
     *_refused(
         Kind.PASTA,
@@ -405,6 +403,8 @@ def _cross_check(options: Options) -> None:
         raise OptionError("-4 and -6 exclude each other")
     if options.quiet and (options.debug or options.trace):
         raise OptionError("--quiet and --debug exclude each other")
+    if any(one.to_address is not None for one in options.tcp_ports.ranges):
+        raise OptionError("--tcp-ports: a target address is not supported yet, only the guest itself")
     if options.log_file and options.log_file == options.pid:
         raise OptionError("--log-file and --pid name the same file")
 
