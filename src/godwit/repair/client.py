@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The back-end's end of the repair protocol.
+
+``RepairListener`` is the socket on which a helper connects. It has no thread:
+helpers that wait are taken whenever a client is asked for, and by
+``accept_ready``, which an event loop may call when ``fileno()`` is readable, to
+have it logged when a helper comes. Both may happen at once in different
+threads.
+
+``RepairClient`` is one helper. Its calls block, up to a few seconds if the
+helper hangs, and belong into a worker thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from godwit.repair.protocol import MessageError, Repair, RepairError, batches, decode, encode, send_request
+
+log = logging.getLogger(__name__)
+
+#: Seconds that a helper may take for one message. It takes well below a millisecond.
+TIMEOUT: Final = 5.0
+
+# Helpers that came and went between two calls wait here as closed connections.
+_BACKLOG: Final = 64
+_PEERCRED: Final = struct.Struct("3i")  # struct ucred, unix(7)
+
+
+class RepairClient:
+    """A connected helper, until it fails or is closed. May be shared by threads."""
+
+    def __init__(self, sock: socket.socket, timeout: float = TIMEOUT) -> None:
+        self._sock = sock
+        self._sock.settimeout(timeout)
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._closed = False
+        pid, uid, _ = _PEERCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
+        #: For the log: process id and user.
+        self.peer = f"pid {pid}, uid {uid}"
+
+    @property
+    def alive(self) -> bool:
+        """The helper has neither failed nor gone. Something sent without a request counts as failed."""
+        if self._closed:
+            return False
+        if not self._lock.acquire(blocking=False):
+            return True  # busy: the request under way will find out
+        try:
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        finally:
+            self._lock.release()
+        self.close()
+        return False
+
+    def set_mode(self, fds: Sequence[int], mode: Repair) -> None:
+        """Set TCP_REPAIR on each of the sockets; any number of them.
+
+        ``RepairError`` if the helper refuses, is gone, or does not answer in
+        time. The connection is closed then, and the mode of the sockets from
+        ``error.done`` on is unknown.
+        """
+        with self._lock:
+            done = 0
+            for batch in batches(fds):
+                try:
+                    self._set_mode(batch, mode)
+                except RepairError as error:
+                    self._closed = True
+                    self._sock.close()
+                    error.done = done
+                    raise
+                done += len(batch)
+
+    def _set_mode(self, fds: Sequence[int], mode: Repair) -> None:
+        if self._closed:
+            raise RepairError("the repair helper is gone")
+        try:
+            send_request(self._sock, mode, fds)
+            answer = self._sock.recv(1)
+        except TimeoutError:
+            raise RepairError(f"the repair helper has not answered for {self._timeout:g} s") from None
+        except OSError as error:
+            raise RepairError(f"the repair helper is gone: {error.strerror}") from error
+        if not answer:
+            raise RepairError(f"the repair helper has closed the connection on {len(fds)} sockets: see its messages")
+        if answer != encode(mode):
+            try:
+                what = decode(answer).name
+            except MessageError as error:
+                what = str(error)
+            raise RepairError(f"the repair helper has answered {mode.name} wrongly: {what}")
+
+    def close(self) -> None:
+        """Let the helper go, which ends it. A call of ``set_mode`` under way fails. May be repeated."""
+        self._closed = True
+        if not self._lock.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for the answer
+            self._lock.acquire()
+        try:
+            self._sock.close()
+        finally:
+            self._lock.release()
+
+
+class RepairListener:
+    """The socket on which helpers connect; the one that came last serves.
+
+    Only this user may connect (mode 0600), and root. A socket left behind by a
+    process that is gone is replaced; ``OSError`` (EADDRINUSE) if somebody
+    listens on ``path``, or if it is no socket.
+    """
+
+    def __init__(self, path: str, timeout: float = TIMEOUT) -> None:
+        self.path = path
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._client: RepairClient | None = None
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._sock.setblocking(False)
+            # Linux makes the file with the mode of the socket: it is never open to others, not for a moment.
+            os.fchmod(self._sock.fileno(), 0o600)
+            _bind(self._sock, path)
+            self._sock.listen(_BACKLOG)
+            made = os.stat(path, follow_symlinks=False)
+        except BaseException:
+            self._sock.close()
+            raise
+        self._made = made.st_dev, made.st_ino
+
+    def fileno(self) -> int:
+        """The listening socket, for an event loop to watch."""
+        return self._sock.fileno()
+
+    def accept_ready(self) -> None:
+        """Take the helpers that wait. Does not block."""
+        with self._lock:
+            while True:
+                try:
+                    sock, _ = self._sock.accept()
+                except OSError as error:
+                    if error.errno == errno.ECONNABORTED:
+                        continue
+                    if error.errno not in (errno.EAGAIN, errno.EBADF):
+                        log.warning("cannot accept a repair helper on %s: %s", self.path, error.strerror)
+                    return
+                former, self._client = self._client, RepairClient(sock, self._timeout)
+                if former is not None:
+                    former.close()
+                log.info("repair helper connected (%s)", self._client.peer)
+
+    @property
+    def client(self) -> RepairClient | None:
+        """The helper, if one is there and alive. Does not block."""
+        self.accept_ready()
+        with self._lock:
+            if self._client is not None and not self._client.alive:
+                log.warning("repair helper has gone (%s)", self._client.peer)
+                self._client = None
+            return self._client
+
+    def wait(self, timeout: float) -> RepairClient | None:
+        """Wait for a helper, up to ``timeout`` seconds; None if none came."""
+        deadline = time.monotonic() + timeout
+        while (client := self.client) is None:
+            left = deadline - time.monotonic()
+            if left <= 0 or self._sock.fileno() < 0:
+                return None
+            waiting = select.poll()
+            waiting.register(self._sock, select.POLLIN)
+            waiting.poll(left * 1000)
+        return client
+
+    def close(self) -> None:
+        """Let the helper go and remove the socket, if it is still this one. May be repeated."""
+        with self._lock:
+            if self._sock.fileno() < 0:
+                return
+            self._sock.close()
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+        with contextlib.suppress(OSError):
+            there = os.stat(self.path, follow_symlinks=False)
+            if (there.st_dev, there.st_ino) == self._made:
+                os.unlink(self.path)
+
+
+def _bind(sock: socket.socket, path: str) -> None:
+    """Bind to a path, taking it from a process that is gone."""
+    try:
+        sock.bind(path)
+        return
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
+            raise
+        in_use = error
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:
+            raise in_use from None
+        else:
+            raise in_use
+    sock.bind(path)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What goes over the socket between a back-end and its repair helper.
+
+The back-end listens, the helper connects. Then, as often as needed: the
+back-end sends one byte, the value for TCP_REPAIR as a signed integer, and with
+it from 1 to 253 sockets as SCM_RIGHTS; the helper sets that value on each of
+them and answers with the same byte. Anything else, or the end of the stream,
+says that it failed, for some or for all of the sockets. There are no other
+messages, and only one is under way at a time.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from enum import IntEnum
+from typing import Final
+
+#: Descriptors in one message, at most: SCM_MAX_FD of the kernel (unix(7)).
+MAX_SOCKETS: Final = 253
+
+_INT: Final = array.array("i").itemsize
+_ANCILLARY: Final = socket.CMSG_SPACE(MAX_SOCKETS * _INT)
+
+
+class Repair(IntEnum):
+    """The values of TCP_REPAIR (tcp(7))."""
+
+    #: Repair mode off, in silence.
+    OFF_NO_WP = -1
+    #: Repair mode off; an established connection sends a window probe, which the peer answers.
+    OFF = 0
+    #: Repair mode on.
+    ON = 1
+
+
+class RepairError(Exception):
+    """The helper did not do what it was asked.
+
+    ``done`` sockets, counted from the first, are known to be in the new mode;
+    for the others nothing is known.
+    """
+
+    def __init__(self, message: str, done: int = 0) -> None:
+        super().__init__(message)
+        self.done = done
+
+
+class MessageError(Exception):
+    """What came from the other side is no message of this protocol."""
+
+
+def encode(mode: Repair) -> bytes:
+    """The byte that stands for ``mode``, in the request and in the answer."""
+    return mode.to_bytes(1, "little", signed=True)
+
+
+def decode(data: bytes) -> Repair:
+    """The mode that a byte stands for; ``MessageError`` if none."""
+    if len(data) != 1:
+        raise MessageError(f"{len(data)} bytes where one was due")
+    value = int.from_bytes(data, "little", signed=True)
+    try:
+        return Repair(value)
+    except ValueError:
+        raise MessageError(f"{value} is no value of TCP_REPAIR") from None
+
+
+def batches(fds: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Cut a list of sockets into pieces that fit a message each."""
+    for start in range(0, len(fds), MAX_SOCKETS):
+        yield fds[start : start + MAX_SOCKETS]
+
+
+def send_request(sock: socket.socket, mode: Repair, fds: Sequence[int]) -> None:
+    """Send one message; at most ``MAX_SOCKETS`` sockets."""
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+    sock.sendmsg([encode(mode)], [rights], socket.MSG_NOSIGNAL)
+
+
+def receive_request(sock: socket.socket) -> tuple[Repair, list[int]] | None:
+    """Take one message; the descriptors are the caller's. None at the end of the stream.
+
+    ``MessageError``, with every descriptor closed, for anything but a known
+    mode and at least one descriptor.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(1, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % _INT])
+    try:
+        if not data and not fds:
+            return None
+        if flags & socket.MSG_CTRUNC:
+            raise MessageError(f"descriptors were cut off, {len(fds)} arrived")
+        mode = decode(data)
+        if not fds:
+            raise MessageError("a request without a socket")
+    except MessageError:
+        close_all(fds)
+        raise
+    return mode, list(fds)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors."""
+    for fd in fds:
+        os.close(fd)
