@@ -277,7 +277,8 @@ TABLE: tuple[Row, ...] = (
     Row(("--no-dhcp-search",), Kind.OFF, "tell_search", help="announce no search list"),
     *_refused(
         Kind.LATER,
-        "-p|--pcap= --stats= -o|--outbound= --outbound-if4= --outbound-if6= --migrate-exit --migrate-no-linger --freebind",
+        "-p|--pcap= --stats= -o|--outbound= --outbound-if4= --outbound-if6= --migrate-exit --migrate-no-linger"
+        " --freebind",
     ),
     *_refused(
         Kind.PASTA,
