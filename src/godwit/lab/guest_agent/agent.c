@@ -399,7 +399,8 @@ static void sender_can_send(struct conn *c)
 		if (c->rate) {
 			uint64_t due = (uint64_t)(now_ms() - c->started_ms) * c->rate / 1000;
 
-			if (due <= c->bytes) {
+			/* Not a few bytes at a time: a hundredth of a second's worth. */
+			if (due < c->bytes + (left < c->rate / 100 ? left : c->rate / 100) || due == c->bytes) {
 				c->paused = true;
 				conn_watch(c, EPOLLIN);
 				return;

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Back-ends on the hosts of the laboratory: godwit or passt, each with a repair helper.
+
+A back-end serves one guest at ``socket``; its helper is at ``socket`` plus
+``.repair``. Either program's helper serves either back-end::
+
+    with Backend(net.a, folder) as source, Backend(net.b, folder, "passt") as target:
+        guest = QemuGuest(source.socket)
+        guest.migrate(target.socket)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from godwit.lab import peer
+from godwit.lab.errors import LabError
+from godwit.lab.netns import Namespace, wait_until
+
+KINDS = ("godwit", "passt")
+_GODWIT = [sys.executable, "-m", "godwit.cli.main"]
+
+_numbers = itertools.count()
+
+
+class Backend:
+    """One back-end process in ``space``, ready when this returns.
+
+    ``kind`` says which program, ``helper`` which one's helper, or None for no
+    helper; by default the program's own. ``arguments`` go to the program as they
+    are; what both take: ``--tcp-ports``, ``--mtu``, and much more.
+    """
+
+    def __init__(
+        self,
+        space: Namespace,
+        folder: str,
+        kind: str = "godwit",
+        *,
+        helper: str | None = "own",
+        arguments: Sequence[str] = (),
+    ) -> None:
+        self.space = space
+        self.kind = kind
+        self.name = f"{kind}{next(_numbers)}-{space.name}"
+        self.socket = os.path.join(folder, f"{self.name}.sock")
+        self.log = os.path.join(folder, f"{self.name}.log")
+        self.helper_kind = kind if helper == "own" else helper
+        self._helper: subprocess.Popen[bytes] | None = None
+        common = ["-f", "--vhost-user", "-s", self.socket, "--no-map-gw", *arguments]
+        if kind == "godwit":
+            words = [*_GODWIT, "serve", *common]
+        elif kind == "passt":
+            words = peer.fetch().command(*common)
+        else:
+            raise LabError(f"no such back-end: {kind}")
+        with open(self.log, "wb") as log:
+            self._process = space.popen(words, stdout=log, stderr=log)
+        try:
+            self._until_it_listens()
+            if self.helper_kind is not None:
+                self.start_helper()
+        except BaseException:
+            self.close()
+            raise
+
+    def _until_it_listens(self) -> None:
+        def listening() -> bool:
+            if self._process.poll() is not None:
+                raise LabError(f"{self.name} ended with {self._process.returncode}: {self.messages()}")
+            return {self.socket, f"{self.socket}.repair"} <= _listening(self.pid)
+
+        wait_until(listening, f"{self.name} to listen", 20.0)
+
+    def start_helper(self) -> None:
+        """Start a repair helper; it has connected when this returns."""
+        path = f"{self.socket}.repair"
+        passt = self.helper_kind == "passt"
+        words = peer.fetch().repair_command(path) if passt else [*_GODWIT, "repair", path]
+        with open(self.log, "ab") as log:
+            helper = self._helper = self.space.popen(words, stdout=log, stderr=log)
+
+        def connected() -> bool:
+            if helper.poll() is not None:
+                raise LabError(f"the helper of {self.name} ended with {helper.returncode}: {self.messages()}")
+            return _has_unix_socket(helper.pid)
+
+        wait_until(connected, f"the helper of {self.name} to connect", 20.0)
+
+    def ensure_helper(self) -> None:
+        """Start a helper where there was to be one and it has ended: passt lets go of its after each migration."""
+        if self._helper is not None and self._helper.poll() is not None:
+            self.start_helper()
+
+    def kill_helper(self) -> None:
+        """Kill the helper."""
+        if self._helper is not None:
+            self._helper.kill()
+            self._helper.wait()
+            self._helper = None
+
+    @property
+    def pid(self) -> int:
+        """The back-end's process."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the back-end runs."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """Kill the back-end, as a crash would end it."""
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Freeze the process (SIGSTOP): it answers nothing, and its sockets stay."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a stopped process go on."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def messages(self) -> str:
+        """Return what back-end and helper have said."""
+        with open(self.log, errors="replace") as file:
+            return file.read()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """End both processes; SIGTERM first. May be repeated."""
+        self.kill_helper()
+        if self.running:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout)
+            self.kill()
+        for path in (self.socket, f"{self.socket}.repair"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Backend {self.name}>"
+
+
+def _listening(pid: int) -> set[str]:
+    """Return the paths of the UNIX sockets that listen in the network namespace of a process."""
+    paths = set()
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/net/unix") as table:
+        for line in table:
+            # number, references, protocol, flags (0x10000: listens), type, state, inode, path
+            words = line.split()
+            if len(words) == 8 and words[3] == "00010000":
+                paths.add(words[7])
+    return paths
+
+
+def _has_unix_socket(pid: int) -> bool:
+    """Whether a process has an open socket: a helper has none until it has connected."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
+                    return True
+    return False
