@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel's side of a TCP connection: frozen, read out, and made anew.
+
+The order is the caller's: on the source freeze, repair on (by the helper),
+dump; to go on, repair off and thaw. On the target create (frozen), repair on,
+bind_address, restore; at the commit repair off, finish, thaw.
+
+A dump changes nothing but SO_PEEK_OFF, which the caller sets anew.
+"""
+
+import os
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_v4
+from godwit.dataplane.sys cimport (
+    AF_INET,
+    AF_INET6,
+    EAGAIN,
+    EINTR,
+    EINVAL,
+    ENOBUFS,
+    ENOMEM,
+    IPPROTO_IPV6,
+    IPPROTO_TCP,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    MSG_PEEK,
+    SHUT_WR,
+    SIOCINQ,
+    SIOCOUTQ,
+    SO_PEEK_OFF,
+    SO_REUSEADDR,
+    SO_SNDBUF,
+    SOCK_CLOEXEC,
+    SOCK_NONBLOCK,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    TCP_NODELAY,
+    bind,
+    close,
+    connect,
+    errno,
+    getsockopt,
+    ioctl,
+    put16,
+    recv,
+    send,
+    setsockopt,
+    shutdown,
+    sockaddr,
+    sockaddr_in,
+    sockaddr_in6,
+    sockaddr_storage,
+    socket,
+    socklen_t,
+)
+
+from godwit.dataplane.state import SocketState
+
+cdef extern from "<linux/tcp.h>" nogil:
+    cdef struct tcp_info:
+        uint8_t tcpi_state
+        uint8_t tcpi_options
+        uint8_t tcpi_snd_wscale
+        uint8_t tcpi_rcv_wscale
+    cdef struct tcp_repair_opt:
+        uint32_t opt_code
+        uint32_t opt_val
+    cdef struct tcp_repair_window:
+        uint32_t snd_wl1
+        uint32_t snd_wnd
+        uint32_t max_window
+        uint32_t rcv_wnd
+        uint32_t rcv_wup
+    enum:
+        TCP_INFO
+        TCP_MAXSEG
+        TCP_TIMESTAMP
+        TCP_REPAIR_QUEUE
+        TCP_QUEUE_SEQ
+        TCP_REPAIR_OPTIONS
+        TCP_REPAIR_WINDOW
+        TCP_NO_QUEUE
+        TCP_RECV_QUEUE
+        TCP_SEND_QUEUE
+        TCPI_OPT_TIMESTAMPS
+        TCPI_OPT_SACK
+
+cdef extern from *:
+    """
+    #include <sys/socket.h>
+    #include <linux/in.h>
+    #include <linux/in6.h>
+    #include <linux/sockios.h>
+    #ifndef IP_MINTTL
+    #define IP_MINTTL 21
+    #endif
+    #ifndef IPV6_MINHOPCOUNT
+    #define IPV6_MINHOPCOUNT 73
+    #endif
+    #ifndef SO_BUF_LOCK
+    #define SO_BUF_LOCK 72
+    #endif
+    """
+    enum:
+        IP_MINTTL
+        IPV6_MINHOPCOUNT
+        IPPROTO_IP
+        SIOCOUTQNSD
+        SO_BUF_LOCK
+        SO_RCVBUF
+
+cdef enum:
+    # TCP states as TCP_INFO gives them (the kernel's tcp_states.h)
+    ESTABLISHED = 1
+    FIN_WAIT1 = 4
+    FIN_WAIT2 = 5
+    CLOSE_WAIT = 8
+    LAST_ACK = 9
+    CLOSING = 11
+    # option codes that TCP_REPAIR_OPTIONS takes: those of the wire
+    OPT_MSS = 2
+    OPT_WS = 3
+    OPT_SACK = 4
+    OPT_TS = 8
+    MAX_QUEUE = 64 << 20    # bytes; as the published stream has it
+    PIECE = 128 << 10       # a queue is written in pieces of this, halved where the kernel is short
+    LEAST_PIECE = 1024
+    FROZEN_TTL = 255
+
+
+cdef int set_int(int fd, int level, int option, int value) noexcept nogil:
+    return -errno if setsockopt(fd, level, option, &value, sizeof(value)) != 0 else 0
+
+
+cdef int set_u32(int fd, int option, uint32_t value) noexcept nogil:
+    return -errno if setsockopt(fd, IPPROTO_TCP, option, &value, sizeof(value)) != 0 else 0
+
+
+cdef int get_u32(int fd, int option, uint32_t *value) noexcept nogil:
+    cdef socklen_t n = sizeof(uint32_t)
+    return -errno if getsockopt(fd, IPPROTO_TCP, option, value, &n) != 0 else 0
+
+
+cdef int sock_freeze(int fd, bint v6) noexcept nogil:
+    """Have the kernel discard what comes in, before TCP sees it (RFC 5082).
+
+    Nobody off-link can send with a hop limit of 255. So nothing is
+    acknowledged, and the peer keeps its data and sends it again.
+    """
+    if v6:
+        return set_int(fd, IPPROTO_IPV6, IPV6_MINHOPCOUNT, FROZEN_TTL)
+    return set_int(fd, IPPROTO_IP, IP_MINTTL, FROZEN_TTL)
+
+
+cdef int sock_thaw(int fd, bint v6) noexcept nogil:
+    if v6:
+        return set_int(fd, IPPROTO_IPV6, IPV6_MINHOPCOUNT, 0)
+    return set_int(fd, IPPROTO_IP, IP_MINTTL, 0)
+
+
+cdef bint fin_sent(uint8_t state) noexcept nogil:
+    return state == FIN_WAIT1 or state == FIN_WAIT2 or state == LAST_ACK or state == CLOSING
+
+
+cdef int peek_queue(int fd, uint8_t *out, uint32_t size, uint32_t *got) noexcept nogil:
+    """Copy the selected queue. `got` may be less than `size`: a count may hold a FIN."""
+    cdef ssize_t n
+    got[0] = 0
+    if size == 0:
+        return 0
+    while True:
+        n = recv(fd, out, size, MSG_PEEK | MSG_DONTWAIT)
+        if n >= 0:
+            got[0] = <uint32_t>n
+            return 0
+        if errno == EAGAIN:
+            return 0
+        if errno != EINTR:
+            return -errno
+
+
+cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
+    cdef tcp_info info
+    cdef tcp_repair_window window
+    cdef socklen_t n = sizeof(info)
+    cdef int outq, notsent, inq, rc
+    queues[0] = NULL
+    memset(s, 0, sizeof(SockState))
+    # With an offset set, peeking in repair mode starts anywhere. Without the
+    # option there is no offset either.
+    set_int(fd, SOL_SOCKET, SO_PEEK_OFF, -1)
+    memset(&info, 0, sizeof(info))
+    if getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &n) != 0:
+        return -errno
+    s.tcpi_state = info.tcpi_state
+    s.tcpi_options = info.tcpi_options
+    s.snd_ws = info.tcpi_snd_wscale
+    s.rcv_ws = info.tcpi_rcv_wscale
+    if s.tcpi_state != ESTABLISHED and s.tcpi_state != CLOSE_WAIT and not fin_sent(s.tcpi_state):
+        return -EINVAL
+    rc = get_u32(fd, TCP_MAXSEG, &s.mss)
+    if rc == 0 and s.tcpi_options & TCPI_OPT_TIMESTAMPS:
+        rc = get_u32(fd, TCP_TIMESTAMP, &s.timestamp)
+    if rc != 0:
+        return rc
+    n = sizeof(window)
+    if getsockopt(fd, IPPROTO_TCP, TCP_REPAIR_WINDOW, &window, &n) != 0:
+        return -errno
+    s.snd_wl1 = window.snd_wl1
+    s.snd_wnd = window.snd_wnd
+    s.max_window = window.max_window
+    s.rcv_wnd = window.rcv_wnd
+    s.rcv_wup = window.rcv_wup
+    if s.tcpi_state == CLOSE_WAIT or s.tcpi_state == LAST_ACK:
+        s.rcv_wnd += 1
+        s.rcv_wup -= 1
+    if ioctl(fd, SIOCOUTQ, &outq) != 0 or ioctl(fd, SIOCOUTQNSD, &notsent) != 0 or ioctl(fd, SIOCINQ, &inq) != 0:
+        return -errno
+    if outq < 0 or notsent < 0 or inq < 0 or outq > MAX_QUEUE or inq > MAX_QUEUE:
+        return -ENOBUFS
+    if outq or inq:
+        queues[0] = <uint8_t *>malloc(<size_t>outq + inq)
+        if queues[0] == NULL:
+            return -ENOMEM
+    rc = dump_queues(fd, s, queues[0], outq, notsent, inq)
+    # No queue selected: as it was, for a repair that is only turned off.
+    set_u32(fd, TCP_REPAIR_QUEUE, TCP_NO_QUEUE)
+    if rc != 0:
+        free(queues[0])
+        queues[0] = NULL
+    return rc
+
+
+cdef int dump_queues(int fd, SockState *s, uint8_t *out, uint32_t outq, uint32_t notsent, uint32_t inq) noexcept nogil:
+    cdef uint32_t end, fin = 0
+    cdef int rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+    if rc == 0:
+        rc = get_u32(fd, TCP_QUEUE_SEQ, &end)
+    if rc == 0:
+        rc = peek_queue(fd, out, outq, &s.sndq)
+    if rc != 0:
+        return rc
+    # The counts and the sequence number are of TCP's sequence space: a FIN is
+    # in them, acknowledged or not. The bytes are what could be read.
+    if fin_sent(s.tcpi_state):
+        fin = 1
+    if s.sndq + fin < outq:
+        return -EINVAL
+    s.seq_snd = end - fin - s.sndq
+    s.notsent = notsent - fin if notsent > fin else 0
+    if s.notsent > s.sndq:
+        s.notsent = s.sndq
+    rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
+    if rc == 0:
+        rc = get_u32(fd, TCP_QUEUE_SEQ, &end)
+    if rc == 0:
+        rc = peek_queue(fd, out + s.sndq, inq, &s.rcvq)
+    # A FIN that was received stays counted: the new socket never sees it, but
+    # must expect what comes after.
+    s.seq_rcv = end - s.rcvq
+    return rc
+
+
+cdef int write_queue(int fd, const uint8_t *data, uint32_t size, uint32_t *done) noexcept nogil:
+    """Write into the selected queue, or to the peer; `done` counts. A full buffer is no error."""
+    cdef uint32_t piece = PIECE
+    cdef ssize_t n
+    done[0] = 0
+    while done[0] < size:
+        n = send(fd, data + done[0], piece if piece < size - done[0] else size - done[0], MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n > 0:
+            done[0] += <uint32_t>n
+        elif n == 0 or errno == EAGAIN:
+            return 0
+        elif (errno == ENOMEM or errno == ENOBUFS) and piece > LEAST_PIECE:
+            piece >>= 1
+        elif errno == ENOMEM or errno == ENOBUFS:
+            return 0
+        elif errno != EINTR:
+            return -errno
+    return 0
+
+
+cdef int sock_restore(int fd, const SockState *s, const uint8_t *sndq, const uint8_t *rcvq) noexcept nogil:
+    """Fill a connected socket in repair mode, up to what was sent already."""
+    cdef tcp_repair_opt options[4]
+    cdef tcp_repair_window window
+    cdef int rc, n = 2
+    cdef uint32_t done, sent = s.sndq - s.notsent
+    # Room for the queues, and then the kernel's own sizing again (SO_BUF_LOCK).
+    set_int(fd, SOL_SOCKET, SO_SNDBUF, MAX_QUEUE)
+    set_int(fd, SOL_SOCKET, SO_RCVBUF, MAX_QUEUE)
+    rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
+    if rc == 0:
+        rc = write_queue(fd, rcvq, s.rcvq, &done)
+        if rc == 0 and done < s.rcvq:
+            rc = -ENOBUFS
+    if rc == 0:
+        rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+    if rc == 0:
+        rc = write_queue(fd, sndq, sent, &done)
+        if rc == 0 and done < sent:
+            rc = -ENOBUFS
+    if rc != 0:
+        return rc
+    set_int(fd, SOL_SOCKET, SO_BUF_LOCK, 0)
+    options[0].opt_code = OPT_WS
+    options[0].opt_val = s.snd_ws | <uint32_t>s.rcv_ws << 16
+    options[1].opt_code = OPT_MSS
+    options[1].opt_val = s.mss
+    if s.tcpi_options & TCPI_OPT_SACK:
+        options[n].opt_code = OPT_SACK
+        options[n].opt_val = 0
+        n += 1
+    if s.tcpi_options & TCPI_OPT_TIMESTAMPS:
+        options[n].opt_code = OPT_TS
+        options[n].opt_val = 0
+        n += 1
+    if setsockopt(fd, IPPROTO_TCP, TCP_REPAIR_OPTIONS, options, n * sizeof(tcp_repair_opt)) != 0:
+        return -errno
+    # In FIN_WAIT2 the FIN was acknowledged: it counts as sent, as all in repair mode.
+    if s.tcpi_state == FIN_WAIT2 and shutdown(fd, SHUT_WR) != 0:
+        return -errno
+    window.snd_wl1 = s.snd_wl1
+    window.snd_wnd = s.snd_wnd
+    window.max_window = s.max_window
+    window.rcv_wnd = s.rcv_wnd
+    window.rcv_wup = s.rcv_wup
+    if setsockopt(fd, IPPROTO_TCP, TCP_REPAIR_WINDOW, &window, sizeof(window)) != 0:
+        return -errno
+    return 0
+
+
+cdef int sock_finish(int fd, const SockState *s, const uint8_t *unsent) noexcept nogil:
+    """Out of repair mode: hand over what was not sent yet. Returns the bytes taken, or an error.
+
+    The FIN, where one is due, follows when all was taken.
+    """
+    cdef uint32_t done
+    cdef int rc = write_queue(fd, unsent, s.notsent, &done)
+    if rc != 0:
+        return rc
+    if done == s.notsent and (s.tcpi_state == FIN_WAIT1 or s.tcpi_state == LAST_ACK or s.tcpi_state == CLOSING):
+        if shutdown(fd, SHUT_WR) != 0:
+            return -errno
+    return <int>done
+
+
+# ---- for the control thread
+
+cdef object check(int rc, str what):
+    if rc < 0:
+        raise OSError(-rc, f"{what}: {os.strerror(-rc)}")
+
+
+def freeze(int fd, bint v6):
+    """Have the kernel discard every segment for this socket. Needs no privilege."""
+    check(sock_freeze(fd, v6), "freezing a socket")
+
+
+def thaw(int fd, bint v6):
+    """Undo freeze()."""
+    check(sock_thaw(fd, v6), "thawing a socket")
+
+
+def freeze_listener(int fd):
+    """Freeze a listening socket, of either family or both: a SYN gets no answer."""
+    sock_freeze(fd, True)   # not for an IPv4 socket, which refuses it
+    check(sock_freeze(fd, False), "freezing a listening socket")
+
+
+def thaw_listener(int fd):
+    """Undo freeze_listener()."""
+    sock_thaw(fd, True)
+    check(sock_thaw(fd, False), "thawing a listening socket")
+
+
+def create(bint v6):
+    """A TCP socket, frozen from the start, non-blocking. Returns its descriptor."""
+    cdef int one = 1, rc
+    cdef int fd = socket(AF_INET6 if v6 else AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
+    check(-errno if fd < 0 else 0, "socket")
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
+    rc = sock_freeze(fd, v6)
+    if rc != 0:
+        close(fd)
+        check(rc, "freezing a socket")
+    return fd
+
+
+def dump(int fd):
+    """(SocketState, send queue, receive queue) of a frozen socket in repair mode."""
+    cdef SockState s
+    cdef uint8_t *queues
+    cdef int rc
+    with nogil:
+        rc = sock_dump(fd, &s, &queues)
+    check(rc, "reading a socket's state")
+    try:
+        state = SocketState(
+            s.seq_snd, s.seq_rcv, s.sndq, s.notsent, s.rcvq, s.mss, s.timestamp, s.snd_wl1, s.snd_wnd,
+            s.max_window, s.rcv_wnd, s.rcv_wup, s.snd_ws, s.rcv_ws, s.tcpi_state, s.tcpi_options)
+        if queues == NULL:
+            return state, b"", b""
+        return state, queues[:s.sndq], queues[s.sndq:s.sndq + s.rcvq]
+    finally:
+        free(queues)
+
+
+cdef SockState native(state):
+    cdef SockState s
+    (s.seq_snd, s.seq_rcv, s.sndq, s.notsent, s.rcvq, s.mss, s.timestamp, s.snd_wl1, s.snd_wnd, s.max_window,
+     s.rcv_wnd, s.rcv_wup, s.snd_ws, s.rcv_ws, s.tcpi_state, s.tcpi_options) = state
+    return s
+
+
+cdef socklen_t fill(sockaddr_storage *out, bytes addr, uint16_t port, uint32_t scope) except 0:
+    cdef const uint8_t *a = addr
+    cdef sockaddr_in *a4 = <sockaddr_in *>out
+    cdef sockaddr_in6 *a6 = <sockaddr_in6 *>out
+    if len(addr) != 16:
+        raise ValueError(f"an address of {len(addr)} bytes")
+    memset(out, 0, sizeof(sockaddr_storage))
+    if is_v4(a):
+        a4.sin_family = AF_INET
+        put16(&a4.sin_port, port)
+        memcpy(&a4.sin_addr, a + 12, 4)
+        return sizeof(sockaddr_in)
+    a6.sin6_family = AF_INET6
+    put16(&a6.sin6_port, port)
+    memcpy(&a6.sin6_addr, a, 16)
+    if is_link_local6(a):
+        a6.sin6_scope_id = scope
+    return sizeof(sockaddr_in6)
+
+
+def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, uint32_t scope,
+            state, bytes sndq, bytes rcvq):
+    """Make a socket in repair mode the connection that `state` describes, without a packet.
+
+    Addresses are 16 bytes. OSError where the kernel refuses: the address is
+    not this host's, the port is taken, a queue does not fit.
+    """
+    cdef SockState s = native(state)
+    cdef sockaddr_storage local, remote
+    cdef socklen_t local_size = fill(&local, our_addr, our_port, scope)
+    cdef socklen_t remote_size = fill(&remote, end_addr, end_port, scope)
+    cdef const uint8_t *out = sndq
+    cdef const uint8_t *incoming = rcvq
+    cdef int rc
+    if len(sndq) != s.sndq or len(rcvq) != s.rcvq or s.notsent > s.sndq:
+        raise ValueError("queues that do not fit their lengths")
+    check(-errno if bind(fd, <sockaddr *>&local, local_size) != 0 else 0, "binding to the address of the connection")
+    if s.tcpi_options & TCPI_OPT_TIMESTAMPS:
+        check(set_u32(fd, TCP_TIMESTAMP, s.timestamp), "TCP_TIMESTAMP")
+    check(set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE), "TCP_REPAIR_QUEUE")
+    check(set_u32(fd, TCP_QUEUE_SEQ, s.seq_snd), "TCP_QUEUE_SEQ")
+    check(set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE), "TCP_REPAIR_QUEUE")
+    check(set_u32(fd, TCP_QUEUE_SEQ, s.seq_rcv), "TCP_QUEUE_SEQ")
+    check(-errno if connect(fd, <sockaddr *>&remote, remote_size) != 0 else 0, "connecting in repair mode")
+    with nogil:
+        rc = sock_restore(fd, &s, out, incoming)
+    check(rc, "filling the connection")
+
+
+def finish(int fd, state, bytes unsent):
+    """After repair mode: write what was not sent yet, and the FIN where it is due.
+
+    Returns how many bytes the socket took; the rest, and the FIN after it, are
+    the caller's to write when there is room.
+    """
+    cdef SockState s = native(state)
+    cdef const uint8_t *data = unsent
+    cdef int rc
+    if len(unsent) != s.notsent:
+        raise ValueError("unsent bytes that do not fit their count")
+    rc = sock_finish(fd, &s, data)
+    check(rc, "writing what was not sent yet")
+    return rc
