@@ -42,7 +42,7 @@ test-vm: build prerequisites-lab vm-tools ## the tests with QEMU guests and with
 	$(PY) -m pytest --override-ini=addopts= --import-mode=importlib --strict-markers -ra tests/vm $(PYTEST_ARGS)
 
 vm-tools: build prerequisites-vm ## QEMU, a guest image and passt for test-vm
-	$(PY) -m godwit.lab.image
+	$(PY) -m godwit.lab.setup_vm
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .
