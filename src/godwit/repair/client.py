@@ -73,8 +73,7 @@ class RepairClient:
         """Set TCP_REPAIR on each of the sockets; any number of them.
 
         ``RepairError`` if the helper refuses, is gone, or does not answer in
-        time. The connection is closed then, and the mode of the sockets from
-        ``error.done`` on is unknown.
+        time; the connection is closed then. The error says how far it got.
         """
         with self._lock:
             done = 0
@@ -84,7 +83,7 @@ class RepairClient:
                 except RepairError as error:
                     self._closed = True
                     self._sock.close()
-                    error.done = done
+                    error.done, error.uncertain = done, len(batch)
                     raise
                 done += len(batch)
 
@@ -133,6 +132,8 @@ class RepairListener:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._client: RepairClient | None = None
+        #: A helper has connected, at some time.
+        self.ever_connected = False
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._sock.setblocking(False)
@@ -163,6 +164,7 @@ class RepairListener:
                         log.warning("cannot accept a repair helper on %s: %s", self.path, error.strerror)
                     return
                 former, self._client = self._client, RepairClient(sock, self._timeout)
+                self.ever_connected = True
                 if former is not None:
                     former.close()
                 log.info("repair helper connected (%s)", self._client.peer)
@@ -176,6 +178,17 @@ class RepairListener:
                 log.warning("repair helper has gone (%s)", self._client.peer)
                 self._client = None
             return self._client
+
+    def connected(self) -> bool:
+        """A helper is there and alive. Does not block."""
+        return self.client is not None
+
+    def set_mode(self, fds: Sequence[int], mode: Repair) -> None:
+        """``RepairClient.set_mode`` of the helper that is there; ``RepairError`` if none is."""
+        client = self.client
+        if client is None:
+            raise RepairError("no repair helper is connected")
+        client.set_mode(fds, mode)
 
     def wait(self, timeout: float) -> RepairClient | None:
         """Wait for a helper, up to ``timeout`` seconds; None if none came."""

@@ -39,13 +39,14 @@ class Repair(IntEnum):
 class RepairError(Exception):
     """The helper did not do what it was asked.
 
-    ``done`` sockets, counted from the first, are known to be in the new mode;
-    for the others nothing is known.
+    Of the sockets, counted from the first, ``done`` are known to be in the new
+    mode; of the next ``uncertain`` nothing is known; the others are as they were.
     """
 
-    def __init__(self, message: str, done: int = 0) -> None:
+    def __init__(self, message: str, done: int = 0, uncertain: int = 0) -> None:
         super().__init__(message)
         self.done = done
+        self.uncertain = uncertain
 
 
 class MessageError(Exception):
