@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import IO, Protocol, Self
+from typing import IO, Self
 
 from godwit.lab._tapguest import Mover
 from godwit.lab.attachment import DRIVER_FEATURES, Attachment
@@ -47,6 +47,7 @@ from godwit.lab.netns import (
     enter_user_namespace,
     missing_tun,
 )
+from godwit.lab.traffic import Traffic
 from godwit.vhost_user import Feature
 
 GUEST_MAC = "52:54:00:67:64:77"
@@ -68,22 +69,6 @@ TUN_F_USO6 = 0x40
 HEADER = 12  # struct virtio_net_hdr_v1
 
 TX_LAYOUTS = {"single": 0, "chain": 1, "indirect": 2}
-
-
-class Guest(Protocol):
-    """What a scenario asks of a guest, embedded or a QEMU machine."""
-
-    def connect(self, path: str) -> None:
-        """Attach to the back-end at ``path`` and bring the network up."""
-
-    def run(self, *args: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
-        """Run a command inside to its end."""
-
-    def migrate(self, path: str) -> Record:
-        """Move to the back-end at ``path``; raises if the guest stays where it was."""
-
-    def close(self) -> None:
-        """End it."""
 
 
 class EmbeddedGuest:
@@ -126,6 +111,7 @@ class EmbeddedGuest:
         self.timeout = timeout
         self._tx_layout = tx_layout
         self._offloads = -1
+        self._agent: Traffic | None = None
         self._cleanup = contextlib.ExitStack()
         try:
             self.space = Namespace(name)
@@ -173,6 +159,14 @@ class EmbeddedGuest:
         return fd
 
     # --- commands -----------------------------------------------------------
+
+    @property
+    def agent(self) -> Traffic:
+        """The traffic agent inside; it starts when first asked for."""
+        if self._agent is None:
+            self._agent = Traffic(self.space)
+            self._cleanup.callback(self._agent.close)
+        return self._agent
 
     def run(
         self, *args: str, check: bool = True, timeout: float = 60.0, stdin: str | None = None
