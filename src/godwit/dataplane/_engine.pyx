@@ -15,6 +15,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.flow cimport (
+    carry_left,
+    carry_new,
     WATCH_KICK,
     WATCH_LISTENER,
     WATCH_WAKE,
@@ -41,10 +43,12 @@ from godwit.dataplane.plane cimport (
     EV_ESTABLISHED,
     EV_FIN_ACKED,
     EV_FIN_TO_GUEST,
+    EV_FIN_TO_SOCK,
     FF_CONNECTING,
     FF_FIN_KNOWN,
     FF_FROM_GUEST,
     FF_HELD,
+    FF_PEER_FIN,
     FF_RESET_DUE,
     FF_V6,
     FLOW_FREE,
@@ -56,6 +60,7 @@ from godwit.dataplane.plane cimport (
     NONE,
     RARE_FRAME,
     RARE_SLOTS,
+    Carry,
     Flow,
     Listener,
     Plane,
@@ -688,6 +693,31 @@ cdef class Engine:
             close(f.sock)
             f.sock = -1
 
+    def carry(self, uint32_t index, bytes to_guest, bytes to_sock):
+        """Bytes of an imported flow that its socket had no room for: they go before all others."""
+        cdef Flow *f = self.flow(index)
+        if to_guest:
+            f.carry_to_guest = carry_new(to_guest, <uint32_t>len(to_guest))
+            if f.carry_to_guest == NULL:
+                raise MemoryError
+        if to_sock:
+            f.carry_to_sock = carry_new(to_sock, <uint32_t>len(to_sock))
+            if f.carry_to_sock == NULL:
+                raise MemoryError
+
+    def carried(self, uint32_t index):
+        """(bytes for the guest, bytes for the socket) that a flow still carries."""
+        cdef Flow *f = self.flow(index)
+        return carried_bytes(f.carry_to_guest), carried_bytes(f.carry_to_sock)
+
+    def peer_closed(self, uint32_t index):
+        """Whether the peer closed before a migration, of which the flow's socket does not know."""
+        return self.flow(index).flags & FF_PEER_FIN != 0
+
+    def note_peer_closed(self, uint32_t index):
+        """The peer of an imported flow has closed: the end of the queue is the end."""
+        self.flow(index).flags |= FF_PEER_FIN
+
     def resume_flow(self, uint32_t index, bint watch):
         """Go on with a flow: one thawed, or (``watch``) one imported and restored."""
         cdef Flow *f = self.flow(index)
@@ -733,6 +763,10 @@ cdef class Engine:
                         "in_flight": f.seq_to_guest - f.seq_ack_from_guest, "window": f.window,
                     })
         return found
+
+
+cdef bytes carried_bytes(Carry *c):
+    return b"" if c == NULL else c.data[c.at:c.size]
 
 
 cdef bint kernel_has_peek_offset():

@@ -3,7 +3,7 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from godwit.dataplane.plane cimport Flow, FlowKind, Plane
+from godwit.dataplane.plane cimport Carry, Flow, FlowKind, Plane
 
 # What an epoll event is about: kind, generation (24 bits), index.
 cdef enum Watch:
@@ -28,6 +28,13 @@ cdef int flow_watch(Plane *p, Flow *f) noexcept nogil
 cdef void flow_touch(Plane *p, Flow *f) noexcept nogil
 cdef void flow_wait_ring(Plane *p, Flow *f) noexcept nogil
 cdef void flow_unwait(Plane *p, Flow *f) noexcept nogil
+
+cdef Carry *carry_new(const uint8_t *data, uint32_t size) noexcept nogil
+# Done with n bytes; returns NULL (and frees it) when that was the last.
+cdef Carry *carry_take(Carry *c, uint32_t n) noexcept nogil
+
+cdef inline uint32_t carry_left(Carry *c) noexcept nogil:
+    return 0 if c == NULL else c.size - c.at
 
 # Timers: a flow has one deadline; it may be moved later at no cost.
 cdef void flow_deadline(Plane *p, Flow *f, uint64_t when) noexcept nogil

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.plane cimport (
@@ -10,6 +11,7 @@ from godwit.dataplane.plane cimport (
     FLOW_FREE,
     FLOW_TCP,
     NONE,
+    Carry,
     Flow,
     FlowKind,
     Plane,
@@ -106,6 +108,8 @@ cdef void flows_free(Plane *p) noexcept nogil:
         for i in range(p.used_flows):
             if p.flows[i].kind != FLOW_FREE and p.flows[i].sock >= 0:
                 close(p.flows[i].sock)
+            carry_free(p.flows[i].carry_to_guest)
+            carry_free(p.flows[i].carry_to_sock)
         munmap(p.flows, p.max_flows * sizeof(Flow))
     if p.buckets != NULL:
         munmap(p.buckets, (p.bucket_mask + 1) * sizeof(uint32_t))
@@ -189,6 +193,9 @@ cdef void flow_close(Plane *p, Flow *f) noexcept nogil:
     if f.sock >= 0:
         close(f.sock)
         f.sock = -1
+    carry_free(f.carry_to_guest)
+    carry_free(f.carry_to_sock)
+    f.carry_to_guest = f.carry_to_sock = NULL
     flow_unwait(p, f)
     if f.heap_pos != NONE:
         heap_remove(p, f)
@@ -200,6 +207,34 @@ cdef void flow_close(Plane *p, Flow *f) noexcept nogil:
     f.kind = FLOW_DEAD
     if not f.flags & FF_TOUCHED:
         flow_release(p, f)
+
+
+cdef Carry *carry_new(const uint8_t *data, uint32_t size) noexcept nogil:
+    cdef Carry *c = <Carry *>malloc(sizeof(Carry))
+    if c == NULL:
+        return NULL
+    c.data = <uint8_t *>malloc(size)
+    if c.data == NULL:
+        free(c)
+        return NULL
+    memcpy(c.data, data, size)
+    c.size = size
+    c.at = 0
+    return c
+
+
+cdef void carry_free(Carry *c) noexcept nogil:
+    if c != NULL:
+        free(c.data)
+        free(c)
+
+
+cdef Carry *carry_take(Carry *c, uint32_t n) noexcept nogil:
+    c.at += n
+    if c.at < c.size:
+        return c
+    carry_free(c)
+    return NULL
 
 
 cdef void flow_release(Plane *p, Flow *f) noexcept nogil:

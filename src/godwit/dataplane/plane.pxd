@@ -73,7 +73,14 @@ cdef enum FlowFlag:
     FF_HELD = 0x1000        # frozen: not a byte moves until it is resumed
     FF_FIN_KNOWN = 0x4000   # seq_fin is valid
     FF_DUP_ACKS = 0x8000    # send three acknowledgements, for a fast retransmission
+    FF_PEER_FIN = 0x20000   # the peer's FIN came before a migration: the socket does not know of it
     FF_WINDOW_LOW = 0x10000 # "writable" from the socket is worth a window update
+
+# Bytes of a migrated flow that the new socket's buffers did not take.
+cdef struct Carry:
+    uint8_t *data
+    uint32_t size
+    uint32_t at             # bytes that are done with
 
 cdef struct Flow:
     uint8_t kind
@@ -117,6 +124,8 @@ cdef struct Flow:
     uint8_t ws_to_guest
     uint8_t retries
     uint8_t dup_acks
+    Carry *carry_to_guest   # before what the socket has; NULL: none, the usual
+    Carry *carry_to_sock    # before what the guest sends
 
 cdef struct AddrMap:
     uint8_t guest[16]       # as the guest names it

@@ -291,9 +291,6 @@ cdef int sock_restore(int fd, const SockState *s, const uint8_t *sndq, const uin
     cdef tcp_repair_window window
     cdef int rc, n = 2
     cdef uint32_t done, sent = s.sndq - s.notsent
-    # Room for the queues, and then the kernel's own sizing again (SO_BUF_LOCK).
-    set_int(fd, SOL_SOCKET, SO_SNDBUF, MAX_QUEUE)
-    set_int(fd, SOL_SOCKET, SO_RCVBUF, MAX_QUEUE)
     rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
     if rc == 0:
         rc = write_queue(fd, rcvq, s.rcvq, &done)
@@ -307,6 +304,7 @@ cdef int sock_restore(int fd, const SockState *s, const uint8_t *sndq, const uin
             rc = -ENOBUFS
     if rc != 0:
         return rc
+    # From here on the kernel sizes the buffers itself again (receive_room).
     set_int(fd, SOL_SOCKET, SO_BUF_LOCK, 0)
     options[0].opt_code = OPT_WS
     options[0].opt_val = s.snd_ws | <uint32_t>s.rcv_ws << 16
@@ -439,12 +437,25 @@ cdef socklen_t fill(sockaddr_storage *out, bytes addr, uint16_t port, uint32_t s
     return sizeof(sockaddr_in6)
 
 
+cdef uint32_t receive_room(int fd) noexcept nogil:
+    """Make both buffers as large as we may; the bytes of a receive queue that surely fit."""
+    cdef int size = 0
+    cdef socklen_t n = sizeof(size)
+    set_int(fd, SOL_SOCKET, SO_SNDBUF, MAX_QUEUE)
+    set_int(fd, SOL_SOCKET, SO_RCVBUF, MAX_QUEUE)
+    if getsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, &n) != 0 or size <= 0:
+        return 0
+    return <uint32_t>size >> 1
+
+
 def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, uint32_t scope,
             state, bytes sndq, bytes rcvq):
     """Make a socket in repair mode the connection that `state` describes, without a packet.
 
-    Addresses are 16 bytes. OSError where the kernel refuses: the address is
-    not this host's, the port is taken, a queue does not fit.
+    Addresses are 16 bytes. Returns how many bytes from the start of the
+    receive queue found no room in the new socket: they are the caller's to
+    deliver first. OSError where the kernel refuses: the address is not this
+    host's, the port is taken, the send queue does not fit.
     """
     cdef SockState s = native(state)
     cdef sockaddr_storage local, remote
@@ -453,6 +464,7 @@ def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t 
     cdef const uint8_t *out = sndq
     cdef const uint8_t *incoming = rcvq
     cdef int rc
+    cdef uint32_t room, left_out = 0
     if len(sndq) != s.sndq or len(rcvq) != s.rcvq or s.notsent > s.sndq:
         raise ValueError("queues that do not fit their lengths")
     check(-errno if bind(fd, <sockaddr *>&local, local_size) != 0 else 0, "binding to the address of the connection")
@@ -461,11 +473,18 @@ def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t 
     check(set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE), "TCP_REPAIR_QUEUE")
     check(set_u32(fd, TCP_QUEUE_SEQ, s.seq_snd), "TCP_QUEUE_SEQ")
     check(set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE), "TCP_REPAIR_QUEUE")
-    check(set_u32(fd, TCP_QUEUE_SEQ, s.seq_rcv), "TCP_QUEUE_SEQ")
+    # An ordinary user's buffers may be smaller than what the source had grown
+    # to. The end of the queue goes into the socket: its numbers must be right.
+    room = receive_room(fd)
+    if s.rcvq > room:
+        left_out = s.rcvq - room
+    check(set_u32(fd, TCP_QUEUE_SEQ, s.seq_rcv + left_out), "TCP_QUEUE_SEQ")
     check(-errno if connect(fd, <sockaddr *>&remote, remote_size) != 0 else 0, "connecting in repair mode")
     with nogil:
-        rc = sock_restore(fd, &s, out, incoming)
+        s.rcvq -= left_out
+        rc = sock_restore(fd, &s, out, incoming + left_out)
     check(rc, "filling the connection")
+    return left_out
 
 
 def finish(int fd, state, bytes unsent):

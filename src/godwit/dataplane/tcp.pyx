@@ -27,6 +27,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.flow cimport (
+    carry_left,
+    carry_take,
     flow_close,
     flow_deadline,
     flow_find,
@@ -74,6 +76,7 @@ from godwit.dataplane.plane cimport (
     FF_FROM_GUEST,
     FF_HELD,
     FF_MORE,
+    FF_PEER_FIN,
     FF_RESET_DUE,
     FF_RING_WAIT,
     FF_SHORT,
@@ -133,6 +136,7 @@ from godwit.dataplane.sys cimport (
     put32,
     recv,
     recvmsg,
+    send,
     sendmsg,
     setsockopt,
     shutdown,
@@ -331,8 +335,8 @@ cdef void send_data(Plane *p, Flow *f) noexcept nogil:
     cdef bint tso = p.guest_tso6 if v6 else p.guest_tso4
     cdef uint32_t head = p.vnet_size + ETH_HLEN + (IPV6_HLEN if v6 else IPV4_HLEN) + TCP_HLEN
     cdef uint32_t most = MAX_SEGMENT - (IPV6_HLEN if v6 else IPV4_HLEN) - TCP_HLEN
-    cdef uint32_t room, want, capacity, l4, flying
-    cdef ssize_t n
+    cdef uint32_t room, want, capacity, l4, flying, carried
+    cdef ssize_t n = 0
     cdef msghdr msg
     cdef int count
     if not f.events & EV_ESTABLISHED or f.events & EV_FIN_TO_GUEST or f.sock < 0:
@@ -359,28 +363,35 @@ cdef void send_data(Plane *p, Flow *f) noexcept nogil:
             return
         if want > capacity - head:
             want = capacity - head
-        if p.peek_offset:
+        carried = carry_left(f.carry_to_guest)
+        if flying < carried:
+            n = carry_to_view(p, f, head, want if want < carried - flying else carried - flying, flying)
+        elif p.peek_offset:
             count = rx_view(p, head, want)
             msg.msg_iov = p.rx.view
         else:
             # Before Linux 6.9: peek from the start, what is in flight first.
-            if not peek_past(p, f, head, want, scratch, sizeof(scratch), &msg, &count):
+            if not peek_past(p, f, head, want, flying - carried, scratch, sizeof(scratch), &msg, &count):
                 f.flags |= FF_MORE
                 return
-        msg.msg_iovlen = count
-        n = recvmsg(f.sock, &msg, MSG_PEEK | MSG_DONTWAIT)
-        if n >= 0 and not p.peek_offset:
-            n = n - flying if n > flying else (0 if f.flags & FF_EOF else -1)
+        if flying >= carried:
+            msg.msg_iovlen = count
+            n = recvmsg(f.sock, &msg, MSG_PEEK | MSG_DONTWAIT)
+            if n >= 0 and not p.peek_offset:
+                n = n - (flying - carried)
+                if n <= 0 and not f.flags & FF_EOF:
+                    f.flags &= ~FF_MORE
+                    return
+                n = n if n > 0 else 0
+                rx_view(p, head, want)
+            if n < 0 and errno == EAGAIN and f.flags & FF_PEER_FIN:
+                n = 0
             if n < 0:
-                f.flags &= ~FF_MORE
+                if errno == EAGAIN or errno == EINTR:
+                    f.flags &= ~FF_MORE
+                else:
+                    tcp_reset(p, f)
                 return
-            rx_view(p, head, want)
-        if n < 0:
-            if errno == EAGAIN or errno == EINTR:
-                f.flags &= ~FF_MORE
-            else:
-                tcp_reset(p, f)
-            return
         if n == 0:
             f.flags |= FF_EOF
             send_fin(p, f)
@@ -405,15 +416,25 @@ cdef void send_data(Plane *p, Flow *f) noexcept nogil:
             arm_retransmit(p, f)
         # Less than asked for: the queue is empty now, and more (or the end of
         # it) raises another edge. An end that was announced is still to read.
-        if n < want and not f.flags & FF_EOF:
+        if n < want and flying >= carried and not f.flags & FF_EOF:
             f.flags &= ~FF_MORE
             return
 
 
-cdef bint peek_past(Plane *p, Flow *f, uint32_t head, uint32_t want, uint8_t *scratch,
+cdef uint32_t carry_to_view(Plane *p, Flow *f, uint32_t head, uint32_t size, uint32_t skip) noexcept nogil:
+    """Bytes that came with a migration, from `skip` on, into p.rx.view."""
+    cdef const uint8_t *data = f.carry_to_guest.data + f.carry_to_guest.at + skip
+    cdef int i, count = rx_view(p, head, size)
+    for i in range(count):
+        memcpy(p.rx.view[i].iov_base, data, p.rx.view[i].iov_len)
+        data += p.rx.view[i].iov_len
+    return size
+
+
+cdef bint peek_past(Plane *p, Flow *f, uint32_t head, uint32_t want, uint32_t flying, uint8_t *scratch,
                     uint32_t scratch_size, msghdr *msg, int *count) noexcept nogil:
     """p.rx.view after elements that swallow the bytes in flight. False: too many."""
-    cdef uint32_t flying = in_flight(f), part
+    cdef uint32_t part
     cdef int n = 0, payload, i
     while flying:
         if n >= MAX_CHAIN // 2:
@@ -436,6 +457,11 @@ cdef bint peek_past(Plane *p, Flow *f, uint32_t head, uint32_t want, uint8_t *sc
 cdef void tcp_discard(Plane *p, Flow *f) noexcept nogil:
     """Take what the guest has acknowledged out of the socket's queue."""
     cdef ssize_t n
+    cdef uint32_t part = carry_left(f.carry_to_guest)
+    if part and f.acked:
+        part = part if part < f.acked else f.acked
+        f.carry_to_guest = carry_take(f.carry_to_guest, part)
+        f.acked -= part
     while f.acked:
         n = recv(f.sock, NULL, f.acked, MSG_TRUNC | MSG_DONTWAIT)
         if n <= 0:
@@ -944,6 +970,26 @@ cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil:
 
 # ---- the host's socket
 
+cdef bint send_carried(Plane *p, Flow *f) noexcept nogil:
+    """Send what a migration brought and the new socket had no room for. False: some is left."""
+    cdef ssize_t n
+    while f.carry_to_sock != NULL:
+        n = send(f.sock, f.carry_to_sock.data + f.carry_to_sock.at, carry_left(f.carry_to_sock),
+                 MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            if errno != EAGAIN:
+                tcp_reset(p, f)
+            return False
+        f.carry_to_sock = carry_take(f.carry_to_sock, <uint32_t>n)
+    # The guest's FIN had to wait for it.
+    if f.events & EV_FIN_TO_SOCK and shutdown(f.sock, SHUT_WR) != 0:
+        tcp_reset(p, f)
+        return False
+    return True
+
+
 cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil:
     if f.sock < 0 or f.flags & FF_HELD:
         return
@@ -965,6 +1011,8 @@ cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil:
         f.flags |= FF_MORE
         f.last_active = p.now
     if events & EPOLLOUT and f.events & EV_ESTABLISHED:
+        if f.carry_to_sock != NULL and not send_carried(p, f):
+            return
         if f.flags & FF_SHORT:
             f.flags &= ~FF_SHORT
             f.flags |= FF_DUP_ACKS | FF_ACK_DUE
@@ -1034,8 +1082,13 @@ cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil:
     cdef int offset = in_flight(f)
     if f.events & EV_FIN_TO_GUEST:
         offset -= 1 if not f.events & EV_FIN_ACKED else 0
+    offset -= carry_left(f.carry_to_guest)
     if offset < 0:
         offset = 0
+    if f.flags & FF_PEER_FIN:
+        f.flags |= FF_EOF
+    if f.carry_to_sock != NULL:
+        f.flags |= FF_SHORT     # no window for the guest until it is sent
     if p.peek_offset:
         setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &offset, sizeof(offset))
     f.flags |= FF_MORE | FF_ACK_DUE

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The network device: a vhost-user device over a data plane, and its migration.
+
+The methods are the front-end's requests, in its order. Which of them means
+what for a migration is not said by any request of its own, so it is read off
+here: a ring that is started after a save takes the guest back (roll-back); the
+first sign of life after a load, a RARP or a ring that is started, is the
+commit; an end of the session before that discards what was loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+from godwit.daemon.mover import Mover
+from godwit.daemon.options import Options, VirtioFeatures
+from godwit.dataplane import Engine
+from godwit.migration import Direction as Transfer
+from godwit.migration import Migration, State
+from godwit.net import state
+from godwit.net.config import NetConfig, packed16
+from godwit.net.forward import open_listeners
+from godwit.net.ndp import ADVERTISE_INTERVAL
+from godwit.net.responder import Responder
+from godwit.net.state import FlowMover
+from godwit.repair import RepairListener
+from godwit.vhost_user import BaseDevice, DeviceError, Direction, Feature, MemoryRegion, ProtocolFeature, VringAddr
+
+log = logging.getLogger(__name__)
+
+# Sockets of connections that moved away stay open this long after the
+# front-end has gone: a packet that still comes here is not answered then.
+LINGER_SECONDS = 10.0
+
+_FEATURES_PASST = (
+    Feature.VIRTIO_F_VERSION_1
+    | Feature.VIRTIO_NET_F_MRG_RXBUF
+    | Feature.VHOST_F_LOG_ALL
+    | Feature.VHOST_USER_F_PROTOCOL_FEATURES
+)
+_FEATURES_FULL = (
+    _FEATURES_PASST
+    | Feature.VIRTIO_F_EVENT_IDX
+    | Feature.VIRTIO_F_INDIRECT_DESC
+    | Feature.VIRTIO_NET_F_CSUM
+    | Feature.VIRTIO_NET_F_GUEST_CSUM
+    | Feature.VIRTIO_NET_F_HOST_TSO4
+    | Feature.VIRTIO_NET_F_HOST_TSO6
+    | Feature.VIRTIO_NET_F_GUEST_TSO4
+    | Feature.VIRTIO_NET_F_GUEST_TSO6
+)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What the engine does not take becomes an answer to the front-end."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DeviceError(str(error)) from error
+
+
+class NetDevice(BaseDevice):
+    """One guest's network device. ``repair`` None: connections cannot move."""
+
+    protocol_features = (
+        ProtocolFeature.LOG_SHMFD
+        | ProtocolFeature.RARP
+        | ProtocolFeature.REPLY_ACK
+        | ProtocolFeature.DEVICE_STATE
+        | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    )
+    max_mem_slots = 64
+
+    def __init__(self, config: NetConfig, options: Options, repair: RepairListener | None) -> None:
+        full = options.virtio_features is VirtioFeatures.FULL
+        self.features: int = _FEATURES_FULL if full else _FEATURES_PASST
+        self._config = config
+        self._options = options
+        self._repair = repair
+        self._engine = Engine()
+        self._responder = Responder(config)
+        self._mover = Mover(self._engine, repair, config.scope6, self._in_background)
+        self._transfer: Migration[FlowMover] | None = None
+        self._running: asyncio.Task[object] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._advertising: asyncio.TimerHandle | None = None
+        self._lingering: list[int] = []
+        self._lingers: asyncio.TimerHandle | None = None
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Open the forwarded ports and start the data plane."""
+        self._loop = asyncio.get_running_loop()
+        config = self._config
+        self._engine.configure(
+            our_mac=config.our_mac,
+            addr4=None if config.addr4 is None else packed16(config.addr4),
+            addr6=None if config.addr6 is None else packed16(config.addr6),
+            our_ll=packed16(config.our_link_local),
+            ifindex=config.scope6,
+            mtu=config.mtu,
+            maps=[(row.guest, row.port, row.host, row.scope) for row in config.rewrites()],
+            tcp=self._options.tcp,
+            udp=self._options.udp,
+            icmp=self._options.icmp,
+        )
+        if self._options.tcp:
+            for listener in open_listeners(
+                self._options.tcp_ports, ipv4=config.addr4 is not None, ipv6=config.addr6 is not None
+            ):
+                self._engine.listen(listener.fd, listener.to_port)
+        self._engine.start()
+        self._loop.add_reader(self._engine.rare_fileno(), self._answer_rare)
+        if self._repair is not None:
+            self._loop.add_reader(self._repair, self._helper_connects)
+
+    async def close(self) -> None:
+        """Stop. Connections of the guest are reset, but those that moved away are left in silence."""
+        loop = asyncio.get_running_loop()
+        await self.disconnected()
+        loop.remove_reader(self._engine.rare_fileno())
+        if self._repair is not None and self._repair.fileno() >= 0:
+            loop.remove_reader(self._repair)
+        for task in self._background:
+            task.cancel()
+        self._engine.close()
+        self._end_linger()
+
+    @property
+    def lingering(self) -> float:
+        """Seconds for which a process that is about to end had better wait, for connections that moved away."""
+        if self._lingers is None or self._loop is None:
+            return 0.0
+        return max(0.0, self._lingers.when() - self._loop.time())
+
+    def _in_background(self, work: Callable[[], None]) -> None:
+        """Run blocking work in a thread of its own. Called from any thread."""
+        assert self._loop is not None  # since start()
+
+        def begin() -> None:
+            task = asyncio.ensure_future(asyncio.to_thread(work))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+        self._loop.call_soon_threadsafe(begin)
+
+    def _answer_rare(self) -> None:
+        for frame in self._engine.take_rare():
+            for answer in self._responder.respond(frame):
+                self._engine.inject(answer)
+
+    def _advertise(self) -> None:
+        """Keep the guest's IPv6 route alive (RFC 4861, 6.2.4)."""
+        for frame in self._responder.announce():
+            self._engine.inject(frame)
+        assert self._loop is not None  # since start()
+        self._advertising = self._loop.call_later(ADVERTISE_INTERVAL, self._advertise)
+
+    def _helper_connects(self) -> None:
+        assert self._repair is not None  # or nothing would be watched
+        self._repair.accept_ready()
+
+    # ---- features and memory
+
+    async def set_features(self, features: int) -> None:
+        """SET_FEATURES."""
+        self._engine.set_features(features)
+
+    async def set_mem_table(self, regions: list[MemoryRegion]) -> None:
+        """SET_MEM_TABLE."""
+        with _refusals():
+            self._engine.set_memory([(r.guest_addr, r.size, r.user_addr, r.mmap_offset, r.fd) for r in regions])
+
+    async def add_mem_region(self, region: MemoryRegion) -> None:
+        """ADD_MEM_REG."""
+        with _refusals():
+            self._engine.add_region(region.guest_addr, region.size, region.user_addr, region.mmap_offset, region.fd)
+
+    async def remove_mem_region(self, region: MemoryRegion) -> None:
+        """REM_MEM_REG."""
+        with _refusals():
+            self._engine.remove_region(region.guest_addr, region.size, region.user_addr)
+
+    async def set_log(self, fd: int, size: int, offset: int) -> None:
+        """SET_LOG_BASE: where a migration begins, for a source."""
+        with _refusals():
+            self._engine.set_log(fd, size, offset)
+        self._mover.helper_expected = self._repair is not None and self._repair.client is not None
+
+    # ---- rings
+
+    async def set_vring_num(self, index: int, num: int) -> None:
+        """SET_VRING_NUM."""
+        with _refusals():
+            self._engine.ring_num(index, num)
+
+    async def set_vring_addr(self, index: int, addr: VringAddr) -> None:
+        """SET_VRING_ADDR."""
+        with _refusals():
+            self._engine.ring_addr(index, addr.flags, addr.descriptor, addr.used, addr.available, addr.log)
+
+    async def set_vring_base(self, index: int, base: int) -> None:
+        """SET_VRING_BASE."""
+        self._engine.ring_base(index, base)
+
+    async def get_vring_base(self, index: int) -> int:
+        """GET_VRING_BASE: the ring stands still from here on."""
+        return self._engine.ring_stop(index)
+
+    async def set_vring_kick(self, index: int, fd: int | None) -> None:
+        """SET_VRING_KICK: the guest runs, here."""
+        try:
+            await self._guest_runs()
+        except BaseException:
+            if fd is not None:
+                os.close(fd)
+            raise
+        with _refusals():
+            self._engine.ring_kick(index, fd)
+        if self._advertising is None:
+            assert self._loop is not None  # since start()
+            self._advertising = self._loop.call_later(ADVERTISE_INTERVAL, self._advertise)
+
+    async def set_vring_call(self, index: int, fd: int | None) -> None:
+        """SET_VRING_CALL."""
+        self._engine.ring_call(index, fd)
+
+    async def set_vring_err(self, index: int, fd: int | None) -> None:
+        """SET_VRING_ERR."""
+        self._engine.ring_err(index, fd)
+
+    async def set_vring_enable(self, index: int, enabled: bool) -> None:
+        """SET_VRING_ENABLE."""
+        self._engine.ring_enable(index, enabled)
+
+    async def reset_owner(self) -> None:
+        """RESET_OWNER: rings off."""
+        for index in range(self.queues):
+            self._engine.ring_enable(index, False)
+
+    async def send_rarp(self, mac: bytes) -> None:
+        """SEND_RARP: the guest runs, here. There is no network below us that would have to learn its address."""
+        await self._guest_runs()
+
+    # ---- migration
+
+    async def set_device_state_fd(self, direction: Direction, phase: int, fd: int) -> int | None:
+        """SET_DEVICE_STATE_FD: start a save or a load; it goes on in a thread."""
+        await self._end_transfer()
+        transfer: Migration[FlowMover] = Migration(state.versions(), self._mover)
+        self._transfer = transfer
+        try:
+            if direction is Direction.SAVE:
+                transfer.request(fd, Transfer.SOURCE, self._options.migrate_version)
+            else:
+                transfer.request(fd, Transfer.TARGET)
+        except ValueError as error:
+            raise DeviceError(str(error)) from error
+        self._running = asyncio.ensure_future(asyncio.to_thread(transfer.run))
+        return None
+
+    async def check_device_state(self) -> bool:
+        """CHECK_DEVICE_STATE: how the transfer ended, once it has."""
+        transfer = self._transfer
+        if transfer is None or self._running is None:
+            raise DeviceError("no state was transferred")
+        await asyncio.shield(self._running)
+        return bool(transfer.outcome)
+
+    async def _guest_runs(self) -> None:
+        """The front-end starts the guest: what a save froze is thawed, what a load brought is let go."""
+        transfer = self._transfer
+        if transfer is None:
+            self._mover.thaw_listeners()
+            return
+        if self._running is not None and not self._running.done():
+            transfer.cancel("the guest runs again")
+            await asyncio.wait([self._running])
+        if transfer.state in (State.SAVED, State.LINGERING):
+            log.info("the guest goes on here: roll-back")
+            await asyncio.to_thread(transfer.rollback)
+        elif transfer.state is State.LOADED:
+            await asyncio.to_thread(transfer.commit)
+        self._close_transfer()
+
+    async def _end_transfer(self) -> None:
+        """A transfer that is still there when the next one, or the end, comes."""
+        transfer = self._transfer
+        if transfer is None:
+            return
+        if self._running is not None and not self._running.done():
+            transfer.cancel("the front-end has turned to something else")
+            await asyncio.wait([self._running])
+        if transfer.state in (State.SAVED, State.LINGERING):
+            await asyncio.to_thread(transfer.rollback)
+        elif transfer.state is State.LOADED:
+            await asyncio.to_thread(transfer.discard)
+        self._close_transfer()
+
+    def _close_transfer(self) -> None:
+        assert self._transfer is not None  # checked by the callers
+        self._transfer.close()
+        self._transfer = None
+        self._running = None
+        self._mover.helper_expected = False
+
+    async def disconnected(self) -> None:
+        """The front-end is gone, and the guest with it: for good, or to where it was moved."""
+        transfer = self._transfer
+        if transfer is not None and self._running is not None and not self._running.done():
+            transfer.cancel("the front-end has hung up")
+            await asyncio.wait([self._running])
+        if transfer is not None and transfer.state in (State.SAVED, State.LINGERING):
+            self._linger(await asyncio.to_thread(self._mover.leave))
+            self._close_transfer()
+        await self._end_transfer()
+        if self._advertising is not None:
+            self._advertising.cancel()
+            self._advertising = None
+        self._engine.close_flows()
+        self._engine.detach()
+
+    def _linger(self, fds: list[int]) -> None:
+        """Keep the sockets of moved connections for a while, frozen and in repair mode."""
+        assert self._loop is not None  # since start()
+        self._end_linger()
+        self._lingering = fds
+        if fds:
+            log.info("%d connections have moved away; their sockets stay for %g s", len(fds), LINGER_SECONDS)
+            self._lingers = self._loop.call_later(LINGER_SECONDS, self._end_linger)
+
+    def _end_linger(self) -> None:
+        if self._lingers is not None:
+            self._lingers.cancel()
+            self._lingers = None
+        for fd in self._lingering:
+            os.close(fd)
+        self._lingering.clear()

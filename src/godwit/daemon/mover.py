@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The device as its migration stages see it: flows frozen, moved, and let go.
+
+The data plane's thread is parked from the freeze to the thaw on a source, and
+from the first flow prepared to the commit or discard on a target. A socket
+passes through three hands: the engine owns it, ``sockstate`` reads and fills
+it, the repair helper, through ``RepairListener``, sets its repair mode.
+
+Every method may block and is called from a worker thread. Trouble with one
+flow is kept with that flow. What is raised fails the whole transfer, and only
+a source raises: when the helper is lost on the way, since there the guest is
+better off where it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from godwit.dataplane import Engine, FlowState, Observed, SocketState, sockstate
+from godwit.repair import Repair, RepairError, RepairListener
+from godwit.repair.protocol import MAX_SOCKETS
+
+# TCP states as TCP_INFO gives them (the kernel's tcp_states.h).
+TCP_ESTABLISHED = 1
+TCP_FIN_WAIT1 = 4
+TCP_CLOSE_WAIT = 8
+TCP_LAST_ACK = 9
+TCP_CLOSING = 11
+TCP_PEER_CLOSED = frozenset((TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING))
+
+EV_FIN_TO_SOCK = 0x10  # of FlowState.events
+
+log = logging.getLogger(__name__)
+
+# How long a source that is to go on waits for another helper, when the one
+# that set the repair mode is gone: nobody else can end that mode.
+HELPER_WAIT = 60.0
+
+
+@dataclass
+class _Arrival:
+    """A flow that was loaded: its descriptor (-1: none), and what is written after the commit."""
+
+    state: FlowState
+    fd: int = -1
+    in_repair: bool = False
+    lost: str = ""
+    socket: SocketState | None = None
+    unsent: bytes = b""
+
+
+class Mover:
+    """``godwit.net.state.FlowMover`` on an engine.
+
+    ``scope`` is the interface index of link-local peers. ``schedule`` runs a
+    function in another worker thread: for what must not keep the guest waiting.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        repair: RepairListener | None,
+        scope: int,
+        schedule: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._engine = engine
+        self._repair = repair
+        self._scope = scope
+        self._schedule = schedule
+        self._lock = threading.Lock()
+        # Source: a helper was there when the migration began, so its absence later is a failure.
+        self.helper_expected = False
+        self._parked = False
+        self._frozen: list[int] = []  # source: flows whose socket is frozen
+        self._in_repair: set[int] = set()  # of those, the ones in repair mode
+        self._frozen_listeners: list[int] = []
+        self._arrivals: dict[int, _Arrival] = {}  # target: by flow
+        self._stuck: set[int] = set()  # source, resumed: flows that wait for a helper to leave repair mode
+
+    # ---- both sides
+
+    def observed(self) -> Observed:
+        """The guest's addresses as seen in its frames."""
+        return self._engine.observed()
+
+    def set_observed(self, observed: Observed) -> None:
+        """What the source has seen; zeros change nothing."""
+        self._engine.set_observed(observed)
+
+    def _park(self) -> None:
+        if not self._parked:
+            self._engine.park()
+            self._parked = True
+
+    def _unpark(self) -> None:
+        if self._parked:
+            self._parked = False
+            self._engine.unpark()
+
+    def _set_mode(self, fds: Sequence[int], mode: Repair) -> None:
+        client = None if self._repair is None else self._repair.client
+        if client is None:
+            raise RepairError("no repair helper is connected")
+        client.set_mode(fds, mode)
+
+    # ---- source
+
+    def freeze(self) -> None:
+        """Freeze every flow and listener, then have the helper set repair mode.
+
+        :raises RepairError: there was a helper, and it is gone or failed.
+        """
+        self._park()
+        for fd in self._engine.listeners():
+            sockstate.freeze_listener(fd)
+            self._frozen_listeners.append(fd)
+        flows = [flow for flow in self._engine.tcp_flows() if flow not in self._stuck]
+        for flow in flows:
+            fd, v6 = self._engine.flow_socket(flow)
+            try:
+                sockstate.freeze(fd, v6)
+            except OSError as error:
+                log.error("flow %d cannot move: %s", flow, error)
+                continue
+            self._frozen.append(flow)
+        if not self._frozen:
+            return
+        if not self.helper_expected and (self._repair is None or self._repair.client is None):
+            log.warning(
+                "no repair helper is connected: %d connections cannot move and will be reset; "
+                "start `godwit repair` or passt-repair for %s",
+                len(self._frozen),
+                "the repair socket" if self._repair is None else self._repair.path,
+            )
+            return
+        fds = [self._engine.flow_socket(flow)[0] for flow in self._frozen]
+        try:
+            self._set_mode(fds, Repair.ON)
+        except RepairError as error:
+            # Of the batch that failed, some may be in repair mode: it is ended for all, which harms none.
+            self._in_repair.update(self._frozen[: error.done + MAX_SOCKETS])
+            raise
+        self._in_repair.update(self._frozen)
+
+    def flows(self) -> Sequence[int]:
+        """The TCP flows that are established on the guest's side."""
+        return self._engine.tcp_flows()
+
+    def flow_state(self, flow: int) -> FlowState:
+        """The flow as the guest's side knows it."""
+        return self._engine.flow_state(flow)
+
+    def dump(self, flow: int) -> tuple[SocketState, bytes, bytes] | None:
+        """The socket and its queues; None: it cannot move."""
+        if flow not in self._in_repair:
+            return None
+        fd, _v6 = self._engine.flow_socket(flow)
+        try:
+            state, sndq, rcvq = sockstate.dump(fd)
+        except OSError as error:
+            log.error("flow %d cannot move: %s", flow, error)
+            return None
+        return self._whole(flow, state, sndq, rcvq)
+
+    def _whole(self, flow: int, state: SocketState, sndq: bytes, rcvq: bytes) -> tuple[SocketState, bytes, bytes]:
+        """What the kernel has, and what an earlier migration left with the flow."""
+        to_guest, to_sock = self._engine.carried(flow)
+        tcp_state = state.tcpi_state
+        if to_sock and self._engine.flow_state(flow).events & EV_FIN_TO_SOCK:
+            tcp_state = TCP_FIN_WAIT1
+        if self._engine.peer_closed(flow):
+            tcp_state = {TCP_ESTABLISHED: TCP_CLOSE_WAIT}.get(tcp_state, TCP_LAST_ACK)
+        return (
+            state._replace(
+                tcpi_state=tcp_state,
+                sndq=len(sndq) + len(to_sock),
+                notsent=state.notsent + len(to_sock),
+                rcvq=len(rcvq) + len(to_guest),
+                seq_rcv=(state.seq_rcv - len(to_guest)) & 0xFFFFFFFF,
+            ),
+            sndq + to_sock,
+            to_guest + rcvq,
+        )
+
+    def thaw(self) -> None:
+        """Go on here as if nothing had been asked, also after a freeze that got half-way."""
+        for fd in self._frozen_listeners:
+            sockstate.thaw_listener(fd)
+        self._frozen_listeners.clear()
+        repaired = [flow for flow in self._frozen if flow in self._in_repair]
+        stuck = repaired[self._leave_repair(repaired) :]
+        for flow in stuck:
+            self._engine.hold_flow(flow)
+        self._stuck.update(stuck)
+        self._resume(flow for flow in self._frozen if flow not in self._stuck)
+        self._frozen.clear()
+        self._in_repair.clear()
+        self._unpark()
+        if stuck:
+            log.error("%d connections stand still until a repair helper connects again", len(stuck))
+            self._schedule(self._free_stuck)
+
+    def _leave_repair(self, flows: Sequence[int]) -> int:
+        """Thaw these and end their repair mode; how many, from the start, were done."""
+        for flow in flows:
+            self._thaw_socket(flow)
+        if not flows:
+            return 0
+        try:
+            # Repair.OFF, not OFF_NO_WP: the window probe makes the peer tell us where it is.
+            self._set_mode([self._engine.flow_socket(flow)[0] for flow in flows], Repair.OFF)
+        except RepairError as error:
+            log.error("ending repair mode: %s", error)
+            return error.done
+        return len(flows)
+
+    def _thaw_socket(self, flow: int) -> None:
+        fd, v6 = self._engine.flow_socket(flow)
+        try:
+            sockstate.thaw(fd, v6)
+        except OSError as error:
+            log.error("flow %d: %s", flow, error)
+
+    def _resume(self, flows: Iterable[int]) -> None:
+        for flow in flows:
+            self._thaw_socket(flow)
+            self._engine.resume_flow(flow, watch=False)
+
+    def _free_stuck(self) -> None:
+        """In a thread of its own: wait for a helper and end the repair mode of what is left in it."""
+        helped = self._repair is not None and self._repair.wait(HELPER_WAIT) is not None
+        with self._lock, self._engine.parked():
+            flows = sorted(self._stuck)
+            done = self._leave_repair(flows) if helped else 0
+            self._resume(flows[:done])
+            for flow in flows[done:]:
+                self._engine.reset_flow(flow)
+            self._stuck.clear()
+        if done < len(flows):
+            log.error("%d connections were reset: no repair helper took them out of repair mode", len(flows) - done)
+        else:
+            log.info("%d connections go on", done)
+
+    def linger(self) -> None:
+        """Nothing to do: the thread stays parked and the sockets frozen."""
+
+    def leave(self) -> list[int]:
+        """The front-end is gone after a save that stood: give up the flows, silently.
+
+        Returns duplicates of the moved flows' sockets, frozen and in repair
+        mode. While they are open the kernel does not answer late packets with
+        a reset. The caller closes them when the network has surely switched.
+        """
+        kept = [os.dup(self._engine.flow_socket(flow)[0]) for flow in self._frozen if flow in self._in_repair]
+        for flow in self._frozen:
+            if flow in self._in_repair:
+                self._engine.forget_flow(flow)
+        self._frozen.clear()
+        self._in_repair.clear()
+        self._unpark()
+        return kept
+
+    def thaw_listeners(self) -> None:
+        """A new guest is here: connections from outside are welcome again."""
+        for fd in self._frozen_listeners:
+            sockstate.thaw_listener(fd)
+        self._frozen_listeners.clear()
+
+    # ---- target
+
+    def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
+        """Flows in the table, with frozen sockets in repair mode where they can be had."""
+        self._park()
+        ids = [self._place(state) for state in flows]
+        ready = [flow for flow in ids if flow >= 0 and self._arrivals[flow].fd >= 0]
+        done = 0
+        try:
+            self._set_mode([self._arrivals[flow].fd for flow in ready], Repair.ON)
+            done = len(ready)
+        except RepairError as error:
+            done = error.done
+            log.error("%d connections are lost: %s", len(ready) - done, error)
+        for flow in ready[:done]:
+            self._arrivals[flow].in_repair = True
+        for flow in ready[done:]:
+            self._lose(flow, "no repair helper")
+        return ids
+
+    def _place(self, state: FlowState) -> int:
+        try:
+            flow = self._engine.import_flow(state)
+        except ValueError as error:
+            log.error("a connection is lost: %s", error)
+            return -1
+        arrival = self._arrivals[flow] = _Arrival(state)
+        try:
+            arrival.fd = sockstate.create(self._engine.flow_socket(flow)[1])
+        except OSError as error:
+            self._lose(flow, str(error))
+        else:
+            self._engine.set_flow_socket(flow, arrival.fd)
+        return flow
+
+    def restore(self, flow: int, socket: SocketState, sndq: bytes, rcvq: bytes) -> None:
+        """Fill the socket of a prepared flow."""
+        arrival = self._arrivals.get(flow)
+        if arrival is None or not arrival.in_repair or arrival.lost:
+            return
+        state = arrival.state
+        host = state.sides[0] if state.pif[0] == 1 else state.sides[1]
+        try:
+            left_out = sockstate.restore(
+                arrival.fd,
+                host.our_addr,
+                host.our_port,
+                host.end_addr,
+                host.end_port,
+                self._scope,
+                socket,
+                sndq,
+                rcvq,
+            )
+        except OSError as error:
+            log.error("a connection is lost: %s", error)
+            self._lose(flow, str(error))
+            return
+        arrival.socket = socket
+        arrival.unsent = sndq[len(sndq) - socket.notsent :]
+        if left_out:
+            self._engine.carry(flow, rcvq[:left_out], b"")
+        if socket.tcpi_state in TCP_PEER_CLOSED:
+            self._engine.note_peer_closed(flow)
+
+    def mark_lost(self, flow: int) -> None:
+        """The source could not move this flow."""
+        self._lose(flow, "the source could not move it")
+
+    def _lose(self, flow: int, why: str) -> None:
+        arrival = self._arrivals.get(flow)
+        if arrival is None:
+            return
+        arrival.lost = why
+        if arrival.fd >= 0:
+            self._engine.drop_flow_socket(flow)
+            arrival.fd = -1
+
+    def commit(self) -> None:
+        """The guest runs here: end repair mode, write the rest, thaw, and go."""
+        for flow, arrival in self._arrivals.items():
+            if not arrival.lost and arrival.socket is None:
+                self._lose(flow, "it was not restored")
+        good = [flow for flow, arrival in self._arrivals.items() if not arrival.lost]
+        done = 0
+        if good:
+            # Thawed first: the answer to the probe that ends repair mode shall not be missed.
+            for flow in good:
+                self._thaw_socket(flow)
+            try:
+                self._set_mode([self._arrivals[flow].fd for flow in good], Repair.OFF)
+                done = len(good)
+            except RepairError as error:
+                done = error.done
+                log.error("%d connections are lost: %s", len(good) - done, error)
+        for flow in good[:done]:
+            self._finish(flow)
+        for flow in good[done:]:
+            self._lose(flow, "no repair helper")
+        lost = [flow for flow, arrival in self._arrivals.items() if arrival.lost]
+        for flow in lost:
+            self._engine.reset_flow(flow)
+        log.info("%d connections go on here, %d were lost", len(self._arrivals) - len(lost), len(lost))
+        self._arrivals.clear()
+        self._unpark()
+
+    def _finish(self, flow: int) -> None:
+        arrival = self._arrivals[flow]
+        assert arrival.socket is not None  # or it would have been lost
+        try:
+            taken = sockstate.finish(arrival.fd, arrival.socket, arrival.unsent)
+        except OSError as error:
+            self._lose(flow, str(error))
+            return
+        if taken < len(arrival.unsent):
+            self._engine.carry(flow, b"", arrival.unsent[taken:])
+        self._engine.resume_flow(flow, watch=True)
+
+    def discard(self) -> None:
+        """Close all that was loaded; in repair mode a close says nothing."""
+        for flow in self._arrivals:
+            self._engine.forget_flow(flow)
+        self._arrivals.clear()
+        self._unpark()
