@@ -14,6 +14,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 
 from godwit import __version__
@@ -64,10 +65,12 @@ def run(options: Options) -> int:
 async def _run(options: Options, readiness: Readiness, log: Log) -> None:
     user = lifecycle.user(options.runas)
     lifecycle.raise_descriptor_limit()
-    async with AsyncExitStack() as stack:
+    # What others find us by goes before the device does, and before it lingers:
+    # the next daemon may need the same paths at once.
+    async with AsyncExitStack() as stack, AsyncExitStack() as names:
         pid = lifecycle.PidFile(options.pid) if options.pid else None
         if pid is not None:
-            stack.callback(pid.close)
+            names.callback(pid.close)
 
         listener: socket.socket | None = None
         connection: socket.socket | None = None
@@ -80,17 +83,14 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
                 listener, path = lifecycle.listen_on_first(lifecycle.PASST_SOCKETS)
             else:
                 listener = lifecycle.listen(path)
-            stack.callback(lifecycle.remove, path)
-            stack.callback(listener.close)
+            names.callback(lifecycle.remove, path)
+            names.callback(listener.close)
 
-        repair: RepairListener | None = None
         repair_path = _repair_path(options, path)
-        if repair_path is not None:
-            try:
-                repair = RepairListener(repair_path)
-            except OSError as error:
-                raise StartError(f"cannot listen on {repair_path}: {error.strerror or error}") from error
-            stack.callback(repair.close)
+        repair = None if repair_path is None else _listen_for_helper(repair_path)
+        if repair is not None:
+            names.callback(repair.close)
+            names.callback(asyncio.get_running_loop().remove_reader, repair)  # the device watches it
 
         config = await asyncio.to_thread(read_host, options.net)
         for warning in config.warnings:
@@ -120,15 +120,32 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         log.ready()
         readiness.declare()
 
-        sessions = asyncio.create_task(_sessions(listener, connection, device, options))
-        stopped = asyncio.create_task(stop.wait())
-        done, pending = await asyncio.wait((sessions, stopped), return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        for task in done:
-            task.result()
+        await _until(stop, _sessions(listener, connection, device, options))
         logger.info("ends: %s", "stopped by a signal" if stop.is_set() else "the front-end has disconnected")
+        await names.aclose()
+        if device.lingering:
+            # Closed now, the connections that moved away would be reset by the next packet that still comes here.
+            logger.info("connections have moved away: stays silent for %.0f s more, or until stopped", device.lingering)
+            stop.clear()
+            await _until(stop, asyncio.sleep(device.lingering))
+
+
+async def _until(stop: asyncio.Event, work: Coroutine[object, object, None]) -> None:
+    """Do some work to its end, or until told to stop."""
+    tasks = [asyncio.create_task(work), asyncio.create_task(stop.wait())]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+def _listen_for_helper(path: str) -> RepairListener:
+    try:
+        return RepairListener(path)
+    except OSError as error:
+        raise StartError(f"cannot listen on {path}: {error.strerror or error}") from error
 
 
 def _repair_path(options: Options, path: str | None) -> str | None:

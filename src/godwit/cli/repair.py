@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``godwit repair``: the helper with the one privilege that moving TCP connections needs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="godwit repair",
+        description="Set TCP_REPAIR on the sockets of a back-end, godwit or passt, that runs without privilege."
+        " Ends when the back-end closes the connection.",
+        epilog="Needs CAP_NET_ADMIN in the user namespace of the back-end's network.",
+    )
+    parser.add_argument(
+        "path",
+        metavar="SOCKET|DIRECTORY",
+        help="the back-end's repair socket (its vhost-user socket's path and .repair),"
+        " or the directory in which to wait for one",
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("-d", "--debug", action="store_true", help="log each request")
+    how.add_argument("-q", "--quiet", action="store_true", help="log errors only")
+    given = parser.parse_args(argv)
+    level = logging.DEBUG if given.debug else logging.ERROR if given.quiet else logging.INFO
+    logging.basicConfig(level=level, format="godwit repair: %(message)s", stream=sys.stderr)
+    # Only now: --help needs none of it.
+    from godwit.repair.helper import run
+
+    return run(given.path)
