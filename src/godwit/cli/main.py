@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="godwit",
+        usage="godwit [--version] COMMAND [ARGUMENT ...]",
         description="Virtual-machine networking over vhost-user that survives live migration.",
         epilog="godwit COMMAND --help shows a command's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
