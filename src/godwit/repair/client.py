@@ -26,7 +26,16 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from godwit.repair.protocol import MessageError, Repair, RepairError, batches, decode, encode, send_request
+from godwit.repair.protocol import (
+    MAX_SOCKETS,
+    TCP_REPAIR,
+    MessageError,
+    Repair,
+    RepairError,
+    decode,
+    encode,
+    send_request,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +68,11 @@ class RepairClient:
         if not self._lock.acquire(blocking=False):
             return True  # busy: the request under way will find out
         try:
-            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
+            if self._sock.fileno() >= 0:
+                waiting = select.poll()
+                waiting.register(self._sock, select.POLLIN)
+                if not waiting.poll(0):
+                    return True
         finally:
             self._lock.release()
         self.close()
@@ -75,17 +84,25 @@ class RepairClient:
         ``RepairError`` if the helper refuses, is gone, or does not answer in
         time; the connection is closed then. The error says how far it got.
         """
+        done, size = 0, MAX_SOCKETS
         with self._lock:
-            done = 0
-            for batch in batches(fds):
+            while done < len(fds):
+                batch = fds[done : done + size]
                 try:
                     self._set_mode(batch, mode)
+                    taken = _in_mode(batch, mode)
+                    if not taken:
+                        raise RepairError(f"the repair helper says that it has done {mode.name}, and has not")
                 except RepairError as error:
                     self._closed = True
                     self._sock.close()
                     error.done, error.uncertain = done, len(batch)
                     raise
-                done += len(batch)
+                done += taken
+                # passt-repair gives each message no more room than the one before it needed, overlooks the
+                # descriptors that do not fit, and says all is well (docs/platform/tcp-repair.md).
+                if taken < len(batch):
+                    size = taken
 
     def _set_mode(self, fds: Sequence[int], mode: Repair) -> None:
         if self._closed:
@@ -117,6 +134,21 @@ class RepairClient:
             self._sock.close()
         finally:
             self._lock.release()
+
+
+def _in_mode(fds: Sequence[int], mode: Repair) -> int:
+    """How many sockets, from the first, are in the mode. Reading it needs no capability."""
+    wanted = mode == Repair.ON
+    for number, fd in enumerate(fds):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
+        try:
+            if bool(sock.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR)) != wanted:
+                return number
+        except OSError as error:
+            raise RepairError(f"reading TCP_REPAIR of a socket: {error.strerror}") from error
+        finally:
+            sock.detach()
+    return len(fds)
 
 
 class RepairListener:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import array
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Final
 
 #: Descriptors in one message, at most: SCM_MAX_FD of the kernel (unix(7)).
 MAX_SOCKETS: Final = 253
+#: linux/tcp.h; the socket module has it not.
+TCP_REPAIR: Final = 19
 
 _INT: Final = array.array("i").itemsize
 _ANCILLARY: Final = socket.CMSG_SPACE(MAX_SOCKETS * _INT)
@@ -67,12 +69,6 @@ def decode(data: bytes) -> Repair:
         return Repair(value)
     except ValueError:
         raise MessageError(f"{value} is no value of TCP_REPAIR") from None
-
-
-def batches(fds: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Cut a list of sockets into pieces that fit a message each."""
-    for start in range(0, len(fds), MAX_SOCKETS):
-        yield fds[start : start + MAX_SOCKETS]
 
 
 def send_request(sock: socket.socket, mode: Repair, fds: Sequence[int]) -> None:

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The repair helper: ``godwit repair SOCKET|DIRECTORY``.
+
+Runs with CAP_NET_ADMIN beside a back-end that has no privilege, godwit or
+passt, and sets TCP_REPAIR on the sockets that it is sent, for as long as the
+back-end keeps the connection. It takes TCP sockets and nothing else, keeps no
+other capability, and opens nothing.
+
+A socket in repair mode gets a second lock: a filter that drops all that
+arrives. For godwit, which freezes its sockets by itself, it matters only with
+a peer on the same link that sends with a TTL of 255. passt does not freeze;
+with the filter no data is acknowledged there either after it was saved. The
+filter goes when the repair mode does. The kernel's rules for filters and for
+TCP_REPAIR need the same capability.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import select
+import socket
+import stat
+import struct
+import time
+from typing import Final
+
+from godwit.repair import privileges
+from godwit.repair.protocol import TCP_REPAIR, MessageError, Repair, close_all, encode, receive_request
+
+log = logging.getLogger(__name__)
+
+#: What the sockets of back-ends are called, in a directory that is watched.
+SUFFIX: Final = ".repair"
+
+# asm-generic/socket.h; the socket module has neither.
+_SO_ATTACH_FILTER: Final = 26
+_SO_DETACH_FILTER: Final = 27
+
+_DROP_ALL: Final = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET | BPF_K, 0 bytes
+_FILTER: Final = struct.pack("HP", 1, ctypes.addressof(_DROP_ALL))  # struct sock_fprog
+
+_IN_ATTRIB: Final = 0x004
+_IN_MOVED_TO: Final = 0x080
+_IN_CREATE: Final = 0x100
+_IN_DELETE_SELF: Final = 0x400
+_IN_ONLYDIR: Final = 0x1000000
+
+# A back-end binds its socket, which is what is noticed, and listens a moment later.
+_LISTENS_WITHIN: Final = 2.0
+_ASK_EVERY: Final = 0.02
+
+
+class HelperError(Exception):
+    """The helper cannot go on; one line for the user."""
+
+
+def run(path: str) -> int:
+    """Serve the back-end that listens on ``path``, or the first one to appear in the directory ``path``.
+
+    Returns the exit status: 0 when the back-end has closed the connection, 1
+    on an error, which is in the log.
+    """
+    try:
+        if not privileges.has(privileges.CAP_NET_ADMIN):
+            raise HelperError(
+                "TCP_REPAIR needs the capability CAP_NET_ADMIN in the user namespace of the back-end's network: "
+                "run this as root, or give it that capability"
+            )
+        # Until the connection is made: the socket may be another user's.
+        privileges.keep_only({privileges.CAP_NET_ADMIN, privileges.CAP_DAC_OVERRIDE})
+        with _connect(path) as sock:
+            privileges.keep_only({privileges.CAP_NET_ADMIN})
+            log.info("serving %s", sock.getpeername())
+            serve(sock)
+    except HelperError as error:
+        log.error("%s", error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def serve(sock: socket.socket) -> None:
+    """Do what a back-end asks until it closes the connection.
+
+    :raises HelperError: a request that is none, or one that failed. What was
+        done is not undone; closing the connection is the answer.
+    """
+    while True:
+        try:
+            request = receive_request(sock)
+        except (MessageError, OSError) as error:
+            raise HelperError(f"bad request: {error}") from error
+        if request is None:
+            return
+        mode, fds = request
+        try:
+            for number, fd in enumerate(fds):
+                _set_repair(fd, mode, number)
+        finally:
+            close_all(fds)
+        log.debug("TCP_REPAIR %s on %d sockets", mode.name, len(fds))
+        try:
+            sock.sendall(encode(mode), socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise HelperError(f"the back-end takes no answer: {error.strerror}") from error
+
+
+def _set_repair(fd: int, mode: Repair, number: int) -> None:
+    """Set the mode of one socket."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        raise HelperError(f"descriptor {number} of the request is no socket")
+    sock = socket.socket(fileno=fd)
+    try:
+        if (
+            sock.family not in (socket.AF_INET, socket.AF_INET6)
+            or sock.type != socket.SOCK_STREAM
+            or sock.proto != socket.IPPROTO_TCP
+        ):
+            raise HelperError(f"socket {number} of the request is not TCP")
+        if mode == Repair.ON:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _FILTER)
+        else:
+            # First: the answer to the window probe of OFF is wanted.
+            with contextlib.suppress(FileNotFoundError):  # another helper has set the mode
+                sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, mode)
+    except OSError as error:
+        why = error.strerror
+        if error.errno == errno.EPERM:
+            why = "not permitted (a listening socket, or one of a network in another user namespace)"
+        raise HelperError(f"TCP_REPAIR {mode.name} on socket {number} of the request: {why}") from error
+    finally:
+        sock.detach()
+
+
+def _connect(path: str) -> socket.socket:
+    if os.path.isdir(path):
+        return _wait_in(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise HelperError(
+            f"cannot connect to {path}: {error.strerror or error} (the back-end must run already, "
+            "or give the directory in which its socket will be)"
+        ) from error
+    return sock
+
+
+def _wait_in(directory: str) -> socket.socket:
+    """Wait until a back-end listens on a socket in a directory, and connect to it."""
+    watch = _inotify(directory)
+    try:
+        log.info("waiting for a socket *%s in %s", SUFFIX, directory)
+        asking = select.poll()
+        asking.register(watch, select.POLLIN)
+        patience = time.monotonic() + _LISTENS_WITHIN
+        while True:
+            there, sock = _try_all(directory)
+            if sock is not None:
+                return sock
+            ask_again = there and time.monotonic() < patience
+            if asking.poll(_ASK_EVERY * 1000 if ask_again else None):
+                os.read(watch, 65536)
+                patience = time.monotonic() + _LISTENS_WITHIN
+    finally:
+        os.close(watch)
+
+
+def _try_all(directory: str) -> tuple[bool, socket.socket | None]:
+    """Whether there are sockets in a directory, and a connection to the first that listens."""
+    try:
+        names = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
+    except OSError as error:
+        raise HelperError(f"cannot read {directory}: {error.strerror}") from error
+    for name in names:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(os.path.join(directory, name))
+        except OSError:
+            sock.close()
+        else:
+            return True, sock
+    return bool(names), None
+
+
+def _inotify(directory: str) -> int:
+    """A descriptor that is readable when something happens in a directory (inotify(7))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd: int = libc.inotify_init1(os.O_CLOEXEC)
+    if fd >= 0:
+        events = _IN_CREATE | _IN_MOVED_TO | _IN_ATTRIB | _IN_DELETE_SELF | _IN_ONLYDIR
+        if libc.inotify_add_watch(fd, os.fsencode(directory), events) >= 0:
+            return fd
+    why = os.strerror(ctypes.get_errno())
+    if fd >= 0:
+        os.close(fd)
+    raise HelperError(f"cannot watch {directory}: {why}")
