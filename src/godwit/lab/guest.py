@@ -27,7 +27,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import IO, Self
 
@@ -112,6 +112,7 @@ class EmbeddedGuest:
         self._tx_layout = tx_layout
         self._offloads = -1
         self._agent: Traffic | None = None
+        self._left: Migration | None = None
         self._cleanup = contextlib.ExitStack()
         try:
             self.space = Namespace(name)
@@ -335,16 +336,31 @@ class EmbeddedGuest:
         """Begin a migration to the back-end at ``path``, to be taken step by step."""
         return Migration(self, path)
 
-    def migrate(self, path: str) -> Record:
-        """Migrate to the back-end at ``path`` as QEMU would, and return what happened.
+    def migrate(self, backend: str, *, retire: bool = True, before_run: Callable[[], None] | None = None) -> Record:
+        """Migrate to behind the back-end at ``backend`` as QEMU would, and return what happened.
 
-        Raises :class:`godwit.lab.migration.MigrationError` if that fails; the
-        guest then runs on the source again.
+        Unless ``retire`` is false, the source is hung up on at once. ``before_run``
+        is called when the target has the state and nothing runs yet. Raises
+        :class:`godwit.lab.migration.MigrationError` if it fails; the guest then
+        runs on the source again.
         """
-        return self.migration(path).run()
+        self.retire()
+        migration = self.migration(backend)
+        record = migration.run(before_run)
+        self._left = migration
+        if retire:
+            self.retire()
+        return record
+
+    def retire(self) -> None:
+        """Hang up on the back-end that the guest has left, if that was not done. May be repeated."""
+        left, self._left = self._left, None
+        if left is not None:
+            left.finish()
 
     def close(self) -> None:
         """End the guest and all that runs inside. May be repeated."""
+        self.retire()
         if self.attachment is not None:
             self.disconnect()
         self._cleanup.close()

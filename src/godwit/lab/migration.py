@@ -13,8 +13,8 @@ Each step is a method, so that a test can fail, wait or look between any two:
 6. ``finish``: hang up on the source.
 
 ``cancel``, between any two of them before ``finish``, brings the guest back to
-the source in the way that QEMU does. ``run`` takes all steps, and cancels if one
-of them fails.
+the source in the way that QEMU does. ``run`` takes all steps but the last, and
+cancels if one of them fails.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ class Migration:
         self._stopped_at: float | None = None
         self._done = False
 
-    def run(self, before_switch: Callable[[], None] | None = None) -> Record:
-        """Take all steps; ``before_switch`` is called when the load has been checked."""
+    def run(self, before_run: Callable[[], None] | None = None) -> Record:
+        """Take all steps but ``finish``; ``before_run`` is called when the load has been checked."""
         step = "none"
         try:
             for step in ("connect_target", "log_on", "suspend", "transfer"):
                 getattr(self, step)()
-            if before_switch is not None:
-                step = "before_switch"
-                before_switch()
+            if before_run is not None:
+                step = "before_run"
+                before_run()
             step = "switch_over"
             self.switch_over()
         except (LabError, VhostUserError, OSError) as error:
@@ -90,7 +90,6 @@ class Migration:
             if isinstance(error, MigrationError):
                 raise
             raise MigrationError(step, str(error)) from error
-        self.finish()
         return self.record
 
     def connect_target(self) -> None:

@@ -656,7 +656,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+    # Whoever is in control may go away at any time.
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError, ConnectionResetError):
         if options.control is None:
             Loop(sys.stdin.fileno(), functools.partial(os.write, sys.stdout.fileno())).run()
         else:
