@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -26,7 +27,8 @@ from godwit.lab.errors import LabError
 from godwit.lab.netns import Namespace, wait_until
 
 KINDS = ("godwit", "passt")
-_GODWIT = [sys.executable, "-m", "godwit.cli.main"]
+# The command as it is installed: nothing here may import it.
+_GODWIT = [sys.executable, os.path.join(sysconfig.get_path("scripts"), "godwit")]
 
 _numbers = itertools.count()
 

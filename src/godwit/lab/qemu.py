@@ -35,7 +35,7 @@ from godwit.lab import image
 from godwit.lab.agent import Agent
 from godwit.lab.errors import LabError, UnavailableError
 from godwit.lab.migration import MigrationError
-from godwit.lab.qmp import QMP, migration, named
+from godwit.lab.qmp import QMP, QMPError, migration, named
 
 PROGRAM = "qemu-system-x86_64"
 # The first one that hands a back-end's state over ("device state").
@@ -220,6 +220,11 @@ class Attempt:
         """Go on from ``pre_switchover``: the back-end's state is saved now."""
         self.source.qmp.command("migrate-continue", state="pre-switchover")
 
+    def go_on_if_it_can(self) -> None:
+        """The same after the target is gone, which QEMU may or may not have noticed."""
+        with contextlib.suppress(QMPError):
+            self.go_on()
+
     def cancel(self, timeout: float = 30.0) -> None:
         """Call it off, and wait until the guest runs on at the source."""
         self.source.qmp.command("migrate_cancel")
@@ -237,6 +242,27 @@ class Attempt:
             self.source.qmp.wait(named("RESUME"), "the guest to run on at the source", timeout)
         self.target.kill()
 
+    def failed(self, timeout: float = 60.0) -> None:
+        """Wait until the migration has failed and the guest runs on at the source; drop the target.
+
+        Raises :class:`LabError` if it does not fail.
+        """
+        if self.ended(timeout):
+            raise LabError("the migration was to fail, and QEMU calls it completed")
+        self.resumed(timeout)
+
+    def loaded(self, timeout: float = 60.0) -> None:
+        """Wait until the target has loaded the guest, which waits to be let run."""
+        self.target.qmp.wait(migration("completed"), "the guest's arrival", timeout)
+        if not self.paused_at_target():
+            raise LabError(f"the guest at the target is {self.target.status()}, and was to wait")
+
+    def back(self, timeout: float = 30.0) -> None:
+        """Call it off after ``completed``: end the target, and let the guest run on at the source."""
+        self.target.kill()
+        self.source.qmp.command("cont")
+        self.resumed(timeout)
+
     def finish(self, timeout: float = 60.0) -> Report:
         """Wait until the guest runs at the target; the guest object then stands for that one.
 
@@ -252,7 +278,8 @@ class Attempt:
     def arrived(self, timeout: float = 60.0) -> Report:
         """The same when the source's QEMU has said ``completed`` already."""
         target = self.target
-        target.qmp.wait(migration("completed"), "the guest's arrival", timeout)
+        if target.status() == "inmigrate":
+            target.qmp.wait(migration("completed"), "the guest's arrival", timeout)
         if not self.paused_at_target() and target.status() != "running":
             target.qmp.wait(named("RESUME"), "the guest to run at the target", timeout)
         info = self.source.qmp.command("query-migrate")
@@ -261,7 +288,7 @@ class Attempt:
 
     def paused_at_target(self) -> bool:
         """Whether the guest has come but waits for ``cont`` (``paused`` was asked for)."""
-        return self.target.status() in ("paused", "prelaunch")
+        return self.target.status() in ("paused", "prelaunch", "finish-migrate")
 
     def _error(self, step: str) -> MigrationError:
         info = self.source.qmp.command("query-migrate")

@@ -71,7 +71,7 @@ class Peer:
         self._jobs = itertools.count(1_000_000)
         self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
         self._checks: dict[int, list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]] = {}
         with space.enter():
             # One socket would do for both, but a host without IPv6 should serve as well.
@@ -94,6 +94,9 @@ class Peer:
             server.close()
             for task in asyncio.all_tasks(self._loop):
                 task.cancel()
+            for writer in self._writers:
+                writer.transport.abort()
+            # What was cancelled and aborted comes to its end in the next turns.
             self._loop.run_until_complete(asyncio.sleep(0.01))
             self._loop.close()
 
@@ -122,11 +125,9 @@ class Peer:
         """Wait for the end of a job's transfer and return it, good or bad."""
         return self.until(job, lambda t: t.state != "running", "the end of the transfer", timeout)
 
-    def moving(self, job: int, more: int = 1, timeout: float = 30.0) -> Transfer:
-        """Wait until ``more`` bytes than now have gone over a job's transfer."""
-        now = self.find(job)
-        goal = (now.bytes if now else 0) + more
-        return self.until(job, lambda t: t.bytes >= goal or t.state != "running", f"{more} more bytes", timeout)
+    def reached(self, job: int, goal: int, timeout: float = 30.0) -> Transfer:
+        """Wait until ``goal`` bytes have gone over a job's transfer, or it has ended."""
+        return self.until(job, lambda t: t.bytes >= goal or t.state != "running", f"byte {goal}", timeout)
 
     def stop(self, job: int) -> None:
         """End what this end sends for ``job``; the receiver then confirms it."""
@@ -210,7 +211,9 @@ class Peer:
         except BaseException:
             sock.close()
             raise
-        return await asyncio.open_connection(sock=sock, limit=_CHUNK * 4)
+        reader, writer = await asyncio.open_connection(sock=sock, limit=_CHUNK * 4)
+        self._writers.add(writer)
+        return reader, writer
 
     async def _client(
         self, transfer: Transfer, addr: str, port: int, request: str, seed: int, length: int, rate: int
@@ -227,9 +230,7 @@ class Peer:
             await self._receive(transfer, reader, writer, seed, length)
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+        self._writers.add(writer)
         try:
             words = (await reader.readline()).decode(errors="replace").split()
             peer = str(writer.get_extra_info("peername")[0])
@@ -243,7 +244,7 @@ class Peer:
         except (OSError, asyncio.CancelledError):
             pass  # before a request came, when nobody waits for it; or this peer is being closed
         finally:
-            self._tasks.discard(task)
+            self._writers.discard(writer)
             writer.close()
 
     async def _send(

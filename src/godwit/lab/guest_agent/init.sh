@@ -15,18 +15,21 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mkdir -p /run /tmp
-for module in $(cat /modules/order); do
-	insmod "/modules/$module"
-done
 echo 1048576 >/proc/sys/fs/nr_open
 echo 1048576 >/proc/sys/fs/file-max
 # Thousands of connections to one address come from one.
-echo "1024 65000" >/proc/sys/net/ipv4/ip_local_port_range
+echo "1024 64999" >/proc/sys/net/ipv4/ip_local_port_range
 echo 8192 >/proc/sys/net/core/somaxconn
 echo 8192 >/proc/sys/net/ipv4/tcp_max_syn_backlog
-# Usable at once, without asking first whether somebody else has it.
+# What an interface starts with, so before there is one: its addresses are usable
+# at once, without asking first whether somebody else has them, and a router is
+# asked for without delay.
 echo 0 >/proc/sys/net/ipv6/conf/all/accept_dad
 echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad
+echo 0 >/proc/sys/net/ipv6/conf/default/router_solicitation_delay
+for module in $(cat /modules/order); do
+	insmod "/modules/$module"
+done
 : >/run/net
 ip link set lo up
 
