@@ -140,12 +140,16 @@ class NetDevice(BaseDevice):
             return 0.0
         return max(0.0, self._lingers.when() - self._loop.time())
 
-    def _in_background(self, work: Callable[[], None]) -> None:
-        """Run blocking work in a thread of its own. Called from any thread."""
+    def _in_background(self, delay: float, work: Callable[[], None]) -> None:
+        """Run blocking work in a thread of its own, after ``delay`` seconds. Called from any thread."""
         assert self._loop is not None  # since start()
 
+        async def later() -> None:
+            await asyncio.sleep(delay)
+            await asyncio.to_thread(work)
+
         def begin() -> None:
-            task = asyncio.ensure_future(asyncio.to_thread(work))
+            task = asyncio.ensure_future(later())
             self._background.add(task)
             task.add_done_callback(self._background.discard)
 
@@ -192,7 +196,7 @@ class NetDevice(BaseDevice):
         """SET_LOG_BASE: where a migration begins, for a source."""
         with _refusals():
             self._engine.set_log(fd, size, offset)
-        self._mover.helper_expected = self._repair is not None and self._repair.client is not None
+        self._mover.helper_expected = self._repair is not None and self._repair.connected()
 
     # ---- rings
 
@@ -260,6 +264,8 @@ class NetDevice(BaseDevice):
             if direction is Direction.SAVE:
                 transfer.request(fd, Transfer.SOURCE, self._options.migrate_version)
             else:
+                # The connections may be coming back: their former sockets are in the way.
+                self._end_linger()
                 transfer.request(fd, Transfer.TARGET)
         except ValueError as error:
             raise DeviceError(str(error)) from error

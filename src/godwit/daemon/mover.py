@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 from godwit.dataplane import Engine, FlowState, Observed, SocketState, sockstate
 from godwit.repair import Repair, RepairError, RepairListener
-from godwit.repair.protocol import MAX_SOCKETS
 
 # TCP states as TCP_INFO gives them (the kernel's tcp_states.h).
 TCP_ESTABLISHED = 1
@@ -39,6 +38,10 @@ log = logging.getLogger(__name__)
 # How long a source that is to go on waits for another helper, when the one
 # that set the repair mode is gone: nobody else can end that mode.
 HELPER_WAIT = 60.0
+
+# How long after a move the kernel retransmits without ever longer waits: the
+# network may be switched late. Below the 13 s in which it would give up.
+HURRY_SECONDS = 8.0
 
 
 @dataclass
@@ -57,7 +60,8 @@ class Mover:
     """``godwit.net.state.FlowMover`` on an engine.
 
     ``scope`` is the interface index of link-local peers. ``schedule`` runs a
-    function in another worker thread: for what must not keep the guest waiting.
+    function in another worker thread after some seconds: for what must not
+    keep the guest waiting.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Mover:
         engine: Engine,
         repair: RepairListener | None,
         scope: int,
-        schedule: Callable[[Callable[[], None]], None],
+        schedule: Callable[[float, Callable[[], None]], None],
     ) -> None:
         self._engine = engine
         self._repair = repair
@@ -102,10 +106,9 @@ class Mover:
             self._engine.unpark()
 
     def _set_mode(self, fds: Sequence[int], mode: Repair) -> None:
-        client = None if self._repair is None else self._repair.client
-        if client is None:
-            raise RepairError("no repair helper is connected")
-        client.set_mode(fds, mode)
+        if self._repair is None:
+            raise RepairError("there is no repair socket")
+        self._repair.set_mode(fds, mode)
 
     # ---- source
 
@@ -129,7 +132,7 @@ class Mover:
             self._frozen.append(flow)
         if not self._frozen:
             return
-        if not self.helper_expected and (self._repair is None or self._repair.client is None):
+        if not self.helper_expected and (self._repair is None or not self._repair.connected()):
             log.warning(
                 "no repair helper is connected: %d connections cannot move and will be reset; "
                 "start `godwit repair` or passt-repair for %s",
@@ -142,7 +145,7 @@ class Mover:
             self._set_mode(fds, Repair.ON)
         except RepairError as error:
             # Of the batch that failed, some may be in repair mode: it is ended for all, which harms none.
-            self._in_repair.update(self._frozen[: error.done + MAX_SOCKETS])
+            self._in_repair.update(self._frozen[: error.done + error.uncertain])
             raise
         self._in_repair.update(self._frozen)
 
@@ -200,9 +203,10 @@ class Mover:
         self._frozen.clear()
         self._in_repair.clear()
         self._unpark()
+        self._schedule(HURRY_SECONDS, self._engine.calm)
         if stuck:
             log.error("%d connections stand still until a repair helper connects again", len(stuck))
-            self._schedule(self._free_stuck)
+            self._schedule(0, self._free_stuck)
 
     def _leave_repair(self, flows: Sequence[int]) -> int:
         """Thaw these and end their repair mode; how many, from the start, were done."""
@@ -375,6 +379,7 @@ class Mover:
         log.info("%d connections go on here, %d were lost", len(self._arrivals) - len(lost), len(lost))
         self._arrivals.clear()
         self._unpark()
+        self._schedule(HURRY_SECONDS, self._engine.calm)
 
     def _finish(self, flow: int) -> None:
         arrival = self._arrivals[flow]

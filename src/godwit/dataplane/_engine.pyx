@@ -48,6 +48,7 @@ from godwit.dataplane.plane cimport (
     FF_FIN_KNOWN,
     FF_FROM_GUEST,
     FF_HELD,
+    FF_HURRY,
     FF_PEER_FIN,
     FF_RESET_DUE,
     FF_V6,
@@ -101,7 +102,7 @@ from godwit.dataplane.sys cimport (
     socklen_t,
     store32_release,
 )
-from godwit.dataplane.tcp cimport tcp_abort, tcp_reset, tcp_resume
+from godwit.dataplane.tcp cimport tcp_abort, tcp_hurry, tcp_reset, tcp_resume
 from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, Queue, queue_map
 
 from godwit.dataplane.state import FlowState, Observed, Side
@@ -727,6 +728,14 @@ cdef class Engine:
             tcp_reset(self.p, f)
             return
         tcp_resume(self.p, f)
+
+    def calm(self):
+        """The time after a move is over: flows go back to the kernel's own retransmission timing."""
+        cdef uint32_t i
+        with self.parked():
+            for i in range(self.p.used_flows):
+                if self.p.flows[i].kind == FLOW_TCP and self.p.flows[i].flags & FF_HURRY:
+                    tcp_hurry(&self.p.flows[i], False)
 
     def reset_flow(self, uint32_t index):
         """Reset a flow on both sides; the guest hears of it as soon as its ring has room."""

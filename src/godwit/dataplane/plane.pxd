@@ -74,6 +74,7 @@ cdef enum FlowFlag:
     FF_FIN_KNOWN = 0x4000   # seq_fin is valid
     FF_DUP_ACKS = 0x8000    # send three acknowledgements, for a fast retransmission
     FF_PEER_FIN = 0x20000   # the peer's FIN came before a migration: the socket does not know of it
+    FF_HURRY = 0x40000      # the kernel retransmits every second, for the time after a move
     FF_WINDOW_LOW = 0x10000 # "writable" from the socket is worth a window update
 
 # Bytes of a migrated flow that the new socket's buffers did not take.

@@ -197,6 +197,9 @@ cdef extern from *:
     #include <stdint.h>
     #include <string.h>
     #include <sys/socket.h>
+    #ifndef TCP_RTO_MAX_MS
+    #define TCP_RTO_MAX_MS 44
+    #endif
     #ifndef SO_MEMINFO
     #define SO_MEMINFO 55
     #endif
@@ -230,6 +233,7 @@ cdef extern from *:
     """
     enum:
         SO_MEMINFO
+        TCP_RTO_MAX_MS
     uint16_t be16 "gw_be16"(const void *p) nogil
     uint32_t be32 "gw_be32"(const void *p) nogil
     void put16 "gw_put16"(void *p, uint16_t v) nogil

@@ -26,3 +26,4 @@ cdef void tcp_abort(Plane *p, Flow *f) noexcept nogil
 # Take from the socket's queue what the guest has acknowledged.
 cdef void tcp_discard(Plane *p, Flow *f) noexcept nogil
 cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil
+cdef void tcp_hurry(Flow *f, bint on) noexcept nogil
