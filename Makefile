@@ -62,8 +62,13 @@ asan: venv prerequisites-lab ## the test suite on a build with AddressSanitizer 
 	PYTHONPATH=$(CURDIR)/build/sanitize/lib GODWIT_SANITIZE=1 \
 	$(PY) -m pytest -o timeout=600 $(PYTEST_ARGS)
 
-annotate: venv ## Cython's annotated sources, in build/annotate
-	$(BIN)/cython -a -3 -X cdivision=True -I src --output-file build/annotate/ $$(find src -name '*.pyx')
+annotate: venv ## Cython's annotated sources, below build/annotate
+	@for source in $$(cd src && find . -name '*.pyx'); do \
+		mkdir -p "build/annotate/$$(dirname "$$source")" && \
+		$(BIN)/cython -a -3 -X cdivision=True -I src \
+			-o "build/annotate/$${source%.pyx}.c" "src/$$source" || exit 1; \
+	done
+	@echo "See build/annotate/godwit/dataplane/*.html"
 
 check: lint test ## what CI runs
 
