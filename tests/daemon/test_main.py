@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The end of a daemon whose connections have moved away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from godwit.daemon import lifecycle, main
+from godwit.daemon.options import Options
+from godwit.vhost_user import BaseDevice, FrontendClient
+
+
+class Device(BaseDevice):
+    """Has connections that moved away, for ``seconds`` after its front-end has gone."""
+
+    seconds = 0.0
+    closed_at = 0.0
+
+    def __init__(self, *_: object) -> None:
+        self._ends = 0.0
+
+    async def start(self) -> None:
+        """Nothing to open."""
+
+    async def close(self) -> None:
+        """Note when that was."""
+        type(self).closed_at = time.monotonic()
+
+    async def disconnected(self) -> None:
+        """The front-end has gone."""
+        self._ends = time.monotonic() + self.seconds
+
+    @property
+    def lingering(self) -> float:
+        """As the network device has it."""
+        return max(0.0, self._ends - time.monotonic())
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Device]]:
+    monkeypatch.setattr(main, "NetDevice", Device)
+    monkeypatch.setattr(lifecycle, "raise_descriptor_limit", lambda: None)
+    yield Device
+    Device.seconds = 0.0
+
+
+def _options(folder: Path) -> Options:
+    return Options(
+        socket=str(folder / "s"),
+        pid=str(folder / "pid"),
+        log_file=str(folder / "log"),
+        runas=f"{os.getuid()}:{os.getgid()}",
+        foreground=True,
+        one_off=True,
+    )
+
+
+def _front_end(options: Options, after: list[object], *signals: int) -> threading.Thread:
+    """Connects, leaves, and half a second later notes what is there, then signals."""
+    assert options.socket is not None
+    path = Path(options.socket)
+
+    def live() -> None:
+        while True:
+            try:
+                client = FrontendClient.connect(path)
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(0.01)  # not bound yet, or bound and not listening
+        with client:
+            client.get_features()
+        time.sleep(0.5)
+        after.append(sorted(one.name for one in path.parent.iterdir()))
+        # Another daemon can have the path meanwhile.
+        with lifecycle.listen(str(path)):
+            pass
+        after.append(time.monotonic())
+        for number in signals:
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    return thread
+
+
+def test_it_stays_silent_but_lets_go_of_its_names(tmp_path: Path, device: type[Device]) -> None:
+    device.seconds = 1.5
+    after: list[object] = []
+    began = time.monotonic()
+    thread = _front_end(_options(tmp_path), after)
+    assert main.run(_options(tmp_path)) == 0
+    thread.join()
+    assert after[0] == ["log"]
+    assert device.closed_at - began >= 1.5
+    assert isinstance(after[1], float)
+    assert device.closed_at > after[1]
+    assert "stays silent" in (tmp_path / "log").read_text()
+
+
+def test_a_signal_ends_the_wait(tmp_path: Path, device: type[Device]) -> None:
+    device.seconds = 60.0
+    thread = _front_end(_options(tmp_path), [], signal.SIGTERM)
+    began = time.monotonic()
+    assert main.run(_options(tmp_path)) == 0
+    thread.join()
+    assert time.monotonic() - began < 30
+
+
+def test_without_such_connections_it_ends_at_once(tmp_path: Path, device: type[Device]) -> None:
+    options = _options(tmp_path)
+    thread = _front_end(options, [])
+    assert main.run(options) == 0
+    thread.join()
+    assert "stays silent" not in (tmp_path / "log").read_text()
