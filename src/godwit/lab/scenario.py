@@ -31,6 +31,7 @@ from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import Network, wait_until
 from godwit.lab.qemu import QemuGuest, Report
 from godwit.lab.traffic import Traffic, served
+from godwit.vhost_user import VhostUserError
 
 PORT = 5001
 
@@ -190,7 +191,8 @@ class Scenario:
 
     ``backends``: the program on host ``a`` and the one on ``b`` (``godwit`` or
     ``passt``); ``helpers``: whose repair helper each of them has (``own``, the
-    other program's name, or None). ``make_guest`` makes another guest than an
+    other program's name, or None). ``godwit_arguments``: more options for
+    ``godwit serve``. ``make_guest`` makes another guest than an
     embedded one, from the socket of its back-end. ``step`` is told what is done.
     """
 
@@ -199,7 +201,7 @@ class Scenario:
         *,
         backends: tuple[str, str] = ("godwit", "godwit"),
         helpers: tuple[str | None, str | None] = ("own", "own"),
-        arguments: Sequence[str] = (),
+        godwit_arguments: Sequence[str] = (),
         make_guest: Callable[[str], Guest] | None = None,
         mtu: int = 1500,
         ipv6: bool = False,
@@ -211,7 +213,9 @@ class Scenario:
         self._step = step
         self._kinds = dict(zip("ab", backends, strict=True))
         self._helpers = dict(zip("ab", helpers, strict=True))
-        self._arguments = tuple(arguments)
+        if not _nobody_exists():
+            godwit_arguments = ["--runas", "0", *godwit_arguments]
+        self._arguments = {"godwit": tuple(godwit_arguments), "passt": ()}
         self._mtu = mtu
         self._cleanup = contextlib.ExitStack()
         self.backends: dict[str, Backend] = {}
@@ -226,7 +230,10 @@ class Scenario:
                 step(f"starting {self._kinds[name]} on host {name}")
                 self.start_backend(name)
             step("starting the guest behind host a's")
-            self.guest = (make_guest or self._embedded)(self.backends["a"].socket)
+            try:
+                self.guest = (make_guest or self._embedded)(self.backends["a"].socket)
+            except (LabError, VhostUserError, OSError) as error:
+                raise LabError(f"{error}\n{self.messages()}") from error
             self._cleanup.callback(self.guest.close)
         except BaseException:
             self.close()
@@ -249,7 +256,7 @@ class Scenario:
             self._folder,
             self._kinds[name],
             helper=self._helpers[name],
-            arguments=self._arguments,
+            arguments=self._arguments[self._kinds[name]],
         )
         self._cleanup.callback(backend.close)
         self.backends[name] = backend
@@ -284,10 +291,10 @@ class Scenario:
                 retire=False,
                 before_run=(lambda: self._switch(target)) if switch_delay is None else None,
             )
-        except LabError:
+        except (LabError, VhostUserError, OSError) as error:
             if self.network.connected != source:
                 self._switch(source)
-            raise
+            raise LabError(f"{error}\n{self.messages()}") from error
         self.where = target
         self._step(f"the guest runs on host {target}")
         if switch_delay is not None:
@@ -300,6 +307,14 @@ class Scenario:
             blackout = self.load.gaps()
         stream = getattr(report, "stream", None)
         return Move(source, target, report.downtime, None if stream is None else len(stream), blackout)
+
+    def messages(self) -> str:
+        """Return what both back-ends have said of late."""
+        said = []
+        for name, backend in self.backends.items():
+            lines = backend.messages().splitlines()[-20:]
+            said += [f"{backend.name} on host {name}:", *(f"  {line}" for line in lines)]
+        return "\n".join(said)
 
     def _switch(self, to: str) -> None:
         self.network.switch(to)
@@ -316,6 +331,16 @@ class Scenario:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _nobody_exists() -> bool:
+    """Whether this user namespace has the user that a back-end started by root becomes."""
+    with open("/proc/self/uid_map") as ranges:
+        for line in ranges:
+            first, _, count = map(int, line.split())
+            if first <= 65534 < first + count:
+                return True
+    return False
 
 
 class _QemuGuest(QemuGuest):
