@@ -180,6 +180,8 @@ class Mover:
         return (
             state._replace(
                 tcpi_state=tcp_state,
+                # Whatever the state says now, no FIN is in the number of the first byte.
+                tcpi_options=state.tcpi_options | (sockstate.FIRST_BYTE if tcp_state != state.tcpi_state else 0),
                 sndq=len(sndq) + len(to_sock),
                 notsent=state.notsent + len(to_sock),
                 rcvq=len(rcvq) + len(to_guest),

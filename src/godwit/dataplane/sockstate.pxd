@@ -8,7 +8,7 @@ number. docs/platform/tcp-repair.md has the kernel behaviour relied on.
 from libc.stdint cimport uint8_t, uint32_t
 
 cdef struct SockState:
-    uint32_t seq_snd        # of the first byte in the send queue
+    uint32_t seq_snd        # of the first byte in the send queue (in a stream of passt: FIRST_BYTE)
     uint32_t seq_rcv        # and in the receive queue
     uint32_t sndq           # bytes, a FIN not counted
     uint32_t notsent

@@ -1,12 +1,52 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+"""Freezing, saving and restoring the kernel's side of a TCP connection.
+
+Addresses are 16 bytes, IPv4 as v4-mapped; ports are host integers. A socket for
+IPv4 is of the family AF_INET. Every function raises ``OSError`` with the
+kernel's error number, and leaves the descriptor open.
+
+The order: on the source ``freeze``, repair mode on (a helper's work), ``dump``;
+to go on after all ``thaw``, repair mode off, ``thaw`` again. On the target
+``create``, repair mode on, ``restore``; at the commit ``thaw``, repair mode
+off, ``finish``. Repair mode is ended by ``Repair.OFF``, in which an established
+connection sends a window probe: the peer's answer says what it has.
+``OFF_NO_WP`` is for sockets that are to be closed without a word.
+"""
+
 from godwit.dataplane.state import SocketState
 
-def freeze(fd: int, v6: bool) -> None: ...
-def thaw(fd: int, v6: bool) -> None: ...
-def freeze_listener(fd: int) -> None: ...
-def thaw_listener(fd: int) -> None: ...
-def create(v6: bool) -> int: ...
-def dump(fd: int) -> tuple[SocketState, bytes, bytes]: ...
+#: Of ``tcpi_options``, in states with a FIN of ours: ``seq_snd`` is the sequence number of the first byte. passt
+#: does not know this bit; what it writes there is one more.
+FIRST_BYTE: int
+
+def freeze(fd: int, v6: bool) -> None:
+    """Have the kernel discard what arrives for a connection, before TCP sees it.
+
+    Nothing is acknowledged; RST and FIN are ignored (IP_MINTTL or
+    IPV6_MINHOPCOUNT 255, RFC 5082). Needs no privilege. A frozen connection
+    still sends, and even in repair mode still retransmits.
+    """
+
+def thaw(fd: int, v6: bool) -> None:
+    """Undo ``freeze``, and what repair mode and its helper have left on the socket."""
+
+def freeze_listener(fd: int) -> None:
+    """Freeze a listening socket, of either family or both: a SYN gets no answer, and is sent again."""
+
+def thaw_listener(fd: int) -> None:
+    """Undo ``freeze_listener``."""
+
+def create(v6: bool) -> int:
+    """Return a new TCP socket: frozen, non-blocking, to be restored into. The caller closes it."""
+
+def dump(fd: int) -> tuple[SocketState, bytes, bytes]:
+    """Save a connection that is frozen and in repair mode: its state, send queue and receive queue.
+
+    Changes nothing but SO_PEEK_OFF, which is -1 afterwards. EINVAL for a
+    connection that cannot move: not or no longer connected, or with an urgent
+    byte in the queue. ENOBUFS: a queue is larger than 64 MiB.
+    """
+
 def restore(
     fd: int,
     our_addr: bytes,
@@ -17,5 +57,23 @@ def restore(
     state: SocketState,
     sndq: bytes,
     rcvq: bytes,
-) -> int: ...
-def finish(fd: int, state: SocketState, unsent: bytes) -> int: ...
+) -> int:
+    """Make a socket of ``create``, in repair mode, the connection that ``state`` describes; sends nothing.
+
+    ``scope`` is the interface of link-local addresses. Of the send queue the
+    part that was sent is restored; the last ``state.notsent`` bytes are for
+    ``finish``. Returns how many bytes from the start of the receive queue found
+    no room: they are the caller's to deliver first.
+
+    Among the kernel's errors: EADDRNOTAVAIL (the address is not this host's, or
+    the connection exists here), EINVAL (a state that cannot be), ENOBUFS (the
+    send queue is larger than this process may have it). ``ValueError``: queues
+    that do not have their stated lengths.
+    """
+
+def finish(fd: int, state: SocketState, unsent: bytes) -> int:
+    """Write what was unsent, and the FIN if one is due; the socket is thawed and out of repair mode.
+
+    Returns how many bytes the socket took. If that is not all, the FIN has not
+    been sent either: both are left to the caller, for when there is room.
+    """

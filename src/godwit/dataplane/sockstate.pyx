@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel's side of a TCP connection: frozen, read out, and made anew.
 
-The order is the caller's: on the source freeze, repair on (by the helper),
-dump; to go on, repair off and thaw. On the target create (frozen), repair on,
-bind_address, restore; at the commit repair off, finish, thaw.
+The order is the caller's. On the source: freeze, repair on (by the helper),
+dump; to go on after all: thaw, repair off, thaw. On the target: create
+(frozen), repair on, restore; at the commit: thaw, repair off, finish. Repair
+mode ends with TCP_REPAIR_OFF, whose window probe has the peer say where it is,
+and the thaw comes first lest the answer be missed.
 
 A dump changes nothing but SO_PEEK_OFF, which the caller sets anew.
+docs/platform/ has the kernel's behaviour that this relies on.
 """
 
 import os
@@ -45,6 +48,8 @@ from godwit.dataplane.sys cimport (
     errno,
     getsockopt,
     ioctl,
+    poll,
+    pollfd,
     put16,
     recv,
     send,
@@ -101,6 +106,7 @@ cdef extern from *:
     #ifndef IPV6_MINHOPCOUNT
     #define IPV6_MINHOPCOUNT 73
     #endif
+    #include <poll.h>
     #ifndef SO_BUF_LOCK
     #define SO_BUF_LOCK 72
     #endif
@@ -110,8 +116,9 @@ cdef extern from *:
         IPV6_MINHOPCOUNT
         IPPROTO_IP
         SIOCOUTQNSD
+        POLLPRI
         SO_BUF_LOCK
-        SO_RCVBUF
+        SO_DETACH_FILTER
 
 cdef enum:
     # TCP states as TCP_INFO gives them (the kernel's tcp_states.h)
@@ -130,6 +137,14 @@ cdef enum:
     PIECE = 128 << 10       # a queue is written in pieces of this, halved where the kernel is short
     LEAST_PIECE = 1024
     FROZEN_TTL = 255
+    DEFAULT_ROOM = 32 << 10     # bytes of a queue that every new socket takes
+    # Of tcpi_options, in states with a FIN of ours: seq_snd is the number of
+    # the first byte. passt, which does not look at this bit, writes one more:
+    # the FIN counted as one of the bytes before the queue. (The kernel's
+    # meaning, a child of a fast open, no socket of either program has.)
+    SEQ_OF_FIRST_BYTE = 0x80
+    # TCP_MAXSEG takes no more. See send_room().
+    MOST_MSS = 32767
 
 
 cdef int set_int(int fd, int level, int option, int value) noexcept nogil:
@@ -157,9 +172,19 @@ cdef int sock_freeze(int fd, bint v6) noexcept nogil:
 
 
 cdef int sock_thaw(int fd, bint v6) noexcept nogil:
+    # A repair helper locks a socket by a filter, and another one may have
+    # ended the repair mode: without this the connection would be deaf.
+    set_int(fd, SOL_SOCKET, SO_DETACH_FILTER, 0)
+    # The end of repair mode takes this from a socket, and then nobody could
+    # listen on its port any more.
+    set_int(fd, SOL_SOCKET, SO_REUSEADDR, 1)
     if v6:
         return set_int(fd, IPPROTO_IPV6, IPV6_MINHOPCOUNT, 0)
     return set_int(fd, IPPROTO_IP, IP_MINTTL, 0)
+
+
+cdef bint fin_received(uint8_t state) noexcept nogil:
+    return state == CLOSE_WAIT or state == LAST_ACK or state == CLOSING
 
 
 cdef bint fin_sent(uint8_t state) noexcept nogil:
@@ -187,6 +212,7 @@ cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
     cdef tcp_info info
     cdef tcp_repair_window window
     cdef socklen_t n = sizeof(info)
+    cdef pollfd urgent
     cdef int outq, notsent, inq, rc
     queues[0] = NULL
     memset(s, 0, sizeof(SockState))
@@ -201,6 +227,12 @@ cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
     s.snd_ws = info.tcpi_snd_wscale
     s.rcv_ws = info.tcpi_rcv_wscale
     if s.tcpi_state != ESTABLISHED and s.tcpi_state != CLOSE_WAIT and not fin_sent(s.tcpi_state):
+        return -EINVAL
+    # With an urgent byte in the queue the counts end before it, and the bytes
+    # after it would be lost.
+    urgent.fd = fd
+    urgent.events = POLLPRI
+    if poll(&urgent, 1, 0) < 0 or urgent.revents & POLLPRI:
         return -EINVAL
     rc = get_u32(fd, TCP_MAXSEG, &s.mss)
     if rc == 0 and s.tcpi_options & TCPI_OPT_TIMESTAMPS:
@@ -251,6 +283,9 @@ cdef int dump_queues(int fd, SockState *s, uint8_t *out, uint32_t outq, uint32_t
     if s.sndq + fin < outq:
         return -EINVAL
     s.seq_snd = end - fin - s.sndq
+    s.tcpi_options &= ~SEQ_OF_FIRST_BYTE
+    if fin:
+        s.tcpi_options |= SEQ_OF_FIRST_BYTE
     s.notsent = notsent - fin if notsent > fin else 0
     if s.notsent > s.sndq:
         s.notsent = s.sndq
@@ -259,6 +294,8 @@ cdef int dump_queues(int fd, SockState *s, uint8_t *out, uint32_t outq, uint32_t
         rc = get_u32(fd, TCP_QUEUE_SEQ, &end)
     if rc == 0:
         rc = peek_queue(fd, out + s.sndq, inq, &s.rcvq)
+    if rc == 0 and s.rcvq + fin_received(s.tcpi_state) < inq:
+        rc = -EINVAL
     # A FIN that was received stays counted: the new socket never sees it, but
     # must expect what comes after.
     s.seq_rcv = end - s.rcvq
@@ -304,8 +341,7 @@ cdef int sock_restore(int fd, const SockState *s, const uint8_t *sndq, const uin
             rc = -ENOBUFS
     if rc != 0:
         return rc
-    # From here on the kernel sizes the buffers itself again (receive_room).
-    set_int(fd, SOL_SOCKET, SO_BUF_LOCK, 0)
+    set_int(fd, IPPROTO_TCP, TCP_MAXSEG, 0)     # as large as the options say (send_room)
     options[0].opt_code = OPT_WS
     options[0].opt_val = s.snd_ws | <uint32_t>s.rcv_ws << 16
     options[1].opt_code = OPT_MSS
@@ -339,7 +375,9 @@ cdef int sock_finish(int fd, const SockState *s, const uint8_t *unsent) noexcept
     The FIN, where one is due, follows when all was taken.
     """
     cdef uint32_t done
-    cdef int rc = write_queue(fd, unsent, s.notsent, &done)
+    cdef int rc
+    set_int(fd, SOL_SOCKET, SO_REUSEADDR, 1)    # see sock_thaw()
+    rc = write_queue(fd, unsent, s.notsent, &done)
     if rc != 0:
         return rc
     if done == s.notsent and (s.tcpi_state == FIN_WAIT1 or s.tcpi_state == LAST_ACK or s.tcpi_state == CLOSING):
@@ -349,6 +387,9 @@ cdef int sock_finish(int fd, const SockState *s, const uint8_t *unsent) noexcept
 
 
 # ---- for the control thread
+
+FIRST_BYTE = SEQ_OF_FIRST_BYTE
+
 
 cdef object check(int rc, str what):
     if rc < 0:
@@ -437,15 +478,37 @@ cdef socklen_t fill(sockaddr_storage *out, bytes addr, uint16_t port, uint32_t s
     return sizeof(sockaddr_in6)
 
 
-cdef uint32_t receive_room(int fd) noexcept nogil:
-    """Make both buffers as large as we may; the bytes of a receive queue that surely fit."""
-    cdef int size = 0
+cdef void send_room(int fd, uint32_t bytes_sent) noexcept nogil:
+    """Make the send buffer of an unconnected socket large enough, or as large as we may.
+
+    Repair mode obeys its limit. The kernel goes on to size it by itself
+    (SO_BUF_LOCK), from there.
+    """
+    cdef int size = 0, wanted = bytes_sent + bytes_sent // 8 + 2 * PIECE
     cdef socklen_t n = sizeof(size)
-    set_int(fd, SOL_SOCKET, SO_SNDBUF, MAX_QUEUE)
-    set_int(fd, SOL_SOCKET, SO_RCVBUF, MAX_QUEUE)
-    if getsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, &n) != 0 or size <= 0:
-        return 0
-    return <uint32_t>size >> 1
+    if bytes_sent <= DEFAULT_ROOM:
+        return
+    set_int(fd, SOL_SOCKET, SO_SNDBUF, wanted // 2)     # which doubles it
+    set_int(fd, SOL_SOCKET, SO_BUF_LOCK, 0)
+    if getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &n) == 0 and size >= wanted:
+        return
+    # Beyond net.core.wmem_max (208 KiB before Linux 6.18): on connect the
+    # kernel has room for an initial window of segments; so let them be large.
+    set_int(fd, IPPROTO_TCP, TCP_MAXSEG, MOST_MSS)
+
+
+cdef uint32_t receive_room():
+    """Bytes of a receive queue that surely fit into a new socket.
+
+    A receive buffer grows by itself as the queue is written, as long as nobody
+    has set its size; to tcp_rmem's limit.
+    """
+    try:
+        with open("/proc/sys/net/ipv4/tcp_rmem") as limits:
+            limit = int(limits.read().split()[2])
+    except (OSError, ValueError, IndexError):
+        limit = 4 << 20
+    return min(limit, MAX_QUEUE) // 8 * 7
 
 
 def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, uint32_t scope,
@@ -464,21 +527,26 @@ def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t 
     cdef const uint8_t *out = sndq
     cdef const uint8_t *incoming = rcvq
     cdef int rc
-    cdef uint32_t room, left_out = 0
+    cdef uint32_t room, first_byte, left_out = 0
     if len(sndq) != s.sndq or len(rcvq) != s.rcvq or s.notsent > s.sndq:
         raise ValueError("queues that do not fit their lengths")
+    first_byte = s.seq_snd
+    if fin_sent(s.tcpi_state) and not s.tcpi_options & SEQ_OF_FIRST_BYTE:
+        first_byte -= 1
     check(-errno if bind(fd, <sockaddr *>&local, local_size) != 0 else 0, "binding to the address of the connection")
     if s.tcpi_options & TCPI_OPT_TIMESTAMPS:
         check(set_u32(fd, TCP_TIMESTAMP, s.timestamp), "TCP_TIMESTAMP")
     check(set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE), "TCP_REPAIR_QUEUE")
-    check(set_u32(fd, TCP_QUEUE_SEQ, s.seq_snd), "TCP_QUEUE_SEQ")
+    check(set_u32(fd, TCP_QUEUE_SEQ, first_byte), "TCP_QUEUE_SEQ")
     check(set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE), "TCP_REPAIR_QUEUE")
-    # An ordinary user's buffers may be smaller than what the source had grown
-    # to. The end of the queue goes into the socket: its numbers must be right.
-    room = receive_room(fd)
-    if s.rcvq > room:
-        left_out = s.rcvq - room
+    # This host's buffers may be smaller than the source's. The end of the queue
+    # goes into the socket: its numbers must be right.
+    if s.rcvq > DEFAULT_ROOM:
+        room = receive_room()
+        if s.rcvq > room:
+            left_out = s.rcvq - room
     check(set_u32(fd, TCP_QUEUE_SEQ, s.seq_rcv + left_out), "TCP_QUEUE_SEQ")
+    send_room(fd, s.sndq - s.notsent)
     check(-errno if connect(fd, <sockaddr *>&remote, remote_size) != 0 else 0, "connecting in repair mode")
     with nogil:
         s.rcvq -= left_out
