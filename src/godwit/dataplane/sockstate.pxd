@@ -26,6 +26,7 @@ cdef struct SockState:
     uint8_t tcpi_options
 
 cdef int sock_freeze(int fd, bint v6) noexcept nogil
+cdef void sock_hurry(int fd, bint on) noexcept nogil
 cdef int sock_thaw(int fd, bint v6) noexcept nogil
 # `queues` is malloc'ed: the send queue, then the receive queue. NULL when both are empty.
 cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil

@@ -92,6 +92,7 @@ from godwit.dataplane.plane cimport (
     Plane,
     drop,
 )
+from godwit.dataplane.sockstate cimport sock_hurry
 from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
@@ -120,7 +121,6 @@ from godwit.dataplane.sys cimport (
     SOCK_STREAM,
     SOL_SOCKET,
     TCP_NODELAY,
-    TCP_RTO_MAX_MS,
     accept4,
     be16,
     be32,
@@ -170,8 +170,6 @@ cdef enum:
     RETRIES_PAUSED = 6          # by then the wait is the longest
     CONNECT_TIMEOUT = 130000    # ms; the kernel gives up at about 127 s by itself
     KEEPALIVE_IDLE = 7200000    # ms; RFC 9293, 3.8.4: no less than two hours
-    HURRY_RTO = 1000            # ms; the least that the kernel takes
-    LINUX_RTO = 120000          # its own limit (TCP_RTO_MAX)
     DUP_ACK_LIMIT = 3           # RFC 5681, 3.2
     WS_TO_GUEST = 8             # 16 MiB in 16 bits
     OPT_MSS = 2
@@ -1083,15 +1081,8 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
 
 
 cdef void tcp_hurry(Flow *f, bint on) noexcept nogil:
-    """Limit the kernel's wait between retransmissions, or end that limit.
-
-    Until the network has been switched all that is sent gets lost, and the
-    kernel's waits would double. Not for long: the limit also shortens the time
-    after which the kernel gives up (to about 13 s). Before Linux 6.15 there is
-    no such option, and the waits double.
-    """
-    cdef int most = HURRY_RTO if on else LINUX_RTO
-    setsockopt(f.sock, IPPROTO_TCP, TCP_RTO_MAX_MS, &most, sizeof(most))
+    """Have the kernel retransmit often, for the time after a move; or no more."""
+    sock_hurry(f.sock, on)
     if on:
         f.flags |= FF_HURRY
     else:
