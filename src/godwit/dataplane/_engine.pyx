@@ -101,6 +101,7 @@ from godwit.dataplane.sys cimport (
     socket,
     socklen_t,
     store32_release,
+    write,
 )
 from godwit.dataplane.tcp cimport tcp_abort, tcp_hurry, tcp_reset, tcp_resume
 from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, Queue, queue_map
@@ -430,10 +431,16 @@ cdef class Engine:
     def ring_call(self, int index, fd):
         """How the guest is interrupted; None: it polls."""
         cdef Queue *q = self.queue(index)
+        cdef uint64_t one = 1
         with self.parked():
             if q.call >= 0:
                 close(q.call)
             q.call = -1 if fd is None else fd
+            # QEMU starts a ring first and sets this after: what was used in
+            # between went to the descriptor of before, which nobody reads. An
+            # interrupt too many does no harm.
+            if q.call >= 0 and q.started:
+                write(q.call, &one, 8)
 
     def ring_err(self, int index, fd):
         """How the front-end is told that the ring is broken."""
