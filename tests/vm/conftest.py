@@ -170,7 +170,8 @@ class World:
         """After a migration: switch the network, end the source."""
         self.net.switch(there)
         self.guest.retire()
-        self.source.close()
+        # It would stay for its late packets, which the switch has turned away already.
+        self.source.close(timeout=0.3)
         self.source, self.here = target, there
 
     def move(
