@@ -44,6 +44,7 @@ TIMEOUT: Final = 5.0
 
 # Helpers that came and went between two calls wait here as closed connections.
 _BACKLOG: Final = 64
+_ASK_AGAIN: Final = 0.05
 _PEERCRED: Final = struct.Struct("3i")  # struct ucred, unix(7)
 
 
@@ -96,8 +97,9 @@ class RepairClient:
                 except RepairError as error:
                     self._closed = True
                     self._sock.close()
-                    error.done, error.uncertain = done, len(batch)
-                    raise
+                    raise RepairError(
+                        f"{error} (sockets {done + 1} to {done + len(batch)} of {len(fds)})", done, len(batch)
+                    ) from error.__cause__
                 done += taken
                 # passt-repair gives each message no more room than the one before it needed, overlooks the
                 # descriptors that do not fit, and says all is well (docs/platform/tcp-repair.md).
@@ -227,11 +229,14 @@ class RepairListener:
         deadline = time.monotonic() + timeout
         while (client := self.client) is None:
             left = deadline - time.monotonic()
-            if left <= 0 or self._sock.fileno() < 0:
-                return None
             waiting = select.poll()
-            waiting.register(self._sock, select.POLLIN)
-            waiting.poll(left * 1000)
+            with self._lock:
+                if left <= 0 or self._sock.fileno() < 0:
+                    return None
+                waiting.register(self._sock, select.POLLIN)
+            if waiting.poll(left * 1000) and self.client is None:
+                # No descriptor left for it, or closing: ask again, but not at once.
+                time.sleep(_ASK_AGAIN)
         return client
 
     def close(self) -> None:
@@ -239,6 +244,8 @@ class RepairListener:
         with self._lock:
             if self._sock.fileno() < 0:
                 return
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for a helper
             self._sock.close()
             if self._client is not None:
                 self._client.close()
