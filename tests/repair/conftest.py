@@ -88,8 +88,18 @@ def helpers(listener: RepairListener) -> Iterator[Callable[..., FakeHelper]]:
         helper.close()
 
 
+@pytest.fixture(scope="session")
+def net_admin() -> None:
+    """Fail here, with what to do, where repair mode cannot be had."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        except PermissionError:
+            pytest.fail("TCP_REPAIR needs CAP_NET_ADMIN: run these tests as root", pytrace=False)
+
+
 @pytest.fixture
-def connections() -> Iterator[Callable[[int], list[socket.socket]]]:
+def connections(net_admin: None) -> Iterator[Callable[[int], list[socket.socket]]]:
     """Make TCP connections: the ends that connected, ``connections(count)``."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
