@@ -6,14 +6,6 @@ from libc.stdint cimport uint32_t
 from godwit.dataplane.packet cimport Packet
 from godwit.dataplane.plane cimport Flow, Listener, Plane
 
-cdef enum:
-    TCP_FIN = 0x01
-    TCP_SYN = 0x02
-    TCP_RST = 0x04
-    TCP_PSH = 0x08
-    TCP_ACK = 0x10
-    TCP_HLEN = 20
-
 cdef void tcp_from_guest(Plane *p, Packet *k) noexcept nogil
 cdef void tcp_send_pending(Plane *p) noexcept nogil
 cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil
@@ -23,7 +15,5 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil
 # Reset both sides; the guest's as soon as its ring has room.
 cdef void tcp_reset(Plane *p, Flow *f) noexcept nogil
 cdef void tcp_abort(Plane *p, Flow *f) noexcept nogil
-# Take from the socket's queue what the guest has acknowledged.
-cdef void tcp_discard(Plane *p, Flow *f) noexcept nogil
 cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil
 cdef void tcp_hurry(Flow *f, bint on) noexcept nogil

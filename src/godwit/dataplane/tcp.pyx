@@ -23,8 +23,8 @@ on which side. Nothing is answered while a batch of frames is worked on; each
 flow touched is settled once at its end: discard, send, acknowledge, timer.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy, memset
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
+from libc.string cimport memcpy, memset
 
 from godwit.dataplane.flow cimport (
     carry_left,
@@ -40,20 +40,12 @@ from godwit.dataplane.flow cimport (
     flow_watch,
     keyed_hash,
 )
-from godwit.dataplane.host cimport (
-    get_sockaddr,
-    is_link_local6,
-    is_v4,
-    put_sockaddr,
-    to_guest_name,
-    to_host,
-)
+from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_v4, put_sockaddr, to_guest_name, to_host
 from godwit.dataplane.packet cimport Packet, packet_payload
 from godwit.dataplane.plane cimport (
     DROP_MALFORMED,
     DROP_NO_FLOW,
     DROP_NO_SOCKET,
-    DROP_RING_FULL,
     DROP_SEND,
     DROP_SHORT,
     DROP_TABLE_FULL,
@@ -63,7 +55,6 @@ from godwit.dataplane.plane cimport (
     EV_ESTABLISHED,
     EV_FIN_ACKED,
     EV_FIN_FROM_GUEST,
-    EV_FIN_FROM_SOCK,
     EV_FIN_TO_GUEST,
     EV_FIN_TO_SOCK,
     EV_SYN_FROM_GUEST,
@@ -84,7 +75,6 @@ from godwit.dataplane.plane cimport (
     FF_SYN_DUE,
     FF_V6,
     FF_WINDOW_LOW,
-    FLOW_DEAD,
     FLOW_TCP,
     NONE,
     Flow,
@@ -107,19 +97,15 @@ from godwit.dataplane.sys cimport (
     IPPROTO_TCP,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
-    MSG_PEEK,
-    MSG_TRUNC,
-    POLLOUT,
     SHUT_WR,
-    SO_ERROR,
-    SO_KEEPALIVE,
-    SO_LINGER,
-    SO_MEMINFO,
-    SO_PEEK_OFF,
     SOCK_CLOEXEC,
     SOCK_NONBLOCK,
     SOCK_STREAM,
     SOL_SOCKET,
+    SO_ERROR,
+    SO_KEEPALIVE,
+    SO_LINGER,
+    SO_PEEK_OFF,
     TCP_NODELAY,
     accept4,
     be16,
@@ -129,15 +115,8 @@ from godwit.dataplane.sys cimport (
     connect,
     errno,
     getsockopt,
-    iovec,
     linger_t,
     msghdr,
-    poll,
-    pollfd,
-    put16,
-    put32,
-    recv,
-    recvmsg,
     send,
     sendmsg,
     setsockopt,
@@ -147,24 +126,25 @@ from godwit.dataplane.sys cimport (
     socket,
     socklen_t,
 )
-from godwit.dataplane.to_guest cimport (
-    IPV4_HLEN,
-    IPV6_HLEN,
-    MAX_HEADERS,
-    VNET_GSO_TCPV4,
-    VNET_GSO_TCPV6,
-    put_checksum,
-    put_headers,
-    rx_finish,
-    rx_reserve,
-    rx_view,
-)
-from godwit.dataplane.plane cimport ETH_HLEN
 from godwit.dataplane.virtqueue cimport MAX_CHAIN, RX, queue_active
+from godwit.dataplane.tcp_to_guest cimport (
+    TCP_ACK,
+    TCP_FIN,
+    TCP_HLEN,
+    TCP_RST,
+    TCP_SYN,
+    arm_retransmit,
+    discard,
+    in_flight,
+    own_mss,
+    rewind,
+    send_data,
+    send_flags,
+    send_reset_for,
+    update_window,
+)
 
 cdef enum:
-    RTO_FIRST = 1000            # ms; RFC 6298, 2.1: with no sample, one second
-    RTO_MOST = 60000            # RFC 6298, 2.5
     SYN_RETRIES = 6             # as Linux: given up after about two minutes
     DATA_RETRIES = 15           # as Linux's tcp_retries2
     RETRIES_PAUSED = 6          # by then the wait is the longest
@@ -176,316 +156,12 @@ cdef enum:
     OPT_WS = 3
     DEFAULT_MSS4 = 536          # RFC 9293, 3.7.1
     DEFAULT_MSS6 = 1220
-    MAX_SEGMENT = 65535         # what IP can say of its own length
-    MEMINFO_SNDBUF = 3          # SK_MEMINFO_*, linux/sock_diag.h
-    MEMINFO_WMEM_QUEUED = 5
-    MEMINFO_VARS = 9
     ACCEPT_BATCH = 64
 
 
 cdef uint32_t initial_seq(Plane *p, Flow *f) noexcept nogil:
     """RFC 6528: a keyed hash of the connection, plus a clock of 4 us."""
     return <uint32_t>keyed_hash(p, f.guest_addr, 72) + <uint32_t>(p.now * 250)
-
-
-cdef uint16_t own_mss(Plane *p, bint v6) noexcept nogil:
-    """What we tell the guest that we take: what fits the MTU it was given."""
-    cdef uint32_t mtu = p.config.mtu if p.config.mtu else MAX_SEGMENT
-    return <uint16_t>(mtu - TCP_HLEN - (IPV6_HLEN if v6 else IPV4_HLEN))
-
-
-cdef inline uint32_t in_flight(Flow *f) noexcept nogil:
-    return f.seq_to_guest - f.seq_ack_from_guest
-
-
-# ---- segments to the guest
-
-cdef void put_tcp(uint8_t *t, Flow *f, uint32_t seq, uint8_t flags, uint32_t size) noexcept nogil:
-    memset(t, 0, TCP_HLEN)
-    put16(t, f.our_port)
-    put16(t + 2, f.guest_port)
-    put32(t + 4, seq)
-    t[12] = <uint8_t>(size << 2)
-    t[13] = flags
-    if flags & TCP_ACK:
-        put32(t + 8, f.seq_from_guest)
-        f.seq_ack_to_guest = f.seq_from_guest
-        f.flags &= ~FF_ACK_DUE
-    put16(t + 14, f.wnd_sent)
-
-
-cdef bint send_flags(Plane *p, Flow *f, uint32_t seq, uint8_t flags) noexcept nogil:
-    """A segment without payload. False: no receive buffer, nothing was sent."""
-    cdef uint8_t h[MAX_HEADERS]
-    cdef uint32_t size = TCP_HLEN, l4
-    cdef bint v6 = f.flags & FF_V6 != 0
-    if flags & TCP_SYN:
-        size += 4
-        if f.ws_to_guest:
-            size += 4
-    if rx_reserve(p, p.vnet_size + ETH_HLEN + IPV6_HLEN + size) < (
-            p.vnet_size + ETH_HLEN + (IPV6_HLEN if v6 else IPV4_HLEN) + size):
-        return False
-    l4 = put_headers(p, h, v6, f.our_addr, f.guest_addr, IPPROTO_TCP, size)
-    put_tcp(h + l4, f, seq, flags, size)
-    if flags & TCP_SYN:
-        # RFC 7323, 2.2: the window of a segment with SYN is never scaled.
-        put16(h + l4 + 14, 0xFFFF)
-        h[l4 + 20] = OPT_MSS
-        h[l4 + 21] = 4
-        put16(h + l4 + 22, own_mss(p, v6))
-        if f.ws_to_guest:
-            h[l4 + 24] = 1      # no operation, for the alignment
-            h[l4 + 25] = OPT_WS
-            h[l4 + 26] = 3
-            h[l4 + 27] = f.ws_to_guest
-    put_checksum(p, h, l4, 16, l4 + size, 0, v6, f.our_addr, f.guest_addr, IPPROTO_TCP)
-    rx_finish(p, h, l4 + size, l4 + size)
-    return True
-
-
-cdef void send_reset_for(Plane *p, Packet *k, const uint8_t *t) noexcept nogil:
-    """RFC 9293, 3.10.7.1: the reset that answers a segment of no connection."""
-    cdef uint8_t h[MAX_HEADERS]
-    cdef uint32_t l4, size = TCP_HLEN, ack
-    if rx_reserve(p, p.vnet_size + ETH_HLEN + IPV6_HLEN + size) < p.vnet_size + ETH_HLEN + IPV6_HLEN + size:
-        drop(p, DROP_RING_FULL)
-        return
-    l4 = put_headers(p, h, k.v6, k.daddr, k.saddr, IPPROTO_TCP, size)
-    memset(h + l4, 0, TCP_HLEN)
-    memcpy(h + l4, t + 2, 2)
-    memcpy(h + l4 + 2, t, 2)
-    h[l4 + 12] = TCP_HLEN << 2
-    if t[13] & TCP_ACK:
-        memcpy(h + l4 + 4, t + 8, 4)
-        h[l4 + 13] = TCP_RST
-    else:
-        ack = be32(t + 4) + k.payload_size + (1 if t[13] & TCP_SYN else 0) + (1 if t[13] & TCP_FIN else 0)
-        put32(h + l4 + 8, ack)
-        h[l4 + 13] = TCP_RST | TCP_ACK
-    put_checksum(p, h, l4, 16, l4 + size, 0, k.v6, k.daddr, k.saddr, IPPROTO_TCP)
-    rx_finish(p, h, l4 + size, l4 + size)
-
-
-cdef void update_window(Plane *p, Flow *f) noexcept nogil:
-    """The window for the guest: the free room in the socket's send buffer."""
-    cdef uint32_t info[MEMINFO_VARS]
-    cdef socklen_t n = sizeof(info)
-    cdef uint32_t room, left = f.edge - f.seq_from_guest
-    cdef pollfd pfd
-    if f.flags & FF_SHORT:
-        f.granted = 0
-        f.wnd_sent = 0
-        return
-    if <int>left < 0:
-        left = 0
-    # Most of what was granted is still there: no need to ask the kernel again.
-    if left < f.granted - (f.granted >> 2) or f.granted == 0:
-        room = 0
-        if f.sock >= 0 and not f.flags & FF_CONNECTING:
-            if getsockopt(f.sock, SOL_SOCKET, SO_MEMINFO, info, &n) == 0:
-                if info[MEMINFO_WMEM_QUEUED] < info[MEMINFO_SNDBUF]:
-                    room = info[MEMINFO_SNDBUF] - info[MEMINFO_WMEM_QUEUED]
-                f.flags &= ~FF_WINDOW_LOW
-                if room <= info[MEMINFO_SNDBUF] // 3:
-                    f.flags |= FF_WINDOW_LOW
-                    # poll() on a full socket is what makes the kernel grow its
-                    # buffer later and tell us when there is room again.
-                    pfd.fd = f.sock
-                    pfd.events = POLLOUT
-                    pfd.revents = 0
-                    poll(&pfd, 1, 0)
-                room -= room >> 3   # the kernel's own book-keeping takes room too
-        if room > left:
-            # RFC 9293, 3.8.6.2.2: the right edge moves by a segment or by half
-            # of the buffer, or not at all.
-            if room - left >= f.mss or room - left >= room >> 1:
-                f.edge = f.seq_from_guest + room
-                left = room
-        f.granted = room if room > left else left
-    left >>= f.ws_to_guest
-    f.wnd_sent = <uint16_t>left if left < 0xFFFF else 0xFFFF
-
-
-cdef void arm_retransmit(Plane *p, Flow *f) noexcept nogil:
-    cdef uint64_t rto = RTO_FIRST << (f.retries if f.retries < 6 else 6)
-    flow_deadline(p, f, p.now + (rto if rto < RTO_MOST else RTO_MOST))
-
-
-cdef void send_fin(Plane *p, Flow *f) noexcept nogil:
-    """The peer has closed and the guest has been sent all: tell it."""
-    if f.flags & FF_ACK_DUE:
-        update_window(p, f)
-    if not send_flags(p, f, f.seq_to_guest, TCP_FIN | TCP_ACK):
-        flow_wait_ring(p, f)
-        return
-    f.events |= EV_FIN_FROM_SOCK | EV_FIN_TO_GUEST
-    f.seq_fin = f.seq_to_guest
-    f.flags |= FF_FIN_KNOWN
-    f.seq_to_guest += 1
-    if before(f.seq_max_to_guest, f.seq_to_guest):
-        f.seq_max_to_guest = f.seq_to_guest
-    f.flags &= ~FF_MORE
-    arm_retransmit(p, f)
-
-
-cdef void send_data(Plane *p, Flow *f) noexcept nogil:
-    """Move what the socket has to the guest, as far as window and ring go."""
-    cdef uint8_t h[MAX_HEADERS]
-    cdef uint8_t scratch[4096]
-    cdef bint v6 = f.flags & FF_V6 != 0
-    cdef bint tso = p.guest_tso6 if v6 else p.guest_tso4
-    cdef uint32_t head = p.vnet_size + ETH_HLEN + (IPV6_HLEN if v6 else IPV4_HLEN) + TCP_HLEN
-    cdef uint32_t most = MAX_SEGMENT - (IPV6_HLEN if v6 else IPV4_HLEN) - TCP_HLEN
-    cdef uint32_t room, want, capacity, l4, flying, carried
-    cdef ssize_t n = 0
-    cdef msghdr msg
-    cdef int count
-    if not f.events & EV_ESTABLISHED or f.events & EV_FIN_TO_GUEST or f.sock < 0:
-        return
-    if not tso:
-        most = f.mss
-    else:
-        most -= most % f.mss    # whole segments only, but for the last
-    memset(&msg, 0, sizeof(msg))
-    while True:
-        flying = in_flight(f)
-        room = f.window - flying if f.window > flying else 0
-        if room == 0 or (room < f.mss and flying and room < f.window >> 1):
-            # Window shut, or nearly: the guest opens it, or the timer asks.
-            f.flags |= FF_MORE
-            if not f.deadline or f.deadline > p.now + RTO_MOST:
-                arm_retransmit(p, f)
-            return
-        want = room if room < most else most
-        capacity = rx_reserve(p, head + want)
-        if capacity <= head:
-            f.flags |= FF_MORE
-            flow_wait_ring(p, f)
-            return
-        if want > capacity - head:
-            want = capacity - head
-        carried = carry_left(f.carry_to_guest)
-        if flying < carried:
-            n = carry_to_view(p, f, head, want if want < carried - flying else carried - flying, flying)
-        elif p.peek_offset:
-            count = rx_view(p, head, want)
-            msg.msg_iov = p.rx.view
-        else:
-            # Before Linux 6.9: peek from the start, what is in flight first.
-            if not peek_past(p, f, head, want, flying - carried, scratch, sizeof(scratch), &msg, &count):
-                f.flags |= FF_MORE
-                return
-        if flying >= carried:
-            msg.msg_iovlen = count
-            n = recvmsg(f.sock, &msg, MSG_PEEK | MSG_DONTWAIT)
-            if n >= 0 and not p.peek_offset:
-                n = n - (flying - carried)
-                if n <= 0 and not f.flags & FF_EOF:
-                    f.flags &= ~FF_MORE
-                    return
-                n = n if n > 0 else 0
-                rx_view(p, head, want)
-            if n < 0 and errno == EAGAIN and f.flags & FF_PEER_FIN:
-                n = 0
-            if n < 0:
-                if errno == EAGAIN or errno == EINTR:
-                    f.flags &= ~FF_MORE
-                else:
-                    tcp_reset(p, f)
-                return
-        if n == 0:
-            f.flags |= FF_EOF
-            send_fin(p, f)
-            return
-        if f.flags & FF_ACK_DUE:
-            update_window(p, f)
-        l4 = put_headers(p, h, v6, f.our_addr, f.guest_addr, IPPROTO_TCP, TCP_HLEN + <uint32_t>n)
-        put_tcp(h + l4, f, f.seq_to_guest, TCP_ACK | TCP_PSH, TCP_HLEN)
-        put_checksum(p, h, l4, 16, head, <uint32_t>n, v6, f.our_addr, f.guest_addr, IPPROTO_TCP)
-        if n > f.mss:
-            h[1] = VNET_GSO_TCPV6 if v6 else VNET_GSO_TCPV4
-            h[2] = head - p.vnet_size       # hdr_len and gso_size, little-endian
-            h[3] = 0
-            h[4] = f.mss & 0xFF
-            h[5] = f.mss >> 8
-        rx_finish(p, h, head, head + <uint32_t>n)
-        f.seq_to_guest += <uint32_t>n
-        if before(f.seq_max_to_guest, f.seq_to_guest):
-            p.counters.bytes_to_guest += f.seq_to_guest - f.seq_max_to_guest
-            f.seq_max_to_guest = f.seq_to_guest
-        if flying == 0 or not f.deadline:
-            arm_retransmit(p, f)
-        # Less than asked for: the queue is empty now, and more (or the end of
-        # it) raises another edge. An end that was announced is still to read.
-        if n < want and flying >= carried and not f.flags & FF_EOF:
-            f.flags &= ~FF_MORE
-            return
-
-
-cdef uint32_t carry_to_view(Plane *p, Flow *f, uint32_t head, uint32_t size, uint32_t skip) noexcept nogil:
-    """Bytes that came with a migration, from `skip` on, into p.rx.view."""
-    cdef const uint8_t *data = f.carry_to_guest.data + f.carry_to_guest.at + skip
-    cdef int i, count = rx_view(p, head, size)
-    for i in range(count):
-        memcpy(p.rx.view[i].iov_base, data, p.rx.view[i].iov_len)
-        data += p.rx.view[i].iov_len
-    return size
-
-
-cdef bint peek_past(Plane *p, Flow *f, uint32_t head, uint32_t want, uint32_t flying, uint8_t *scratch,
-                    uint32_t scratch_size, msghdr *msg, int *count) noexcept nogil:
-    """p.rx.view after elements that swallow the bytes in flight. False: too many."""
-    cdef uint32_t part
-    cdef int n = 0, payload, i
-    while flying:
-        if n >= MAX_CHAIN // 2:
-            return False
-        part = flying if flying < scratch_size else scratch_size
-        p.send.iov[n].iov_base = scratch
-        p.send.iov[n].iov_len = part
-        flying -= part
-        n += 1
-    payload = rx_view(p, head, want)
-    if n + payload > MAX_CHAIN:
-        return False
-    for i in range(payload):
-        p.send.iov[n + i] = p.rx.view[i]
-    msg.msg_iov = p.send.iov
-    count[0] = n + payload
-    return True
-
-
-cdef void tcp_discard(Plane *p, Flow *f) noexcept nogil:
-    """Take what the guest has acknowledged out of the socket's queue."""
-    cdef ssize_t n
-    cdef uint32_t part = carry_left(f.carry_to_guest)
-    if part and f.acked:
-        part = part if part < f.acked else f.acked
-        f.carry_to_guest = carry_take(f.carry_to_guest, part)
-        f.acked -= part
-    while f.acked:
-        n = recv(f.sock, NULL, f.acked, MSG_TRUNC | MSG_DONTWAIT)
-        if n <= 0:
-            if n < 0 and errno == EINTR:
-                continue
-            # Acknowledged bytes are always there: the guest acknowledged what
-            # it was never sent, or the connection broke and will say so.
-            f.acked = 0
-            return
-        f.acked -= <uint32_t>n
-
-
-cdef void rewind(Plane *p, Flow *f) noexcept nogil:
-    """Send again from what the guest has not acknowledged."""
-    cdef int zero = 0
-    tcp_discard(p, f)
-    f.seq_to_guest = f.seq_ack_from_guest
-    f.events &= ~EV_FIN_TO_GUEST
-    if p.peek_offset:
-        setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
-    f.flags |= FF_MORE
-    p.counters.retransmits += 1
 
 
 # ---- the end of a flow
@@ -950,14 +626,10 @@ cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil:
     if f.flags & FF_SYN_DUE:
         send_syn(p, f)
         return
-    tcp_discard(p, f)
-    if f.flags & FF_MORE:
-        send_data(p, f)
-        if f.kind != FLOW_TCP or f.sock < 0:
-            return
-    elif f.flags & FF_EOF and not f.events & EV_FIN_TO_GUEST:
-        send_data(p, f)
-        if f.kind != FLOW_TCP or f.sock < 0:
+    discard(p, f)
+    if f.flags & FF_MORE or (f.flags & FF_EOF and not f.events & EV_FIN_TO_GUEST):
+        if send_data(p, f) != 0:
+            tcp_reset(p, f)
             return
     if f.flags & FF_ACK_DUE:
         update_window(p, f)
@@ -1041,7 +713,7 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
         if f.deadline == 0:
             arm_retransmit(p, f)
         return
-    tcp_discard(p, f)
+    discard(p, f)
     if in_flight(f) == 0 and not f.flags & FF_MORE:
         idle = p.now - f.last_active
         if idle >= KEEPALIVE_IDLE:
@@ -1071,13 +743,12 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
         rewind(p, f)
         if f.window == 0:
             f.window = 1        # one byte tries the window (RFC 9293, 3.8.6.1)
-        send_data(p, f)
-    elif f.window == 0:
+    if f.window == 0:
         send_flags(p, f, f.seq_to_guest - 1, TCP_ACK)
-    else:
-        send_data(p, f)
-    if f.kind == FLOW_TCP and f.sock >= 0:
-        arm_retransmit(p, f)
+    elif send_data(p, f) != 0:
+        tcp_reset(p, f)
+        return
+    arm_retransmit(p, f)
 
 
 cdef void tcp_hurry(Flow *f, bint on) noexcept nogil:
