@@ -36,6 +36,11 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t n)
     ssize_t write(int fd, const void *buf, size_t n)
 
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, ...)
+    enum:
+        PR_SET_NAME
+
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
         int fd
@@ -464,6 +469,7 @@ cdef class Mover:
 
     def _run(self):
         with nogil:
+            prctl(PR_SET_NAME, b"tapguest")
             while True:
                 await_token(self._resumed)
                 drain(self._control)

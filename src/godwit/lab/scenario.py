@@ -258,7 +258,8 @@ class Scenario:
             helper=self._helpers[name],
             arguments=self._arguments[self._kinds[name]],
         )
-        self._cleanup.callback(backend.close)
+        # A godwit that has let connections go lingers for their sake: not for nobody's.
+        self._cleanup.callback(backend.close, 0.5)
         self.backends[name] = backend
         return backend
 
