@@ -48,6 +48,10 @@ _ASK_AGAIN: Final = 0.05
 _PEERCRED: Final = struct.Struct("3i")  # struct ucred, unix(7)
 
 
+# While waiting for a helper: an event loop that watches the socket too may have accepted it first.
+_LOOK_EVERY: Final = 0.1
+
+
 class RepairClient:
     """A connected helper, until it fails or is closed. May be shared by threads."""
 
@@ -234,7 +238,7 @@ class RepairListener:
                 if left <= 0 or self._sock.fileno() < 0:
                     return None
                 waiting.register(self._sock, select.POLLIN)
-            if waiting.poll(left * 1000) and self.client is None:
+            if waiting.poll(min(left, _LOOK_EVERY) * 1000) and self.client is None:
                 # No descriptor left for it, or closing: ask again, but not at once.
                 time.sleep(_ASK_AGAIN)
         return client
