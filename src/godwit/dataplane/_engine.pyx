@@ -40,10 +40,12 @@ from godwit.dataplane.memory cimport (
 )
 from godwit.dataplane.plane cimport (
     DROPS,
+    EV_ACCEPTED,
     EV_ESTABLISHED,
     EV_FIN_ACKED,
     EV_FIN_TO_GUEST,
     EV_FIN_TO_SOCK,
+    EV_SYN_FROM_GUEST,
     FF_CONNECTING,
     FF_FIN_KNOWN,
     FF_FROM_GUEST,
@@ -635,8 +637,10 @@ cdef class Engine:
             retries=min(f.retries, 7),
             ws_from_tap=f.ws_from_guest,
             ws_to_tap=f.ws_to_guest,
-            # A FIN that is being sent again was sent: the numbers below count it.
-            events=f.events | (EV_FIN_TO_GUEST if f.flags & FF_FIN_KNOWN else 0),
+            # How it came to be established is said by `pif` alone, as in every stream of passt's, which
+            # takes a flow with these bits for one in its handshake. And a FIN that is being sent again
+            # was sent: the numbers below count it.
+            events=(f.events & ~(EV_ACCEPTED | EV_SYN_FROM_GUEST)) | (EV_FIN_TO_GUEST if f.flags & FF_FIN_KNOWN else 0),
             tap_mss=f.mss,
             sndbuf=0,
             flags=0,
@@ -671,7 +675,7 @@ cdef class Engine:
         f.remote_port = host.end_port
         f.local_port = host.our_port
         f.flags = (FF_FROM_GUEST if from_guest else 0) | (0 if is_v4(f.guest_addr) else FF_V6) | FF_HELD
-        f.events = state.events
+        f.events = state.events | EV_SYN_FROM_GUEST
         f.ws_from_guest = state.ws_from_tap
         f.ws_to_guest = state.ws_to_tap
         f.mss = min(max(state.tap_mss, 64), 65532)
