@@ -251,6 +251,13 @@ class Namespace:
         except OSError:
             # In a user namespace only the groups that it maps can be named.
             self.sysctl("net/ipv4/ping_group_range", "0 0")
+        # Linux's own default, or what every kernel has: results must not hang on
+        # what this machine's administrator prefers. A namespace may not choose
+        # an algorithm that is restricted to privileged users.
+        for algorithm in ("cubic", "reno"):
+            with contextlib.suppress(OSError):
+                self.sysctl("net/ipv4/tcp_congestion_control", algorithm)
+                break
         self.ip("link set lo up")
 
     @property
