@@ -155,9 +155,16 @@ class World:
     def target(
         self, kind: str = "godwit", *, helper: str | None = "own", arguments: Sequence[str] = ()
     ) -> tuple[Backend, str]:
-        """Start a back-end on the host where the guest is not, and return both."""
+        """Return a back-end on the host where the guest is not, and that host's name.
+
+        One that is still there from an attempt that failed has to take the next one.
+        """
         there = self.net.other(self.here)
-        return self.backend(there, kind, helper=helper, arguments=arguments), there
+        standby = self.backends[-1]
+        if standby is self.source or not standby.running:
+            standby = self.backend(there, kind, helper=helper, arguments=arguments)
+        standby.ensure_helper()
+        return standby, there
 
     def attempt(self, target: Backend, *, paused: bool = False) -> Attempt:
         """Begin a migration, up to pre-switchover."""
