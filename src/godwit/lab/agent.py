@@ -12,10 +12,10 @@ import itertools
 import os
 import shlex
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
 
 from godwit.lab.errors import CommandError, LabError
 
@@ -66,62 +66,68 @@ class Agent:
     """The agent of one guest. Jobs are numbered from 1 on."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self._changed = threading.Condition()
         self._buffer = b""
         self._lines: list[list[str]] = []
+        self._gone = False
         self._jobs = itertools.count(1)
+        self._listen_to(sock)
+
+    def _listen_to(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._gone = False
+        # All the time, not only while somebody waits: QEMU writes byte by byte, some hundred
+        # of which fill a socket, and drops what has no room.
+        self._reader = threading.Thread(target=self._read, args=(sock,), name="agent", daemon=True)
+        self._reader.start()
 
     def attach(self, sock: socket.socket) -> None:
         """Go on with ``sock``: the guest has moved to another QEMU."""
-        self._sock.settimeout(0)
         try:
-            while data := self._sock.recv(65536):
-                self._take(data)
+            self._sock.shutdown(socket.SHUT_RD)  # what has come is still read
         except OSError:
-            pass
-        self._sock = sock
+            pass  # that QEMU has ended
+        self._reader.join()
+        self._listen_to(sock)
 
     # --- lines ---
 
-    def _take(self, data: bytes) -> None:
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        self._lines += [line.decode(errors="replace").strip().split(" ") for line in lines if line.strip()]
+    def _read(self, sock: socket.socket) -> None:
+        while True:
+            try:
+                data = sock.recv(65536)
+            except OSError:
+                data = b""
+            with self._changed:
+                if data:
+                    *lines, self._buffer = (self._buffer + data).split(b"\n")
+                    self._lines += [line.decode(errors="replace").strip().split(" ") for line in lines if line.strip()]
+                else:
+                    self._gone = True
+                self._changed.notify_all()
+            if not data:
+                return
 
     def _send(self, line: str) -> None:
         try:
-            self._sock.settimeout(10)
             self._sock.sendall(line.encode() + b"\n")
         except OSError as error:
             raise AgentError(f"the guest's agent cannot be told {line!r}: {error}") from error
 
     def _wait(self, wanted: Callable[[list[str]], bool], what: str, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout
-        while True:
-            for index, words in enumerate(self._lines):
-                if wanted(words):
-                    return self._lines.pop(index)
-                if words[0] == "error":
-                    self._lines.pop(index)
-                    raise AgentError(f"{what}: the guest's agent says: {' '.join(words[1:])}")
-            self._more(deadline, what, timeout)
-
-    def _more(self, deadline: float, what: str, timeout: float) -> None:
-        left = deadline - time.monotonic()
-        try:
-            if left <= 0:
-                raise TimeoutError
-            self._sock.settimeout(left)
-            data = self._sock.recv(65536)
-        except TimeoutError:
-            self._silent(what, timeout)
-        except OSError as error:
-            raise AgentError(f"{what}: the guest is gone: {error}") from error
-        if not data:
-            raise AgentError(f"{what}: the guest is gone")
-        self._take(data)
-
-    def _silent(self, what: str, timeout: float) -> NoReturn:
-        raise AgentError(f"{what}: nothing from the guest's agent for {timeout:g} s") from None
+        with self._changed:
+            while True:
+                for index, words in enumerate(self._lines):
+                    if wanted(words):
+                        return self._lines.pop(index)
+                    if words[0] == "error":
+                        self._lines.pop(index)
+                        raise AgentError(f"{what}: the guest's agent says: {' '.join(words[1:])}")
+                if self._gone:
+                    raise AgentError(f"{what}: the guest is gone")
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise AgentError(f"{what}: nothing from the guest's agent for {timeout:g} s")
 
     def _answer(self, word: str, job: int, timeout: float) -> list[str]:
         return self._wait(lambda words: words[:2] == [word, str(job)], f"{word} {job}", timeout)[2:]
