@@ -46,14 +46,14 @@ HURRY_SECONDS = 8.0
 
 @dataclass
 class _Arrival:
-    """A flow that was loaded: its descriptor (-1: none), and what is written after the commit."""
+    """A flow that was loaded: its descriptor (-1: none), and what is written at the commit."""
 
     state: FlowState
     fd: int = -1
     in_repair: bool = False
     lost: str = ""
     socket: SocketState | None = None
-    unsent: bytes = b""
+    sndq: bytes = b""
 
 
 class Mover:
@@ -327,7 +327,6 @@ class Mover:
                 host.end_port,
                 self._scope,
                 socket,
-                sndq,
                 rcvq,
             )
         except OSError as error:
@@ -335,7 +334,7 @@ class Mover:
             self._lose(flow, str(error))
             return
         arrival.socket = socket
-        arrival.unsent = sndq[len(sndq) - socket.notsent :]
+        arrival.sndq = sndq
         if left_out:
             self._engine.carry(flow, rcvq[:left_out], b"")
         if socket.tcpi_state in TCP_PEER_CLOSED:
@@ -365,6 +364,8 @@ class Mover:
             # Thawed first: the answer to the probe that ends repair mode shall not be missed.
             for flow in good:
                 self._thaw_socket(flow)
+                self._complete(flow)
+            good = [flow for flow in good if not self._arrivals[flow].lost]
             try:
                 self._set_mode([self._arrivals[flow].fd for flow in good], Repair.OFF)
                 done = len(good)
@@ -383,16 +384,25 @@ class Mover:
         self._unpark()
         self._schedule(HURRY_SECONDS, self._engine.calm)
 
-    def _finish(self, flow: int) -> None:
+    def _complete(self, flow: int) -> None:
         arrival = self._arrivals[flow]
         assert arrival.socket is not None  # or it would have been lost
         try:
-            taken = sockstate.finish(arrival.fd, arrival.socket, arrival.unsent)
+            sockstate.complete(arrival.fd, arrival.socket, arrival.sndq)
+        except OSError as error:
+            self._lose(flow, str(error))
+
+    def _finish(self, flow: int) -> None:
+        arrival = self._arrivals[flow]
+        assert arrival.socket is not None  # or it would have been lost
+        unsent = arrival.sndq[len(arrival.sndq) - arrival.socket.notsent :]
+        try:
+            taken = sockstate.finish(arrival.fd, arrival.socket, unsent)
         except OSError as error:
             self._lose(flow, str(error))
             return
-        if taken < len(arrival.unsent):
-            self._engine.carry(flow, b"", arrival.unsent[taken:])
+        if taken < len(unsent):
+            self._engine.carry(flow, b"", unsent[taken:])
         self._engine.resume_flow(flow, watch=True)
 
     def discard(self) -> None:

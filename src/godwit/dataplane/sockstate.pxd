@@ -30,5 +30,6 @@ cdef void sock_hurry(int fd, bint on) noexcept nogil
 cdef int sock_thaw(int fd, bint v6) noexcept nogil
 # `queues` is malloc'ed: the send queue, then the receive queue. NULL when both are empty.
 cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil
-cdef int sock_restore(int fd, const SockState *s, const uint8_t *sndq, const uint8_t *rcvq) noexcept nogil
+cdef int sock_restore(int fd, const SockState *s, const uint8_t *rcvq) noexcept nogil
+cdef int sock_complete(int fd, const SockState *s, const uint8_t *sndq) noexcept nogil
 cdef int sock_finish(int fd, const SockState *s, const uint8_t *unsent) noexcept nogil

@@ -7,9 +7,9 @@ kernel's error number, and leaves the descriptor open.
 
 The order: on the source ``freeze``, repair mode on (a helper's work), ``dump``;
 to go on after all ``thaw``, repair mode off, ``thaw`` again. On the target
-``create``, repair mode on, ``restore``; at the commit ``thaw``, repair mode
-off, ``finish``. Repair mode is ended by ``Repair.OFF``, in which an established
-connection sends a window probe: the peer's answer says what it has.
+``create``, repair mode on, ``restore``; at the commit ``thaw``, ``complete``,
+repair mode off, ``finish``. Repair mode is ended by ``Repair.OFF``, in which an
+established connection sends a window probe: the peer's answer says what it has.
 ``OFF_NO_WP`` is for sockets that are to be closed without a word.
 """
 
@@ -55,20 +55,24 @@ def restore(
     end_port: int,
     scope: int,
     state: SocketState,
-    sndq: bytes,
     rcvq: bytes,
 ) -> int:
-    """Make a socket of ``create``, in repair mode, the connection that ``state`` describes; sends nothing.
+    """Make a socket of ``create``, in repair mode, the connection that ``state`` describes, but for its send queue.
 
-    ``scope`` is the interface of link-local addresses. Of the send queue the
-    part that was sent is restored; the last ``state.notsent`` bytes are for
-    ``finish``. Returns how many bytes from the start of the receive queue found
-    no room: they are the caller's to deliver first.
+    It sends nothing, however long it waits. ``scope`` is the interface of
+    link-local addresses. Returns how many bytes from the start of the receive
+    queue found no room: they are the caller's to deliver first.
 
     Among the kernel's errors: EADDRNOTAVAIL (the address is not this host's, or
-    the connection exists here), EINVAL (a state that cannot be), ENOBUFS (the
-    send queue is larger than this process may have it). ``ValueError``: queues
-    that do not have their stated lengths.
+    the connection exists here), EINVAL (a state that cannot be). ``ValueError``:
+    a queue that does not have its stated length.
+    """
+
+def complete(fd: int, state: SocketState, sndq: bytes) -> None:
+    """Write the part of the send queue that was sent; in repair mode still, right before that ends.
+
+    The last ``state.notsent`` bytes are for ``finish``. ENOBUFS: the queue is
+    larger than this process may have it. ``ValueError`` as in ``restore``.
     """
 
 def finish(fd: int, state: SocketState, unsent: bytes) -> int:

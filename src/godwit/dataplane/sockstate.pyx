@@ -3,9 +3,9 @@
 
 The order is the caller's. On the source: freeze, repair on (by the helper),
 dump; to go on after all: thaw, repair off, thaw. On the target: create
-(frozen), repair on, restore; at the commit: thaw, repair off, finish. Repair
-mode ends with TCP_REPAIR_OFF, whose window probe has the peer say where it is,
-and the thaw comes first lest the answer be missed.
+(frozen), repair on, restore; at the commit: thaw, complete, repair off, finish.
+Repair mode ends with TCP_REPAIR_OFF, whose window probe has the peer say where
+it is, and the thaw comes first lest the answer be missed.
 
 A dump changes nothing but SO_PEEK_OFF, which the caller sets anew.
 docs/platform/ has the kernel's behaviour that this relies on.
@@ -337,12 +337,12 @@ cdef int write_queue(int fd, const uint8_t *data, uint32_t size, uint32_t *done)
     return 0
 
 
-cdef int sock_restore(int fd, const SockState *s, const uint8_t *sndq, const uint8_t *rcvq) noexcept nogil:
-    """Fill a connected socket in repair mode, up to what was sent already."""
+cdef int sock_restore(int fd, const SockState *s, const uint8_t *rcvq) noexcept nogil:
+    """Fill a connected socket in repair mode: all but the send queue."""
     cdef tcp_repair_opt options[4]
     cdef tcp_repair_window window
     cdef int rc, n = 2
-    cdef uint32_t done, sent = s.sndq - s.notsent
+    cdef uint32_t done
     # The kernel checks the window's other fields, and would accept data from
     # anywhere in sequence space with this one.
     if s.rcv_wnd > MAX_WINDOW + 1:
@@ -351,12 +351,6 @@ cdef int sock_restore(int fd, const SockState *s, const uint8_t *sndq, const uin
     if rc == 0:
         rc = write_queue(fd, rcvq, s.rcvq, &done)
         if rc == 0 and done < s.rcvq:
-            rc = -ENOBUFS
-    if rc == 0:
-        rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
-    if rc == 0:
-        rc = write_queue(fd, sndq, sent, &done)
-        if rc == 0 and done < sent:
             rc = -ENOBUFS
     if rc != 0:
         return rc
@@ -375,9 +369,6 @@ cdef int sock_restore(int fd, const SockState *s, const uint8_t *sndq, const uin
         n += 1
     if setsockopt(fd, IPPROTO_TCP, TCP_REPAIR_OPTIONS, options, n * sizeof(tcp_repair_opt)) != 0:
         return -errno
-    # In FIN_WAIT2 the FIN was acknowledged: it counts as sent, as all in repair mode.
-    if s.tcpi_state == FIN_WAIT2 and shutdown(fd, SHUT_WR) != 0:
-        return -errno
     window.snd_wl1 = s.snd_wl1
     window.snd_wnd = s.snd_wnd
     window.max_window = s.max_window
@@ -386,6 +377,24 @@ cdef int sock_restore(int fd, const SockState *s, const uint8_t *sndq, const uin
     if setsockopt(fd, IPPROTO_TCP, TCP_REPAIR_WINDOW, &window, sizeof(window)) != 0:
         return -errno
     return 0
+
+
+cdef int sock_complete(int fd, const SockState *s, const uint8_t *sndq) noexcept nogil:
+    """Still in repair mode, at the commit: the part of the send queue that was sent.
+
+    Not before: what is in the queue counts as sent just now, and repair mode
+    does not keep the kernel from sending it again when the time has come.
+    """
+    cdef uint32_t done, sent = s.sndq - s.notsent
+    cdef int rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+    if rc == 0:
+        rc = write_queue(fd, sndq, sent, &done)
+        if rc == 0 and done < sent:
+            rc = -ENOBUFS
+    # In FIN_WAIT2 the FIN was acknowledged: it counts as sent, as all in repair mode.
+    if rc == 0 and s.tcpi_state == FIN_WAIT2 and shutdown(fd, SHUT_WR) != 0:
+        rc = -errno
+    return rc
 
 
 cdef int sock_finish(int fd, const SockState *s, const uint8_t *unsent) noexcept nogil:
@@ -534,24 +543,23 @@ cdef uint32_t receive_room():
 
 
 def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, uint32_t scope,
-            state, bytes sndq, bytes rcvq):
+            state, bytes rcvq):
     """Make a socket in repair mode the connection that `state` describes, without a packet.
 
     Addresses are 16 bytes. Returns how many bytes from the start of the
     receive queue found no room in the new socket: they are the caller's to
     deliver first. OSError where the kernel refuses: the address is not this
-    host's, the port is taken, the send queue does not fit.
+    host's, the port is taken, a value cannot be.
     """
     cdef SockState s = native(state)
     cdef sockaddr_storage local, remote
     cdef socklen_t local_size = fill(&local, our_addr, our_port, scope)
     cdef socklen_t remote_size = fill(&remote, end_addr, end_port, scope)
-    cdef const uint8_t *out = sndq
     cdef const uint8_t *incoming = rcvq
     cdef int rc
     cdef uint32_t room, first_byte, left_out = 0
-    if len(sndq) != s.sndq or len(rcvq) != s.rcvq or s.notsent > s.sndq:
-        raise ValueError("queues that do not fit their lengths")
+    if len(rcvq) != s.rcvq or s.notsent > s.sndq:
+        raise ValueError("a queue that does not fit its length")
     first_byte = s.seq_snd
     if fin_sent(s.tcpi_state) and not s.tcpi_options & SEQ_OF_FIRST_BYTE:
         first_byte -= 1
@@ -572,9 +580,24 @@ def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t 
     check(-errno if connect(fd, <sockaddr *>&remote, remote_size) != 0 else 0, "connecting in repair mode")
     with nogil:
         s.rcvq -= left_out
-        rc = sock_restore(fd, &s, out, incoming + left_out)
+        rc = sock_restore(fd, &s, incoming + left_out)
     check(rc, "filling the connection")
     return left_out
+
+
+def complete(int fd, state, bytes sndq):
+    """At the commit, in repair mode still: the part of the send queue that was sent.
+
+    OSError where it does not fit.
+    """
+    cdef SockState s = native(state)
+    cdef const uint8_t *data = sndq
+    cdef int rc
+    if len(sndq) != s.sndq or s.notsent > s.sndq:
+        raise ValueError("a queue that does not fit its length")
+    with nogil:
+        rc = sock_complete(fd, &s, data)
+    check(rc, "filling the send queue")
 
 
 def finish(int fd, state, bytes unsent):

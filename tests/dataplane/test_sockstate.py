@@ -1,0 +1,769 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sockets that are frozen, saved and restored, with real peers in other network namespaces.
+
+The behaviour of the kernel that godwit relies on, and the test here that shows
+it, are listed in ``docs/platform/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import random
+import select
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from godwit.dataplane import SocketState, sockstate
+from godwit.lab.netns import Host, Network
+
+TCP_REPAIR = 19  # linux/tcp.h
+SO_PEEK_OFF = 42
+OFF_NO_WP, OFF, ON = -1, 0, 1
+
+# Of TCP_INFO (the kernel's tcp_states.h).
+ESTABLISHED, FIN_WAIT1, FIN_WAIT2, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING = 1, 4, 5, 6, 7, 8, 9, 11
+
+_ports = itertools.count(5000)
+
+
+def address(text: str) -> bytes:
+    """16 bytes, IPv4 as v4-mapped."""
+    if ":" in text:
+        return socket.inet_pton(socket.AF_INET6, text)
+    return bytes(10) + b"\xff\xff" + socket.inet_pton(socket.AF_INET, text)
+
+
+def repair(sock: socket.socket, mode: int) -> None:
+    """What the repair helper does."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, mode)
+
+
+def tcp_state(sock: socket.socket) -> int:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[0]
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Bytes written that the other end has not acknowledged (SIOCOUTQ, a FIN counted)."""
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
+
+
+def until_state(sock: socket.socket, *states: int) -> None:
+    deadline = time.monotonic() + 10
+    while tcp_state(sock) not in states:
+        assert time.monotonic() < deadline, f"in state {tcp_state(sock)}, not one of {states}"
+        time.sleep(0.005)
+
+
+def receive(sock: socket.socket, size: int, timeout: float = 20.0) -> bytes:
+    """Exactly ``size`` bytes, whatever else there is; fewer only at the end."""
+    data = bytearray()
+    deadline = time.monotonic() + timeout
+    while len(data) < size:
+        assert select.select([sock], [], [], max(0, deadline - time.monotonic()))[0], f"{len(data)} of {size} bytes"
+        piece = sock.recv(size - len(data))
+        if not piece:
+            break
+        data += piece
+    return bytes(data)
+
+
+def fill(sock: socket.socket) -> bytes:
+    """Write to a socket until it takes no more for a while; what it took."""
+    data = bytearray()
+    while select.select([], [sock], [], 0.3)[1]:
+        piece = os.urandom(65536)
+        with contextlib.suppress(BlockingIOError):
+            data += piece[: sock.send(piece)]
+    return bytes(data)
+
+
+class Sender(threading.Thread):
+    """Writes all of ``data``, in a thread, when another one has ended; then closes this way if ``end``."""
+
+    def __init__(self, sock: socket.socket, data: bytes, *, after: Sender | None = None, end: bool = False) -> None:
+        super().__init__(daemon=True)
+        self.sock = sock
+        self.data = data
+        self.after = after
+        self.end = end
+        self.start()
+
+    def run(self) -> None:
+        if self.after is not None:
+            self.after.join()
+        view = memoryview(self.data)
+        while view:
+            if not select.select([], [self.sock], [], 10)[1]:
+                return
+            try:
+                view = view[self.sock.send(view) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+        if self.end:
+            self.sock.shutdown(socket.SHUT_WR)
+
+
+class Sniffer:
+    """The TCP segments that pass a host's interface, from now on."""
+
+    def __init__(self, host: Host) -> None:
+        with host.enter():
+            self.sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL
+            self.sock.bind((host.interface, 0))
+        self.sock.setblocking(False)
+
+    def sent_from(self, port: int) -> list[int]:
+        """The payload sizes of what left the interface from a port."""
+        sizes: list[int] = []
+        while True:
+            try:
+                frame, (_, _, kind, _, _) = self.sock.recvfrom(65536)
+            except BlockingIOError:
+                return sizes
+            at = 54 if frame[12:14] == b"\x86\xdd" else 34
+            protocol = frame[20] if at == 54 else frame[23]
+            if kind == 4 and protocol == socket.IPPROTO_TCP and struct.unpack_from("!H", frame, at)[0] == port:
+                sizes.append(len(frame) - at - (frame[at + 12] >> 4) * 4)
+
+
+class Saved:
+    """A connection as it would be in a stream."""
+
+    def __init__(self, sock: socket.socket, v6: bool) -> None:
+        self.v6 = v6
+        self.local = sock.getsockname()
+        self.remote = sock.getpeername()
+        self.state, self.sndq, self.rcvq = sockstate.dump(sock.fileno())
+
+
+class Connections:
+    """Makes connections between host ``a`` and the server, and moves them to host ``b``."""
+
+    def __init__(self, net: Network) -> None:
+        self.net = net
+        self._open: list[socket.socket] = []
+
+    def keep(self, sock: socket.socket) -> socket.socket:
+        sock.setblocking(False)
+        self._open.append(sock)
+        return sock
+
+    def close(self) -> None:
+        for sock in self._open:
+            sock.close()
+
+    def sniff(self, host: Host) -> Sniffer:
+        sniffer = Sniffer(host)
+        self.keep(sniffer.sock)
+        return sniffer
+
+    def open(self, v6: bool) -> tuple[socket.socket, socket.socket]:
+        """A connection: its end on host a, its end on the server."""
+        where = (self.net.server.address(v6), next(_ports))
+        with self.net.server.enter():
+            listener = socket.create_server(where, family=socket.AF_INET6 if v6 else socket.AF_INET)
+        with listener, self.net.a.enter():
+            ours = socket.socket(listener.family, socket.SOCK_STREAM)
+            ours.connect(where)
+            peer, _ = listener.accept()
+        return self.keep(ours), self.keep(peer)
+
+    def save(self, sock: socket.socket, v6: bool) -> Saved:
+        """What a source does."""
+        sockstate.freeze(sock.fileno(), v6)
+        repair(sock, ON)
+        return Saved(sock, v6)
+
+    def create(self, host: Host, v6: bool) -> socket.socket:
+        with host.enter():
+            sock = self.keep(socket.socket(fileno=sockstate.create(v6)))
+        repair(sock, ON)
+        return sock
+
+    def load(self, host: Host, saved: Saved, state: SocketState | None = None) -> tuple[socket.socket, bytes]:
+        """What a target does before the commit; the socket, and what of the receive queue found no room."""
+        sock = self.create(host, saved.v6)
+        left_out = sockstate.restore(
+            sock.fileno(),
+            address(saved.local[0]),
+            saved.local[1],
+            address(saved.remote[0]),
+            saved.remote[1],
+            0,
+            saved.state if state is None else state,
+            saved.rcvq,
+        )
+        return sock, saved.rcvq[:left_out]
+
+    def commit(self, sock: socket.socket, saved: Saved) -> Sender:
+        """What a target does at the commit, and its data plane for as long as there is no room."""
+        sockstate.thaw(sock.fileno(), saved.v6)
+        sockstate.complete(sock.fileno(), saved.state, saved.sndq)
+        repair(sock, OFF)
+        unsent = saved.sndq[len(saved.sndq) - saved.state.notsent :]
+        taken = sockstate.finish(sock.fileno(), saved.state, unsent)
+        end = taken < len(unsent) and saved.state.tcpi_state in (FIN_WAIT1, LAST_ACK, CLOSING)
+        return Sender(sock, unsent[taken:], end=end)
+
+    def move(self, sock: socket.socket, v6: bool) -> tuple[socket.socket, Saved]:
+        """A whole migration to host b; the source's socket stays open."""
+        saved = self.save(sock, v6)
+        moved, left_out = self.load(self.net.b, saved)
+        assert not left_out
+        self.net.switch("b")
+        self.commit(moved, saved)
+        return moved, saved
+
+
+@pytest.fixture(scope="session")
+def network() -> Iterator[Network]:
+    with Network() as net:
+        yield net
+
+
+@pytest.fixture
+def connections(network: Network) -> Iterator[Connections]:
+    network.switch("a")
+    made = Connections(network)
+    yield made
+    made.close()
+
+
+V4_AND_V6 = pytest.mark.parametrize("v6", [False, True], ids=["IPv4", "IPv6"])
+
+AS_NOBODY = """
+import os, sys
+from godwit.dataplane import sockstate
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+fd, v6, word = int(sys.argv[1]), bool(int(sys.argv[2])), sys.argv[3]
+assert os.stat("/proc/self").st_uid == 65534
+getattr(sockstate, word)(fd, v6)
+"""
+
+
+def as_nobody(word: str, sock: socket.socket, v6: bool) -> None:
+    """``sockstate.freeze`` or ``sockstate.thaw``, without any privilege."""
+    subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, str(sock.fileno()), str(int(v6)), word],
+        pass_fds=[sock.fileno()],
+        check=True,
+        timeout=60,
+    )
+
+
+# ---- the TTL freeze
+
+
+@V4_AND_V6
+def test_a_frozen_socket_takes_and_acknowledges_nothing(connections: Connections, v6: bool) -> None:
+    ours, peer = connections.open(v6)
+    peer.send(b"before")
+    assert receive(ours, 6) == b"before"
+    as_nobody("freeze", ours, v6)
+    sniffer = connections.sniff(connections.net.a)
+    data = random.randbytes(80000)
+    sender = Sender(peer, data)
+    time.sleep(0.5)
+    assert sniffer.sent_from(ours.getsockname()[1]) == [], "a frozen socket has said something"
+    with pytest.raises(BlockingIOError):
+        ours.recv(1)
+    assert unacknowledged(peer) > 10000, "it has acknowledged something"
+    as_nobody("thaw", ours, v6)
+    assert receive(ours, len(data)) == data
+    sender.join()
+
+
+@V4_AND_V6
+def test_a_frozen_socket_survives_a_reset_and_does_not_see_a_fin(connections: Connections, v6: bool) -> None:
+    ours, peer = connections.open(v6)
+    sockstate.freeze(ours.fileno(), v6)
+    peer.shutdown(socket.SHUT_WR)
+    time.sleep(0.1)
+    assert tcp_state(ours) == ESTABLISHED
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+    time.sleep(0.1)
+    assert tcp_state(ours) == ESTABLISHED
+
+
+@V4_AND_V6
+def test_a_frozen_listener_answers_no_syn(connections: Connections, v6: bool) -> None:
+    host, server = connections.net.a, connections.net.server
+    where = (host.address(v6), next(_ports))
+    with host.enter():
+        listener = socket.create_server(where, family=socket.AF_INET6 if v6 else socket.AF_INET)
+    connections.keep(listener)
+    sockstate.freeze_listener(listener.fileno())
+    with server.enter():
+        client = connections.keep(socket.socket(listener.family))
+    assert client.connect_ex(where) == errno.EINPROGRESS
+    assert not select.select([], [client], [], 0.5)[1]
+    sockstate.thaw_listener(listener.fileno())
+    assert select.select([], [client], [], 5)[1], "the SYN was not sent again"
+    assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+
+# ---- source
+
+
+@V4_AND_V6
+@pytest.mark.parametrize("mode", [OFF, OFF_NO_WP])
+def test_a_source_goes_on_after_a_dump(connections: Connections, v6: bool, mode: int) -> None:
+    """The roll-back: nothing lost, nothing changed, while the peer sends all the time."""
+    ours, peer = connections.open(v6)
+    up, down = random.randbytes(3_000_000), random.randbytes(3_000_000)
+    senders = [Sender(ours, up[:500_000]), Sender(peer, down)]
+    got = receive(ours, 100_000)
+    senders[0].join()
+    first = connections.save(ours, v6)
+    time.sleep(0.3)
+    second = Saved(ours, v6)
+    assert (second.sndq, second.rcvq) == (first.sndq, first.rcvq), "a dump changed the queues"
+    # A retransmission, which repair mode does not keep back, may have announced a window anew.
+    assert second.state._replace(timestamp=0, rcv_wnd=0, rcv_wup=0) == first.state._replace(
+        timestamp=0, rcv_wnd=0, rcv_wup=0
+    )
+    assert down.startswith(got + first.rcvq)
+    sockstate.thaw(ours.fileno(), v6)
+    repair(ours, mode)
+    sockstate.thaw(ours.fileno(), v6)
+    senders.append(Sender(ours, up[500_000:]))
+    # Both at once: neither end stops reading.
+    result: list[bytes] = []
+    reader = threading.Thread(target=lambda: result.append(receive(peer, len(up))))
+    reader.start()
+    assert got + receive(ours, len(down) - len(got)) == down
+    reader.join()
+    assert result == [up]
+
+
+def test_a_dump_does_not_depend_on_the_peek_offset(connections: Connections) -> None:
+    ours, peer = connections.open(False)
+    ours.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    peer.send(b"0123456789")
+    assert select.select([ours], [], [], 5)[0]
+    assert ours.recv(4, socket.MSG_PEEK) == b"0123"
+    assert connections.save(ours, False).rcvq == b"0123456789"
+
+
+def test_a_connection_with_an_urgent_byte_cannot_move(connections: Connections) -> None:
+    ours, peer = connections.open(False)
+    peer.send(b"abc")
+    peer.send(b"!", socket.MSG_OOB)
+    peer.send(b"def")
+    time.sleep(0.1)
+    with pytest.raises(OSError, match="reading a socket's state") as caught:
+        connections.save(ours, False)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_only_connections_can_be_dumped(connections: Connections) -> None:
+    sock = connections.create(connections.net.a, False)
+    with pytest.raises(OSError, match="reading a socket's state") as caught:
+        sockstate.dump(sock.fileno())
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_a_dump_needs_repair_mode(connections: Connections) -> None:
+    ours, _ = connections.open(False)
+    with pytest.raises(OSError, match="reading a socket's state") as caught:
+        sockstate.dump(ours.fileno())
+    assert caught.value.errno == errno.EPERM
+
+
+# ---- there and back
+
+
+@V4_AND_V6
+@pytest.mark.parametrize("late", [0.0, 0.7])
+def test_full_queues_move(connections: Connections, v6: bool, late: float) -> None:
+    """Neither end reads until the connection has moved; the network switches at once, or ``late``."""
+    net = connections.net
+    ours, peer = connections.open(v6)
+    up, down = fill(ours), fill(peer)
+    saved = connections.save(ours, v6)
+    assert saved.state.sndq == len(saved.sndq) > 10_000
+    assert saved.state.rcvq == len(saved.rcvq) > 10_000
+    moved, left_out = connections.load(net.b, saved)
+    assert not left_out
+    if not late:
+        net.switch("b")
+    rest = connections.commit(moved, saved)
+    time.sleep(late)
+    net.switch("b")
+    more = random.randbytes(200_000)
+    result: list[bytes] = []
+    reader = threading.Thread(target=lambda: result.append(receive(peer, len(up) + len(more))))
+    reader.start()
+    Sender(moved, more, after=rest)
+    Sender(peer, more)
+    assert receive(moved, len(down) + len(more)) == down + more
+    reader.join()
+    assert result == [up + more]
+
+
+@V4_AND_V6
+def test_a_peer_that_sends_all_the_time(connections: Connections, v6: bool) -> None:
+    """What reaches the source after the dump is acknowledged by nobody, and comes again."""
+    net = connections.net
+    ours, peer = connections.open(v6)
+    data = random.randbytes(8_000_000)
+    Sender(peer, data)
+    got = receive(ours, 1_000_000)
+    saved = connections.save(ours, v6)
+    moved, _ = connections.load(net.b, saved)
+    time.sleep(0.3)
+    net.switch("b")
+    connections.commit(moved, saved)
+    assert got + receive(moved, len(data) - len(got)) == data
+
+
+@V4_AND_V6
+def test_a_restored_socket_is_silent_until_the_commit(connections: Connections, v6: bool) -> None:
+    net = connections.net
+    ours, peer = connections.open(v6)
+    net.switch(None)
+    up, down = random.randbytes(20_000), random.randbytes(20_000)
+    ours.send(up)
+    peer.send(down)
+    saved = connections.save(ours, v6)
+    assert 0 < saved.state.notsent < len(up), "to be of use some bytes are on the way and some are not"
+    port = ours.getsockname()[1]
+    sniffer = connections.sniff(net.b)
+    moved, _ = connections.load(net.b, saved)
+    net.switch("b")
+    # Longer than until the first retransmission, there and here: repair mode keeps none back.
+    time.sleep(1.2)
+    assert sniffer.sent_from(port) == []
+    assert tcp_state(moved) == ESTABLISHED
+    connections.commit(moved, saved)
+    assert 0 in sniffer.sent_from(port), "no window probe"
+    assert receive(peer, len(up)) == up
+    assert receive(moved, len(down)) == down
+
+
+def test_a_restored_socket_that_is_closed_in_repair_mode_says_nothing(connections: Connections) -> None:
+    net = connections.net
+    ours, peer = connections.open(False)
+    ours.send(b"x" * 1000)
+    saved = connections.save(ours, False)
+    net.switch("b")
+    sniffer = connections.sniff(net.b)
+    port = ours.getsockname()[1]
+    moved, _ = connections.load(net.b, saved)
+    moved.close()
+    time.sleep(0.2)
+    assert sniffer.sent_from(port) == []
+    assert tcp_state(peer) == ESTABLISHED
+
+
+# ---- half-closed connections. X is what goes up, Y what comes down.
+
+X, Y = b"X" * 3000, b"Y" * 5000
+Made = tuple[bytes, bytes]  # what the peer, and what our side, has still to read
+
+
+def established(ours: socket.socket, peer: socket.socket, v6: bool) -> Made:
+    ours.send(X)
+    peer.send(Y)
+    return X, Y
+
+
+def close_wait(ours: socket.socket, peer: socket.socket, v6: bool) -> Made:
+    peer.send(Y)
+    peer.shutdown(socket.SHUT_WR)
+    until_state(ours, CLOSE_WAIT)
+    ours.send(X)
+    return X, Y
+
+
+def close_wait_read(ours: socket.socket, peer: socket.socket, v6: bool) -> Made:
+    peer.shutdown(socket.SHUT_WR)
+    until_state(ours, CLOSE_WAIT)
+    assert ours.recv(1) == b""
+    return b"", b""
+
+
+def fin_wait2(ours: socket.socket, peer: socket.socket, v6: bool) -> Made:
+    ours.send(X)
+    ours.shutdown(socket.SHUT_WR)
+    until_state(ours, FIN_WAIT2)
+    peer.send(Y)
+    return X, Y
+
+
+# The peer is frozen: it acknowledges no more, and takes our FIN when it thaws.
+
+
+def fin_wait1(ours: socket.socket, peer: socket.socket, v6: bool) -> Made:
+    sockstate.freeze(peer.fileno(), v6)
+    ours.send(X)
+    ours.shutdown(socket.SHUT_WR)
+    return X, b""
+
+
+def fin_wait1_bare(ours: socket.socket, peer: socket.socket, v6: bool) -> Made:
+    sockstate.freeze(peer.fileno(), v6)
+    ours.shutdown(socket.SHUT_WR)
+    return b"", b""
+
+
+def fin_wait1_unsent(ours: socket.socket, peer: socket.socket, v6: bool) -> Made:
+    data = fill(ours)
+    ours.shutdown(socket.SHUT_WR)
+    return data, b""
+
+
+def last_ack(ours: socket.socket, peer: socket.socket, v6: bool) -> Made:
+    close_wait(ours, peer, v6)
+    sockstate.freeze(peer.fileno(), v6)
+    ours.shutdown(socket.SHUT_WR)
+    return X, Y
+
+
+def closing(ours: socket.socket, peer: socket.socket, v6: bool) -> Made:
+    fin_wait1(ours, peer, v6)
+    peer.send(Y)
+    peer.shutdown(socket.SHUT_WR)
+    until_state(ours, CLOSING)
+    return X, Y
+
+
+WAYS: list[tuple[Callable[[socket.socket, socket.socket, bool], Made], int]] = [
+    (established, ESTABLISHED),
+    (close_wait, CLOSE_WAIT),
+    (close_wait_read, CLOSE_WAIT),
+    (fin_wait1, FIN_WAIT1),
+    (fin_wait1_bare, FIN_WAIT1),
+    (fin_wait1_unsent, FIN_WAIT1),
+    (fin_wait2, FIN_WAIT2),
+    (last_ack, LAST_ACK),
+    (closing, CLOSING),
+]
+
+
+def as_passt(state: SocketState) -> SocketState:
+    """The state in passt's words: a FIN of ours is counted in the number of the first byte."""
+    if not state.tcpi_options & sockstate.FIRST_BYTE:
+        return state
+    return state._replace(
+        seq_snd=(state.seq_snd + 1) & 0xFFFFFFFF, tcpi_options=state.tcpi_options & ~sockstate.FIRST_BYTE
+    )
+
+
+@V4_AND_V6
+@pytest.mark.parametrize("by_passt", [False, True], ids=["godwit", "passt"])
+@pytest.mark.parametrize(("make", "state"), WAYS, ids=[make.__name__ for make, _ in WAYS])
+def test_each_state_moves_and_ends_well(
+    connections: Connections,
+    v6: bool,
+    by_passt: bool,
+    make: Callable[[socket.socket, socket.socket, bool], Made],
+    state: int,
+) -> None:
+    net = connections.net
+    ours, peer = connections.open(v6)
+    for_peer, for_us = make(ours, peer, v6)
+    time.sleep(0.05)
+    saved = connections.save(ours, v6)
+    assert saved.state.tcpi_state == state
+    if by_passt:
+        saved.state = as_passt(saved.state)
+    moved, _ = connections.load(net.b, saved)
+    net.switch("b")
+    sockstate.thaw(peer.fileno(), v6)
+    connections.commit(moved, saved)
+
+    we_closed = state in (FIN_WAIT1, FIN_WAIT2, LAST_ACK, CLOSING)
+    peer_closed = state in (CLOSE_WAIT, LAST_ACK, CLOSING)
+    # Up: what was under way, then more if we may, then the end.
+    if not we_closed:
+        moved.send(X)
+        moved.shutdown(socket.SHUT_WR)
+        for_peer += X
+    assert receive(peer, len(for_peer) + 1) == for_peer
+    # Down: the same. That the peer has closed is not in the new socket: the state says so.
+    if not peer_closed:
+        peer.send(Y)
+        peer.shutdown(socket.SHUT_WR)
+        assert receive(moved, len(for_us) + len(Y) + 1) == for_us + Y
+    else:
+        assert receive(moved, len(for_us)) == for_us
+    # Each end knows that the other has all.
+    until_state(peer, TIME_WAIT, CLOSE)
+    until_state(moved, FIN_WAIT2, TIME_WAIT, CLOSE)
+    assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+
+# ---- targets
+
+
+def made_up(connections: Connections, **fields: int) -> Saved:
+    """A connection that never was, from host b to the server."""
+    net = connections.net
+    saved = Saved.__new__(Saved)
+    saved.v6 = False
+    saved.local, saved.remote = (net.b.addr4, next(_ports)), (net.server.addr4, next(_ports))
+    saved.sndq = saved.rcvq = b""
+    saved.state = SocketState(
+        seq_snd=1000,
+        seq_rcv=5000,
+        sndq=0,
+        notsent=0,
+        rcvq=0,
+        mss=1460,
+        timestamp=77,
+        snd_wl1=4999,
+        snd_wnd=8 << 20,
+        max_window=8 << 20,
+        rcv_wnd=65536,
+        rcv_wup=5000,
+        snd_ws=10,
+        rcv_ws=10,
+        tcpi_state=ESTABLISHED,
+        tcpi_options=7,
+    )._replace(**fields)
+    return saved
+
+
+def test_queues_of_megabytes_move(connections: Connections) -> None:
+    """All of the send queue was sent: it cannot wait for room."""
+    net = connections.net
+    saved = made_up(connections)
+    saved.sndq, saved.rcvq = random.randbytes(1_700_000), random.randbytes(5_000_000)
+    saved.state = saved.state._replace(
+        sndq=len(saved.sndq), rcvq=len(saved.rcvq), rcv_wup=saved.state.seq_rcv + len(saved.rcvq)
+    )
+    moved, left_out = connections.load(net.b, saved)
+    assert not left_out
+    # The other end of it, which has got none of that and has sent all of this.
+    other = Saved.__new__(Saved)
+    other.v6, other.local, other.remote = False, saved.remote, saved.local
+    other.sndq = other.rcvq = b""
+    other.state = saved.state._replace(
+        seq_snd=saved.state.seq_rcv + len(saved.rcvq),
+        seq_rcv=saved.state.seq_snd,
+        sndq=0,
+        rcvq=0,
+        rcv_wnd=8 << 20,
+        rcv_wup=saved.state.seq_snd,
+    )
+    peer, _ = connections.load(net.server, other)
+    net.switch("b")
+    connections.commit(peer, other)
+    connections.commit(moved, saved)
+    assert receive(moved, len(saved.rcvq)) == saved.rcvq
+    assert receive(peer, len(saved.sndq)) == saved.sndq
+
+
+def test_a_queue_beyond_all_limits_is_refused_or_left_out(connections: Connections) -> None:
+    saved = made_up(connections)
+    saved.sndq = bytes(64 << 20)
+    saved.state = saved.state._replace(sndq=len(saved.sndq), snd_wnd=65 << 20, max_window=65 << 20)
+    moved, _ = connections.load(connections.net.b, saved)
+    with pytest.raises(OSError, match="filling the send queue") as caught:
+        sockstate.complete(moved.fileno(), saved.state, saved.sndq)
+    assert caught.value.errno == errno.ENOBUFS
+    saved = made_up(connections)
+    saved.rcvq = random.randbytes(64 << 20)
+    saved.state = saved.state._replace(rcvq=len(saved.rcvq), rcv_wup=5000 + len(saved.rcvq))
+    moved, left_out = connections.load(connections.net.b, saved)
+    repair(moved, OFF_NO_WP)
+    assert 0 < len(left_out) < len(saved.rcvq)
+    assert left_out + receive(moved, len(saved.rcvq) - len(left_out)) == saved.rcvq
+
+
+def test_the_port_of_a_moved_connection_can_be_listened_on(connections: Connections) -> None:
+    """As a port forward is, there and, after a roll-back, here: before, and again after a restart."""
+    net = connections.net
+    ours, peer = connections.open(False)
+    host, port = ours.getsockname()
+
+    def listener() -> socket.socket:
+        return socket.create_server((host, port))
+
+    with net.b.enter(), listener():
+        moved, _ = connections.move(ours, False)
+    with net.b.enter(), listener():
+        moved.send(b"!")
+        assert receive(peer, 1) == b"!"
+    repair(ours, OFF_NO_WP)
+    sockstate.thaw(ours.fileno(), False)
+    with net.a.enter(), listener():
+        pass
+
+
+def test_two_connections_to_one_port(connections: Connections) -> None:
+    net = connections.net
+    local = (net.b.addr4, next(_ports))
+    for _ in range(2):
+        saved = made_up(connections)
+        saved.local = local
+        moved, _ = connections.load(net.b, saved)
+        repair(moved, OFF_NO_WP)
+        assert moved.getsockname() == local
+    with pytest.raises(OSError, match="connecting in repair mode") as caught:
+        connections.load(net.b, saved)
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+def test_the_address_must_be_this_hosts(connections: Connections) -> None:
+    saved = made_up(connections)
+    saved.local = ("192.0.2.99", 999)
+    with pytest.raises(OSError, match="binding") as caught:
+        connections.load(connections.net.b, saved)
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"snd_wnd": 1 << 20, "max_window": 1 << 10},
+        {"rcv_wup": 5001},
+        {"rcv_wnd": 0xFFFFFFFF},
+        {"snd_wl1": 5000 + 65536 + 1},
+        {"snd_ws": 15},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_a_state_that_cannot_be_is_refused(connections: Connections, fields: dict[str, int]) -> None:
+    saved = made_up(connections, **fields)
+    with pytest.raises(OSError, match="filling the connection") as caught:
+        connections.load(connections.net.b, saved)
+    assert caught.value.errno in (errno.EINVAL, errno.EFBIG)
+
+
+def test_queues_must_have_their_lengths(connections: Connections) -> None:
+    for fields in ({"rcvq": 1}, {"notsent": 1}):
+        with pytest.raises(ValueError, match="length"):
+            connections.load(connections.net.b, made_up(connections, **fields))
+    sock = connections.create(connections.net.b, False)
+    with pytest.raises(ValueError, match="length"):
+        sockstate.complete(sock.fileno(), made_up(connections).state, b"x")
+    with pytest.raises(ValueError, match="count"):
+        sockstate.finish(sock.fileno(), made_up(connections).state, b"x")
+
+
+def test_restore_needs_repair_mode(connections: Connections) -> None:
+    saved = made_up(connections)
+    with connections.net.b.enter():
+        sock = connections.keep(socket.socket(fileno=sockstate.create(False)))
+    with pytest.raises(OSError, match="TCP_TIMESTAMP") as caught:
+        sockstate.restore(sock.fileno(), address(saved.local[0]), 1, address(saved.remote[0]), 1, 0, saved.state, b"")
+    assert caught.value.errno == errno.EPERM
