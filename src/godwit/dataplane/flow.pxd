@@ -4,6 +4,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from godwit.dataplane.plane cimport Carry, Flow, FlowKind, Plane
+from godwit.dataplane.sys cimport iovec
 
 # What an epoll event is about: kind, generation (24 bits), index.
 cdef enum Watch:
@@ -30,6 +31,8 @@ cdef void flow_wait_ring(Plane *p, Flow *f) noexcept nogil
 cdef void flow_unwait(Plane *p, Flow *f) noexcept nogil
 
 cdef Carry *carry_new(const uint8_t *data, uint32_t size) noexcept nogil
+# Add `size` bytes of an iovec, after the first `skip`. False: no memory.
+cdef bint carry_append(Carry **c, const iovec *iov, int count, uint32_t skip, uint32_t size) noexcept nogil
 # Done with n bytes; returns NULL (and frees it) when that was the last.
 cdef Carry *carry_take(Carry *c, uint32_t n) noexcept nogil
 

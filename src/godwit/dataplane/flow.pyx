@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.plane cimport (
@@ -34,6 +34,7 @@ from godwit.dataplane.sys cimport (
     epoll_event,
     errno,
     getrandom,
+    iovec,
     mmap,
     munmap,
 )
@@ -213,14 +214,43 @@ cdef Carry *carry_new(const uint8_t *data, uint32_t size) noexcept nogil:
     cdef Carry *c = <Carry *>malloc(sizeof(Carry))
     if c == NULL:
         return NULL
-    c.data = <uint8_t *>malloc(size)
-    if c.data == NULL:
-        free(c)
-        return NULL
-    memcpy(c.data, data, size)
+    c.data = NULL
+    if size:
+        c.data = <uint8_t *>malloc(size)
+        if c.data == NULL:
+            free(c)
+            return NULL
+        memcpy(c.data, data, size)
     c.size = size
     c.at = 0
     return c
+
+
+cdef bint carry_append(Carry **c, const iovec *iov, int count, uint32_t skip, uint32_t size) noexcept nogil:
+    cdef uint8_t *grown
+    cdef int i
+    cdef size_t part
+    if c[0] == NULL:
+        c[0] = carry_new(NULL, 0)
+        if c[0] == NULL:
+            return False
+    grown = <uint8_t *>realloc(c[0].data, <size_t>c[0].size + size)
+    if grown == NULL:
+        if c[0].size == 0:
+            carry_free(c[0])
+            c[0] = NULL
+        return False
+    c[0].data = grown
+    for i in range(count):
+        part = iov[i].iov_len
+        if skip >= part:
+            skip -= <uint32_t>part
+            continue
+        part -= skip
+        memcpy(c[0].data + c[0].size, <const uint8_t *>iov[i].iov_base + skip, part)
+        c[0].size += <uint32_t>part
+        skip = 0
+    return True
 
 
 cdef void carry_free(Carry *c) noexcept nogil:

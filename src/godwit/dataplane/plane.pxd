@@ -65,19 +65,18 @@ cdef enum FlowFlag:
     FF_RING_WAIT = 0x0010   # in the list that waits for receive buffers
     FF_MORE = 0x0020        # the socket may have data that did not fit window or ring
     FF_EOF = 0x0040         # the kernel said that the peer's FIN has come
-    FF_SHORT = 0x0080       # the socket took less than the guest sent
     FF_RESET_DUE = 0x0100   # tell the guest, then close
     FF_FAST_DONE = 0x0200   # fast retransmission done for this window
     FF_SYN_DUE = 0x0400     # SYN or SYN,ACK waits for a receive buffer
     FF_CONNECTING = 0x0800
     FF_HELD = 0x1000        # frozen: not a byte moves until it is resumed
     FF_FIN_KNOWN = 0x4000   # seq_fin is valid
-    FF_DUP_ACKS = 0x8000    # send three acknowledgements, for a fast retransmission
     FF_PEER_FIN = 0x20000   # the peer's FIN came before a migration: the socket does not know of it
     FF_HURRY = 0x40000      # the kernel retransmits every second, for the time after a move
     FF_WINDOW_LOW = 0x10000 # "writable" from the socket is worth a window update
 
-# Bytes of a migrated flow that the new socket's buffers did not take.
+# Bytes that a socket's buffers did not take: of a flow that has migrated, or
+# of a guest that was promised more room than there was.
 cdef struct Carry:
     uint8_t *data
     uint32_t size

@@ -27,6 +27,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from godwit.dataplane.flow cimport (
+    carry_append,
     carry_left,
     carry_take,
     flow_close,
@@ -60,7 +61,6 @@ from godwit.dataplane.plane cimport (
     EV_SYN_FROM_GUEST,
     FF_ACK_DUE,
     FF_CONNECTING,
-    FF_DUP_ACKS,
     FF_EOF,
     FF_FAST_DONE,
     FF_FIN_KNOWN,
@@ -71,7 +71,6 @@ from godwit.dataplane.plane cimport (
     FF_PEER_FIN,
     FF_RESET_DUE,
     FF_RING_WAIT,
-    FF_SHORT,
     FF_SYN_DUE,
     FF_V6,
     FF_WINDOW_LOW,
@@ -202,7 +201,8 @@ cdef void tcp_abort(Plane *p, Flow *f) noexcept nogil:
 
 cdef bint close_if_done(Plane *p, Flow *f) noexcept nogil:
     """Both directions closed and acknowledged: the kernel sees to the rest."""
-    if f.events & EV_FIN_TO_SOCK and f.events & EV_FIN_ACKED and not f.flags & FF_ACK_DUE:
+    if (f.events & EV_FIN_TO_SOCK and f.events & EV_FIN_ACKED and not f.flags & FF_ACK_DUE
+            and f.carry_to_sock == NULL):
         flow_close(p, f)
         return True
     return False
@@ -459,7 +459,7 @@ cdef void take_ack(Plane *p, Flow *f, uint32_t ack, uint32_t window, bint bare) 
 
 cdef void take_data(Plane *p, Flow *f, Packet *k, uint32_t seq, bint fin) noexcept nogil:
     """Payload in order goes to the socket; the rest the guest sends again."""
-    cdef uint32_t expected = f.seq_from_guest, skip = 0, size = k.payload_size
+    cdef uint32_t expected = f.seq_from_guest, skip = 0, size = k.payload_size, room
     cdef int n
     if p.send.flow == flow_index(p, f):
         expected += p.send.bytes
@@ -478,10 +478,15 @@ cdef void take_data(Plane *p, Flow *f, Packet *k, uint32_t seq, bint fin) noexce
                 drop(p, DROP_WINDOW)
             return
         size -= skip
+    room = f.edge - expected
+    if <int>room < 0:
+        room = 0
+    if size > room:
+        # Beyond the window: not taken, nor is a FIN behind it.
+        drop(p, DROP_WINDOW)
+        size = room
+        fin = False
     if size:
-        if f.flags & FF_SHORT:
-            drop(p, DROP_SEND)
-            return
         n = packet_payload(k, skip, size, p.send.iov + p.send.count, MAX_CHAIN - p.send.count)
         if n < 0 and p.send.count:
             tcp_send_pending(p)
@@ -500,7 +505,7 @@ cdef void take_data(Plane *p, Flow *f, Packet *k, uint32_t seq, bint fin) noexce
             return
         f.seq_from_guest += 1
         f.events |= EV_FIN_FROM_GUEST | EV_FIN_TO_SOCK
-        if shutdown(f.sock, SHUT_WR) != 0:
+        if f.carry_to_sock == NULL and shutdown(f.sock, SHUT_WR) != 0:
             tcp_reset(p, f)
 
 
@@ -508,27 +513,31 @@ cdef void tcp_send_pending(Plane *p) noexcept nogil:
     """Hand the payload that was gathered to its socket."""
     cdef Flow *f
     cdef msghdr msg
-    cdef ssize_t n
+    cdef ssize_t n = 0
     if p.send.flow == NONE:
         return
     f = &p.flows[p.send.flow]
     memset(&msg, 0, sizeof(msg))
     msg.msg_iov = p.send.iov
     msg.msg_iovlen = p.send.count
-    while True:
+    while f.carry_to_sock == NULL:
         n = sendmsg(f.sock, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
         if n >= 0 or errno != EINTR:
             break
     if n < 0 and errno == EAGAIN:
         n = 0
+    if n >= 0 and <uint32_t>n < p.send.bytes:
+        # The socket has less room than the window that the guest was given
+        # said (the kernel counts its own book-keeping too). What was promised
+        # is kept: the rest goes first when there is room, and until then the
+        # window does not grow.
+        if carry_append(&f.carry_to_sock, p.send.iov, p.send.count, <uint32_t>n, p.send.bytes - <uint32_t>n):
+            n = p.send.bytes
+        else:
+            drop(p, DROP_SEND)
     if n >= 0:
         f.seq_from_guest += <uint32_t>n
         p.counters.bytes_from_guest += n
-        if <uint32_t>n < p.send.bytes:
-            # Acknowledge what was taken, with no window, until there is room.
-            f.flags |= FF_SHORT
-            f.edge = f.seq_from_guest
-            drop(p, DROP_SEND)
     p.send.flow = NONE
     p.send.count = 0
     p.send.bytes = 0
@@ -636,10 +645,6 @@ cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil:
         if not send_flags(p, f, f.seq_to_guest, TCP_ACK):
             flow_wait_ring(p, f)
             return
-        if f.flags & FF_DUP_ACKS:
-            f.flags &= ~FF_DUP_ACKS
-            for i in range(DUP_ACK_LIMIT):
-                send_flags(p, f, f.seq_to_guest, TCP_ACK)
     close_if_done(p, f)
 
 
@@ -686,13 +691,11 @@ cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil:
         f.flags |= FF_MORE
         f.last_active = p.now
     if events & EPOLLOUT and f.events & EV_ESTABLISHED:
-        if f.carry_to_sock != NULL and not send_carried(p, f):
-            return
-        if f.flags & FF_SHORT:
-            f.flags &= ~FF_SHORT
-            f.flags |= FF_DUP_ACKS | FF_ACK_DUE
-            f.granted = 0
-        elif f.flags & FF_WINDOW_LOW:
+        if f.carry_to_sock != NULL:
+            if not send_carried(p, f):
+                return
+            f.flags |= FF_WINDOW_LOW
+        if f.flags & FF_WINDOW_LOW:
             f.flags &= ~FF_WINDOW_LOW
             f.flags |= FF_ACK_DUE
             f.granted = 0
@@ -771,8 +774,6 @@ cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil:
     if f.flags & FF_PEER_FIN:
         f.flags |= FF_EOF
     tcp_hurry(f, True)
-    if f.carry_to_sock != NULL:
-        f.flags |= FF_SHORT     # no window for the guest until it is sent
     if p.peek_offset:
         setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &offset, sizeof(offset))
     f.flags |= FF_MORE | FF_ACK_DUE

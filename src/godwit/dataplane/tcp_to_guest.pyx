@@ -21,7 +21,6 @@ from godwit.dataplane.plane cimport (
     FF_FIN_KNOWN,
     FF_MORE,
     FF_PEER_FIN,
-    FF_SHORT,
     FF_V6,
     FF_WINDOW_LOW,
     Flow,
@@ -157,12 +156,13 @@ cdef void update_window(Plane *p, Flow *f) noexcept nogil:
     cdef socklen_t n = sizeof(info)
     cdef uint32_t room, left = f.edge - f.seq_from_guest
     cdef pollfd pfd
-    if f.flags & FF_SHORT:
-        f.granted = 0
-        f.wnd_sent = 0
-        return
     if <int>left < 0:
         left = 0
+    if f.carry_to_sock != NULL:
+        f.granted = 0           # no more than was promised, until it is sent
+        left >>= f.ws_to_guest
+        f.wnd_sent = <uint16_t>left if left < 0xFFFF else 0xFFFF
+        return
     # Most of what was granted is still there: no need to ask the kernel again.
     if left < f.granted - (f.granted >> 2) or f.granted == 0:
         room = 0
