@@ -27,6 +27,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -269,11 +270,19 @@ class Attempt:
         Raises :class:`MigrationError` if the migration fails instead: the guest
         then runs on at the source, and the target is gone.
         """
+        self._completed(timeout)
+        return self.arrived(timeout)
+
+    def finish_load(self, timeout: float = 60.0) -> None:
+        """The same for a target that is ``paused``: wait until the guest only has to be let run there."""
+        self._completed(timeout)
+        self.loaded(timeout)
+
+    def _completed(self, timeout: float) -> None:
         if not self.ended(timeout):
             error = self._error("the switch-over")
             self.resumed(timeout)
             raise error
-        return self.arrived(timeout)
 
     def arrived(self, timeout: float = 60.0) -> Report:
         """The same when the source's QEMU has said ``completed`` already."""
@@ -341,15 +350,31 @@ class QemuGuest:
         self._processes.append(attempt.target)
         return attempt
 
-    def migrate(self, backend: str, *, retire: bool = True, timeout: float = 60.0) -> Report:
+    def migrate(
+        self,
+        backend: str,
+        *,
+        retire: bool = True,
+        timeout: float = 60.0,
+        before_run: Callable[[], None] | None = None,
+    ) -> Report:
         """Move to behind the back-end at ``backend``; :class:`MigrationError` if that fails.
 
-        Unless ``retire`` is false, the QEMU that was left is ended at once.
+        ``before_run`` is called when the target has loaded everything, just before
+        the guest is let run there. Earlier would be too early to switch a network:
+        the target's kernel resets what it has no socket for. Unless ``retire`` is
+        false, the QEMU that was left is ended at once.
         """
-        attempt = self.attempt(backend)
+        attempt = self.attempt(backend, paused=before_run is not None)
         attempt.begin(timeout)
         attempt.go_on()
-        report = attempt.finish(timeout)
+        if before_run is None:
+            report = attempt.finish(timeout)
+        else:
+            attempt.finish_load(timeout)
+            before_run()
+            attempt.target.qmp.command("cont")
+            report = attempt.arrived(timeout)
         if retire:
             self.retire()
         return report

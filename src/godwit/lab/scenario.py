@@ -29,7 +29,7 @@ from godwit.lab.backend import Backend
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import Network, wait_until
-from godwit.lab.qemu import QemuGuest, Report
+from godwit.lab.qemu import QemuGuest
 from godwit.lab.traffic import Traffic, served
 from godwit.vhost_user import VhostUserError
 
@@ -344,29 +344,9 @@ def _nobody_exists() -> bool:
     return False
 
 
-class _QemuGuest(QemuGuest):
-    def migrate(
-        self,
-        backend: str,
-        *,
-        retire: bool = True,
-        timeout: float = 60.0,
-        before_run: Callable[[], None] | None = None,
-    ) -> Report:
-        attempt = self.attempt(backend)
-        attempt.begin(timeout)
-        if before_run is not None:
-            before_run()
-        attempt.go_on()
-        report = attempt.finish(timeout)
-        if retire:
-            self.retire()
-        return report
-
-
 def qemu_guest(socket: str) -> Guest:
     """Boot a QEMU guest behind the back-end at ``socket`` and wait until it has its addresses."""
-    guest = _QemuGuest(socket)
+    guest = QemuGuest(socket)
     try:
         guest.wait_network()
     except BaseException:
