@@ -576,6 +576,9 @@ def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t 
         if s.rcvq > room:
             left_out = s.rcvq - room
     check(set_u32(fd, TCP_QUEUE_SEQ, s.seq_rcv + left_out), "TCP_QUEUE_SEQ")
+    # The size of segments is settled by connect(): the MSS among the options
+    # comes too late for it, and segments would stay at the least size, 536.
+    set_int(fd, IPPROTO_TCP, TCP_MAXSEG, <int>min(s.mss, <uint32_t>MOST_MSS))
     send_room(fd, s.sndq - s.notsent)
     check(-errno if connect(fd, <sockaddr *>&remote, remote_size) != 0 else 0, "connecting in repair mode")
     with nogil:
