@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from .conftest import Traffic, World
@@ -39,12 +41,19 @@ def test_there_and_back_five_times(world: World, delay: float) -> None:
     traffic.finish()
 
 
+def segment_sizes(world: World) -> list[str]:
+    """The sizes of the segments that the back-end's sockets send."""
+    return sorted(re.findall(r"\bmss:(\d+)", world.net.hosts[world.here].run("ss", "-tniH").stdout))
+
+
 def test_connections_from_outside(world: World) -> None:
     world.boot()
     traffic = Traffic(world, inbound=True)
+    before = segment_sizes(world)
     for _ in ("there", "back"):
         world.move(delay=0.2)
         traffic.flowing()
+        assert segment_sizes(world) == before
     traffic.finish()
 
 

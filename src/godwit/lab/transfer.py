@@ -221,7 +221,7 @@ class Peer:
         try:
             reader, writer = await self._connect(addr, port)
         except OSError as error:
-            self._end(transfer, f"connect: {error.strerror or error}")
+            self._end(transfer, f"connect: {_reason(error)}")
             return
         writer.write(request.encode())
         if transfer.kind == "send":
