@@ -633,6 +633,8 @@ class Traffic(Agent):
 
     def close(self) -> None:
         """End the agent, and with it every connection. May be repeated."""
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_RDWR)  # a close would wait for the thread that reads from it
         self._ours.close()
         try:
             self._process.wait(5)
