@@ -685,7 +685,7 @@ cdef class Engine:
         f.seq_from_guest = state.seq_from_tap
         f.seq_ack_to_guest = state.seq_ack_to_tap
         f.seq_init_from_guest = state.seq_init_from_tap
-        f.edge = <uint32_t>(state.seq_ack_to_tap + (state.wnd_to_tap << state.ws_to_tap))
+        f.edge = (state.seq_ack_to_tap + (state.wnd_to_tap << state.ws_to_tap)) & 0xFFFFFFFF
         if f.events & EV_FIN_TO_GUEST:
             f.flags |= FF_FIN_KNOWN
             f.seq_fin = f.seq_to_guest - 1
