@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,6 +183,40 @@ def test_helper_of_the_source_killed_after_the_save(scenario: Scenario, load: Lo
     assert scenario.guest.agent.run("true") == ""
     time.sleep(0.5)
     scenario.backends["a"].start_helper()
+    works_on(scenario, load)
+
+
+def read_to_the_end(sock: socket.socket) -> None:
+    while sock.recv(100):
+        pass
+
+
+def test_a_connection_that_cannot_be_saved_is_reset_on_both_sides(scenario: Scenario, load: Load) -> None:
+    """TCP_REPAIR knows nothing of urgent data; that connection goes, and no other."""
+    assert isinstance(scenario.guest, EmbeddedGuest)
+    with scenario.network.server.enter():
+        listening = socket.create_server((scenario.server_address, 5999))
+    with scenario.guest.space.enter():
+        ours = socket.create_connection((scenario.server_address, 5999), 5.0)
+    peer, _ = listening.accept()
+    with listening, ours, peer:
+        ours.sendall(b"before")
+        assert peer.recv(6) == b"before"
+        attempt = begin(scenario)
+        for step in ("connect_target", "log_on", "suspend"):
+            getattr(attempt, step)()
+        peer.send(b"!", socket.MSG_OOB)
+        time.sleep(0.1)
+        attempt.transfer()
+        attempt.switch_over()
+        attempt.finish()
+        scenario.network.switch("b")
+        ours.settimeout(5.0)
+        peer.settimeout(5.0)
+        for end in (ours, peer):
+            with pytest.raises(ConnectionResetError):
+                read_to_the_end(end)
+    assert "cannot move" in scenario.backends["a"].messages()
     works_on(scenario, load)
 
 

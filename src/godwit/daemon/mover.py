@@ -81,6 +81,7 @@ class Mover:
         self._parked = False
         self._frozen: list[int] = []  # source: flows whose socket is frozen
         self._in_repair: set[int] = set()  # of those, the ones in repair mode
+        self._not_saved: set[int] = set()  # and of those, the ones whose socket could not be read
         self._frozen_listeners: list[int] = []
         self._arrivals: dict[int, _Arrival] = {}  # target: by flow
         self._stuck: set[int] = set()  # source, resumed: flows that wait for a helper to leave repair mode
@@ -166,6 +167,7 @@ class Mover:
             state, sndq, rcvq = sockstate.dump(fd)
         except OSError as error:
             log.error("flow %d cannot move: %s", flow, error)
+            self._not_saved.add(flow)
             return None
         return self._whole(flow, state, sndq, rcvq)
 
@@ -202,13 +204,17 @@ class Mover:
             self._engine.hold_flow(flow)
         self._stuck.update(stuck)
         self._resume(flow for flow in self._frozen if flow not in self._stuck)
-        self._frozen.clear()
-        self._in_repair.clear()
+        self._clear()
         self._unpark()
         self._schedule(HURRY_SECONDS, self._engine.calm)
         if stuck:
             log.error("%d connections stand still until a repair helper connects again", len(stuck))
             self._schedule(0, self._free_stuck)
+
+    def _clear(self) -> None:
+        self._frozen.clear()
+        self._in_repair.clear()
+        self._not_saved.clear()
 
     def _leave_repair(self, flows: Sequence[int]) -> int:
         """Thaw these and end their repair mode; how many, from the start, were done."""
@@ -261,12 +267,13 @@ class Mover:
         mode. While they are open the kernel does not answer late packets with
         a reset. The caller closes them when the network has surely switched.
         """
-        kept = [os.dup(self._engine.flow_socket(flow)[0]) for flow in self._frozen if flow in self._in_repair]
-        for flow in self._frozen:
-            if flow in self._in_repair:
-                self._engine.forget_flow(flow)
-        self._frozen.clear()
-        self._in_repair.clear()
+        # What could not be saved the caller resets, for the peer's sake: in repair mode that would say nothing.
+        self._leave_repair(sorted(self._not_saved))
+        moved = [flow for flow in self._frozen if flow in self._in_repair and flow not in self._not_saved]
+        kept = [os.dup(self._engine.flow_socket(flow)[0]) for flow in moved]
+        for flow in moved:
+            self._engine.forget_flow(flow)
+        self._clear()
         self._unpark()
         return kept
 
