@@ -54,6 +54,12 @@ def tcp_state(sock: socket.socket) -> int:
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[0]
 
 
+def options(sock: socket.socket) -> tuple[int, ...]:
+    """What was negotiated, and the size of segments that follows: of struct tcp_info."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 20)
+    return struct.unpack_from("=5xBBx8xI", info)
+
+
 def unacknowledged(sock: socket.socket) -> int:
     """Bytes written that the other end has not acknowledged (SIOCOUTQ, a FIN counted)."""
     return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
@@ -405,6 +411,7 @@ def test_full_queues_move(connections: Connections, v6: bool, late: float) -> No
     if not late:
         net.switch("b")
     rest = connections.commit(moved, saved)
+    assert options(moved) == options(ours)
     time.sleep(late)
     net.switch("b")
     more = random.randbytes(200_000)
