@@ -359,6 +359,19 @@ def test_a_source_goes_on_after_a_dump(connections: Connections, v6: bool, mode:
     assert result == [up]
 
 
+@V4_AND_V6
+def test_repair_mode_alone_does_not_keep_data_out(connections: Connections, v6: bool) -> None:
+    """The reason for the freeze."""
+    ours, peer = connections.open(v6)
+    repair(ours, ON)
+    before = Saved(ours, v6)
+    peer.send(b"x" * 10_000)
+    time.sleep(0.2)
+    assert unacknowledged(peer) == 0
+    after = Saved(ours, v6)
+    assert (len(before.rcvq), after.rcvq) == (0, b"x" * 10_000)
+
+
 def test_a_dump_does_not_depend_on_the_peek_offset(connections: Connections) -> None:
     ours, peer = connections.open(False)
     ours.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)

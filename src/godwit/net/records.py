@@ -169,7 +169,12 @@ def _check_socket(flat: tuple[Any, ...]) -> None:
 SOCKET: Final[Record[SocketState]] = Record(
     "socket",
     (
-        Field("seq_snd", u32, "sequence number of the first byte in the send queue"),
+        Field(
+            "seq_snd",
+            u32,
+            "sequence number of the first byte in the send queue; one more in the states 4, 5, 9 and 11, "
+            "where our FIN was counted as a byte before it, unless `tcpi_options` has bit 0x80",
+        ),
         Field("seq_rcv", u32, "sequence number of the first byte in the receive queue"),
         Field("sndq", u32, "bytes in the send queue, a FIN not counted", range(MAX_QUEUE + 1)),
         Field("notsent", u32, "of those, bytes never sent"),
@@ -190,7 +195,9 @@ SOCKET: Final[Record[SocketState]] = Record(
             STATES_KNOWN,
             "must be the state of a connection: 0 (lost), 1, 4 to 9 or 11",
         ),
-        Field("tcpi_options", u8, "TCPI_OPT bits of TCP_INFO"),
+        Field(
+            "tcpi_options", u8, "TCPI_OPT bits of TCP_INFO; 0x80 is godwit's, see `seq_snd`: passt does not look at it"
+        ),
     ),
     SocketState,
     check=_check_socket,
