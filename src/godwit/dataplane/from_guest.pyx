@@ -4,7 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from godwit.dataplane.datagram cimport ping_from_guest, udp_from_guest
-from godwit.dataplane.host cimport is_link_local6, map_v4
+from godwit.dataplane.host cimport is_link_local6, is_v4, map_v4
 from godwit.dataplane.packet cimport Packet
 from godwit.dataplane.plane cimport (
     DROP_FRAGMENT,
@@ -212,7 +212,9 @@ cdef void frame(Plane *p, Packet *k) noexcept nogil:
     if reason:
         drop(p, reason - 1)
         return
-    if not observe(p, k):
+    # A v4-mapped address is no address on a wire (RFC 4291, 2.5.5.2), and would
+    # be taken for the IPv4 one.
+    if (k.v6 and (is_v4(k.saddr) or is_v4(k.daddr))) or not observe(p, k):
         drop(p, DROP_SOURCE)
         return
     # The whole header above IP is in the copy, or is not there at all.

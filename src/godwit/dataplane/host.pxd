@@ -19,6 +19,7 @@ cdef inline bint is_link_local6(const uint8_t *addr) noexcept nogil:
 
 cdef void map_v4(uint8_t *out, const uint8_t *four) noexcept nogil
 cdef bint is_loopback(const uint8_t *addr) noexcept nogil
+cdef bint is_unspecified(const uint8_t *addr) noexcept nogil
 # The host's name for an address that the guest uses. False: not to be reached.
 cdef bint to_host(Plane *p, const uint8_t *guest, uint16_t port, uint8_t *host) noexcept nogil
 # The guest's name for a peer. False: the guest has no way to name it.

@@ -32,6 +32,17 @@ cdef bint is_loopback(const uint8_t *addr) noexcept nogil:
     return addr[15] == 1
 
 
+cdef bint is_unspecified(const uint8_t *addr) noexcept nogil:
+    """"This network" (RFC 791, 3.2: 0.0.0.0/8), or "::"."""
+    cdef int i
+    if is_v4(addr):
+        return addr[12] == 0
+    for i in range(16):
+        if addr[i]:
+            return False
+    return True
+
+
 cdef bint to_host(Plane *p, const uint8_t *guest, uint16_t port, uint8_t *host) noexcept nogil:
     cdef int i
     cdef AddrMap *m
@@ -41,8 +52,9 @@ cdef bint to_host(Plane *p, const uint8_t *guest, uint16_t port, uint8_t *host) 
             memcpy(host, m.host, 16)
             return True
     memcpy(host, guest, 16)
-    # The host's loopback is the host's alone, unless it was mapped.
-    return not is_loopback(guest)
+    # The host's loopback is the host's alone, unless it was mapped; and to
+    # connect to the unspecified address is to connect to the loopback.
+    return not is_loopback(guest) and not is_unspecified(guest)
 
 
 cdef bint to_guest_name(Plane *p, const uint8_t *host, uint16_t port, uint8_t *guest) noexcept nogil:

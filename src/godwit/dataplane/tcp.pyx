@@ -41,7 +41,7 @@ from godwit.dataplane.flow cimport (
     flow_watch,
     keyed_hash,
 )
-from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_v4, put_sockaddr, to_guest_name, to_host
+from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_unspecified, is_v4, put_sockaddr, to_guest_name, to_host
 from godwit.dataplane.packet cimport Packet, packet_payload
 from godwit.dataplane.plane cimport (
     DROP_MALFORMED,
@@ -361,7 +361,7 @@ cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil:
         get_sockaddr(&addr, remote, &port)
         guest = guest_side(p, remote)
         f = NULL
-        if (to_guest_name(p, remote, port, name)
+        if (not is_unspecified(guest) and to_guest_name(p, remote, port, name)
                 and flow_find(p, FLOW_TCP, guest, listener.guest_port, name, port) == NULL):
             f = flow_new(p, FLOW_TCP, guest, listener.guest_port, name, port)
             if f == NULL:
