@@ -72,7 +72,7 @@ def until_state(sock: socket.socket, *states: int) -> None:
         time.sleep(0.005)
 
 
-def receive(sock: socket.socket, size: int, timeout: float = 20.0) -> bytes:
+def receive(sock: socket.socket, size: int, timeout: float = 60.0) -> bytes:
     """Exactly ``size`` bytes, whatever else there is; fewer only at the end."""
     data = bytearray()
     deadline = time.monotonic() + timeout

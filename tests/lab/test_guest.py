@@ -158,13 +158,11 @@ def test_migration(backends: Backends, loopback: type[Loopback], opened: Opened)
     first.state = os.urandom(300_000)
     guest, card = opened(backends.start(first))
     card.exchange(10)
-    before = first.frames
     record = guest.migrate(backends.start(second))
     assert record.stream == first.state == second.state
-    assert record.bases[1] == first.frames
     assert record.downtime > 0
     card.exchange(300)
-    assert first.frames == before
+    assert first.frames == record.bases[1] >= 10
     assert second.frames >= 300
     assert first.events == ["kick 0", "kick 1", "base 0", "base 1", "save", "gone"]
     assert second.events == ["load", f"rarp {GUEST_MAC}", "kick 0", "kick 1"]
