@@ -197,6 +197,64 @@ def test_the_helper_that_came_last_serves(listener: RepairListener, helpers: Hel
     assert not third.ended.is_set()
 
 
+def test_a_helper_that_comes_during_a_request_does_not_disturb_it(
+    listener: RepairListener, helpers: Helpers, connections: Connections
+) -> None:
+    def slowly(number: int, mode: Repair, fds: list[int]) -> bytes | None:
+        helpers()
+        eventually(lambda: listener.accept_ready() is None and newest() is not before)  # as the event loop does
+        return obey(number, mode, fds)
+
+    def newest() -> object:
+        return listener._client
+
+    first = helpers(slowly)
+    assert listener.wait(10)
+    before = newest()
+    sockets = connections(1)
+    listener.set_mode(numbers(sockets), Repair.ON)
+    assert repair_mode(sockets[0]) == 1
+    assert first.ended.wait(10)  # let go when its work was done
+    listener.set_mode(numbers(sockets), Repair.OFF)
+    assert repair_mode(sockets[0]) == 0
+    assert first.requests == [(Repair.ON, 1)]
+
+
+@pytest.mark.usefixtures("_many_descriptors")
+def test_what_a_helper_leaves_undone_the_next_one_does(
+    listener: RepairListener, helpers: Helpers, connections: Connections
+) -> None:
+    def die_with_an_heir(number: int, mode: Repair, fds: list[int]) -> bytes | None:
+        if number == 1:
+            return obey(number, mode, fds)
+        obey(number, mode, fds[:10])
+        heirs.append(helpers())
+        return None
+
+    heirs: list[FakeHelper] = []
+    helpers(die_with_an_heir)
+    sockets = connections(600)
+    listener.set_mode(numbers(sockets), Repair.ON)
+    assert all(repair_mode(sock) == 1 for sock in sockets)
+    assert heirs[0].requests == [(Repair.ON, 253), (Repair.ON, 94)]
+
+
+@pytest.mark.usefixtures("_many_descriptors")
+def test_when_all_helpers_fail_the_error_covers_what_each_may_have_done(
+    listener: RepairListener, helpers: Helpers, connections: Connections
+) -> None:
+    def fail_with_an_heir(number: int, mode: Repair, fds: list[int]) -> bytes | None:
+        if number == 1:
+            return obey(number, mode, fds)
+        helpers(lambda number, mode, fds: obey(number, mode, fds[:50]) if number == 1 else None)
+        return None
+
+    helpers(fail_with_an_heir)
+    with pytest.raises(RepairError) as caught:
+        listener.set_mode(numbers(connections(600)), Repair.ON)
+    assert (caught.value.done, caught.value.uncertain) == (303, 203)
+
+
 # --- waiting
 
 

@@ -61,6 +61,7 @@ class RepairClient:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._closed = False
+        self._retired = False
         pid, uid, _ = _PEERCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
         #: For the log: process id and user.
         self.peer = f"pid {pid}, uid {uid}"
@@ -89,26 +90,33 @@ class RepairClient:
         ``RepairError`` if the helper refuses, is gone, or does not answer in
         time; the connection is closed then. The error says how far it got.
         """
+        try:
+            with self._lock:
+                self._set_all(fds, mode)
+        finally:
+            if self._retired:
+                self.close()
+
+    def _set_all(self, fds: Sequence[int], mode: Repair) -> None:
         done, size = 0, MAX_SOCKETS
-        with self._lock:
-            while done < len(fds):
-                batch = fds[done : done + size]
-                try:
-                    self._set_mode(batch, mode)
-                    taken = _in_mode(batch, mode)
-                    if not taken:
-                        raise RepairError(f"the repair helper says that it has done {mode.name}, and has not")
-                except RepairError as error:
-                    self._closed = True
-                    self._sock.close()
-                    raise RepairError(
-                        f"{error} (sockets {done + 1} to {done + len(batch)} of {len(fds)})", done, len(batch)
-                    ) from error.__cause__
-                done += taken
-                # passt-repair gives each message no more room than the one before it needed, overlooks the
-                # descriptors that do not fit, and says all is well (docs/platform/tcp-repair.md).
-                if taken < len(batch):
-                    size = taken
+        while done < len(fds):
+            batch = fds[done : done + size]
+            try:
+                self._set_mode(batch, mode)
+                taken = _in_mode(batch, mode)
+                if not taken:
+                    raise RepairError(f"the repair helper says that it has done {mode.name}, and has not")
+            except RepairError as error:
+                self._closed = True
+                self._sock.close()
+                raise RepairError(
+                    f"{error} (sockets {done + 1} to {done + len(batch)} of {len(fds)})", done, len(batch)
+                ) from error.__cause__
+            done += taken
+            # passt-repair gives each message no more room than the one before it needed, overlooks the
+            # descriptors that do not fit, and says all is well (docs/platform/tcp-repair.md).
+            if taken < len(batch):
+                size = taken
 
     def _set_mode(self, fds: Sequence[int], mode: Repair) -> None:
         if self._closed:
@@ -128,6 +136,16 @@ class RepairClient:
             except MessageError as error:
                 what = str(error)
             raise RepairError(f"the repair helper has answered {mode.name} wrongly: {what}")
+
+    def retire(self) -> None:
+        """Let the helper go, but only after the call of ``set_mode`` that may be under way."""
+        self._retired = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._closed = True
+                self._sock.close()
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """Let the helper go, which ends it. A call of ``set_mode`` under way fails. May be repeated."""
@@ -204,7 +222,7 @@ class RepairListener:
                 former, self._client = self._client, RepairClient(sock, self._timeout)
                 self.ever_connected = True
                 if former is not None:
-                    former.close()
+                    former.retire()
                 log.info("repair helper connected (%s)", self._client.peer)
 
     @property
@@ -222,11 +240,25 @@ class RepairListener:
         return self.client is not None
 
     def set_mode(self, fds: Sequence[int], mode: Repair) -> None:
-        """``RepairClient.set_mode`` of the helper that is there; ``RepairError`` if none is."""
+        """``RepairClient.set_mode`` of the helper that is there; ``RepairError`` if none is.
+
+        What a helper has failed to do is asked of the next one, if there is one already.
+        """
         client = self.client
         if client is None:
             raise RepairError("no repair helper is connected")
-        client.set_mode(fds, mode)
+        done = doubtful = 0  # of the sockets: all before `done` are in the mode, those up to `doubtful` may be
+        while client is not None:
+            try:
+                client.set_mode(fds[done:], mode)
+                return
+            except RepairError as error:
+                failure = error
+                done += error.done
+                doubtful = max(doubtful, done + error.uncertain)
+                log.warning("%s", error)
+            client = self.client
+        raise RepairError(str(failure), done, doubtful - done) from failure.__cause__
 
     def wait(self, timeout: float) -> RepairClient | None:
         """Wait for a helper, up to ``timeout`` seconds; None if none came."""

@@ -42,7 +42,8 @@ class RepairError(Exception):
     """The helper did not do what it was asked.
 
     Of the sockets, counted from the first, ``done`` are known to be in the new
-    mode; of the next ``uncertain`` nothing is known; the others are as they were.
+    mode; the next ``uncertain`` are in either mode, and a helper that hung may
+    change them yet; the others are as they were.
     """
 
     def __init__(self, message: str, done: int = 0, uncertain: int = 0) -> None:
