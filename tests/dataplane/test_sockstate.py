@@ -325,6 +325,44 @@ def test_a_frozen_listener_answers_no_syn(connections: Connections, v6: bool) ->
     assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
 
 
+# ---- a connection that is no more
+
+
+@V4_AND_V6
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_knock_has_the_peer_of_a_lost_connection_reset(connections: Connections, v6: bool, listens: bool) -> None:
+    """Nothing else comes of it, also where the peer's port takes connections."""
+    ours, peer = connections.open(v6)
+    local, remote = ours.getsockname(), ours.getpeername()
+    if listens:
+        with connections.net.server.enter():
+            listener = socket.create_server(remote[:2], family=ours.family)
+        connections.keep(listener)
+    repair(ours, ON)
+    ours.close()  # in repair mode this says nothing
+    time.sleep(0.05)
+    assert tcp_state(peer) == ESTABLISHED
+    with connections.net.a.enter():
+        assert sockstate.knock(address(local[0]), local[1], address(remote[0]), remote[1], 0)
+    until_state(peer, CLOSE)
+    with pytest.raises(ConnectionResetError):
+        peer.recv(1)
+    if listens:
+        assert not select.select([listener], [], [], 0.3)[0]
+
+
+@V4_AND_V6
+def test_a_knock_from_where_something_is_does_nothing(connections: Connections, v6: bool) -> None:
+    ours, peer = connections.open(v6)
+    local, remote = ours.getsockname(), ours.getpeername()
+    with connections.net.a.enter():
+        assert not sockstate.knock(address(local[0]), local[1], address(remote[0]), remote[1], 0)
+        nobodys = "2001:db8:ffff::1" if v6 else "203.0.113.1"
+        assert not sockstate.knock(address(nobodys), 4000, address(remote[0]), remote[1], 0)
+    ours.send(b"alive")
+    assert receive(peer, 5) == b"alive"
+
+
 # ---- source
 
 

@@ -200,9 +200,13 @@ def test_the_helper_that_came_last_serves(listener: RepairListener, helpers: Hel
 def test_a_helper_that_comes_during_a_request_does_not_disturb_it(
     listener: RepairListener, helpers: Helpers, connections: Connections
 ) -> None:
+    def another() -> bool:
+        listener.accept_ready()  # as the event loop does
+        return newest() is not before
+
     def slowly(number: int, mode: Repair, fds: list[int]) -> bytes | None:
         helpers()
-        eventually(lambda: listener.accept_ready() is None and newest() is not before)  # as the event loop does
+        eventually(another)
         return obey(number, mode, fds)
 
     def newest() -> object:

@@ -7,6 +7,7 @@ of it, and only here.
 """
 
 from contextlib import contextmanager
+import logging
 import os
 import threading
 
@@ -105,7 +106,7 @@ from godwit.dataplane.sys cimport (
     store32_release,
     write,
 )
-from godwit.dataplane.tcp cimport tcp_abort, tcp_hurry, tcp_reset, tcp_resume
+from godwit.dataplane.tcp cimport tcp_abort, tcp_drop_socket, tcp_hurry, tcp_refuse_waiting, tcp_reset, tcp_resume
 from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, Queue, queue_map
 
 from godwit.dataplane.state import FlowState, Observed, Side
@@ -135,6 +136,9 @@ DROP_NAMES = (
 assert len(DROP_NAMES) == DROPS
 
 
+log = logging.getLogger(__name__)
+
+
 cdef object check(int rc, str what):
     """Raise OSError for a negative error number."""
     if rc < 0:
@@ -159,7 +163,6 @@ cdef class Engine:
     cdef object thread
     cdef object lock
     cdef int parks
-    cdef int loop_result
 
     def __cinit__(self, uint32_t max_flows=131072):
         cdef int i
@@ -167,7 +170,8 @@ cdef class Engine:
         if self.p == NULL:
             raise MemoryError
         self.lock = threading.Lock()
-        self.p.epfd = self.p.wake = self.p.rare_event = -1
+        self.p.epfd = self.p.wake = self.p.rare_event = self.p.spare = -1
+        self.p.flow_limit = max_flows
         self.p.vnet_size = 12
         self.p.send.flow = NONE
         for i in range(QUEUES):
@@ -206,7 +210,7 @@ cdef class Engine:
                 close(self.p.listeners[i].fd)
         free(self.p.listeners)
         flows_free(self.p)
-        for fd in (self.p.epfd, self.p.wake, self.p.rare_event):
+        for fd in (self.p.epfd, self.p.wake, self.p.rare_event, self.p.spare):
             if fd >= 0:
                 close(fd)
         sem_destroy(&self.p.parked)
@@ -221,20 +225,24 @@ cdef class Engine:
         self.thread.start()
 
     def _run(self):
+        cdef int rc
         with nogil:
-            self.loop_result = loop_run(self.p)
+            rc = loop_run(self.p)
+        if rc < 0:
+            log.critical("the data plane has stopped: %s", os.strerror(-rc))
 
     def close(self):
         """Stop the thread. Sockets stay as they are until the engine is freed."""
-        if self.thread is None:
-            return
-        while self.parks:
-            self.unpark()
-        self.p.stop_wanted = True
-        loop_wake(self.p)
-        self.thread.join()
-        self.thread = None
-        self.p.stop_wanted = False
+        with self.lock:
+            if self.thread is None:
+                return
+            self.p.stop_wanted = True
+            if self.parks:
+                sem_post(&self.p.resume)
+            loop_wake(self.p)
+            self.thread.join()
+            self.thread = None
+            self.p.stop_wanted = False
 
     def park(self):
         """Bring the thread to a stop between two events. Counts; see unpark()."""
@@ -248,8 +256,10 @@ cdef class Engine:
             self.parks += 1
 
     def unpark(self):
-        """Let the thread go on, once for each park()."""
+        """Let the thread go on, once for each park(). One too many is an error of the caller's."""
         with self.lock:
+            if self.parks == 0:
+                raise ValueError("unpark() without park()")
             self.parks -= 1
             if self.parks == 0 and self.thread is not None:
                 sem_post(&self.p.resume)
@@ -532,6 +542,7 @@ cdef class Engine:
         cdef int i
         cdef Listener *grown
         cdef epoll_event ev
+        os.set_blocking(fd, False)
         with self.parked():
             for i in range(self.p.listener_count):
                 if self.p.listeners[i].fd < 0:
@@ -619,6 +630,12 @@ cdef class Engine:
         cdef Flow *f = self.flow(index)
         return f.sock, not is_v4(f.remote_addr)
 
+    def flow_generation(self, uint32_t index):
+        """With the index, the name of a flow for as long as the engine lives; None: there is no such TCP flow."""
+        if index >= self.p.used_flows or self.p.flows[index].kind != FLOW_TCP:
+            return None
+        return self.p.flows[index].generation
+
     def flow_state(self, uint32_t index):
         """The FlowState of a TCP flow, to be written into a stream."""
         cdef Flow *f = self.flow(index)
@@ -699,11 +716,19 @@ cdef class Engine:
         f.sock = fd
 
     def drop_flow_socket(self, uint32_t index):
-        """Close a flow's socket, without a word to the guest."""
+        """Close a flow's socket without a word to the guest. The peer is reset, unless it is in repair mode."""
+        tcp_drop_socket(self.flow(index))
+
+    def release_flow(self, uint32_t index):
+        """Forget a flow, without a word to anyone. Returns its socket, which is the caller's now."""
         cdef Flow *f = self.flow(index)
-        if f.sock >= 0:
-            close(f.sock)
+        cdef int fd = f.sock
+        if fd >= 0:
+            # Closing a descriptor would end this only if it were the last one of the socket.
+            epoll_ctl(self.p.epfd, EPOLL_CTL_DEL, fd, NULL)
             f.sock = -1
+        flow_close(self.p, f)
+        return fd
 
     def carry(self, uint32_t index, bytes to_guest, bytes to_sock):
         """Bytes of an imported flow that its socket had no room for: they go before all others."""
@@ -757,10 +782,19 @@ cdef class Engine:
         """Close a flow without a word to anyone."""
         flow_close(self.p, self.flow(index))
 
-    def close_flows(self):
-        """Close every flow: the guest is gone. TCP peers are reset."""
-        cdef uint32_t i
+    def limit_flows(self, uint32_t most):
+        """Refuse new flows while there are so many; each takes a descriptor."""
         with self.parked():
+            self.p.flow_limit = min(most, self.p.max_flows)
+
+    def close_flows(self):
+        """Close every flow: the guest is gone. TCP peers are reset, and those that wait to be accepted."""
+        cdef uint32_t i
+        cdef int j
+        with self.parked():
+            for j in range(self.p.listener_count):
+                if self.p.listeners[j].fd >= 0:
+                    tcp_refuse_waiting(&self.p.listeners[j])
             for i in range(self.p.used_flows):
                 if self.p.flows[i].kind == FLOW_TCP:
                     tcp_abort(self.p, &self.p.flows[i])

@@ -140,6 +140,8 @@ cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t
                     const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
     cdef uint32_t i, b, generation
     cdef Flow *f
+    if p.open_flows >= p.flow_limit:
+        return NULL
     if p.free_head != NONE:
         i = p.free_head
         p.free_head = p.flows[i].hash_next

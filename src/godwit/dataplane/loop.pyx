@@ -201,6 +201,8 @@ cdef int loop_run(Plane *p) noexcept nogil:
                 sem_post(&p.parked)
                 while sem_wait(&p.resume) != 0:
                     pass
+                if p.stop_wanted:
+                    return 0    # what control was about to change is half changed
                 p.now = clock_ms()
                 # What control changed may have made something possible.
                 frames_from_guest(p)

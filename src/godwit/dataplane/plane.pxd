@@ -211,6 +211,7 @@ cdef struct Plane:
     # flows
     Flow *flows
     uint32_t max_flows
+    uint32_t flow_limit         # of open flows: descriptors may be fewer than slots
     uint32_t used_flows         # slots ever used
     uint32_t open_flows
     uint32_t free_head
@@ -229,6 +230,7 @@ cdef struct Plane:
     int epfd
     int wake                    # eventfd: the control thread wants something
     int rare_event              # eventfd: frames wait for the control thread
+    int spare                   # a descriptor to give up, so that one connection can be refused when none is left
     uint64_t now                # ms
     bint park_wanted
     bint stop_wanted

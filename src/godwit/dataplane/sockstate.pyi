@@ -36,6 +36,14 @@ def freeze_listener(fd: int) -> None:
 def thaw_listener(fd: int) -> None:
     """Undo ``freeze_listener``."""
 
+def knock(our_addr: bytes, our_port: int, end_addr: bytes, end_port: int, scope: int) -> bool:
+    """Have the peer of a connection that is no more find that out; whether a SYN could be sent.
+
+    The peer, connected still, answers a SYN from the same port by saying where
+    it is (RFC 5961, 4.2); this host knows no such connection and sends a reset
+    with the number that the peer expects. No new connection can come of it.
+    """
+
 def create(v6: bool) -> int:
     """Return a new TCP socket: frozen, non-blocking, to be restored into. The caller closes it."""
 

@@ -22,6 +22,7 @@ from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
     EAGAIN,
+    EINPROGRESS,
     EINTR,
     EINVAL,
     ENOBUFS,
@@ -444,6 +445,29 @@ def thaw_listener(int fd):
     """Undo freeze_listener()."""
     sock_thaw(fd, True)
     check(sock_thaw(fd, False), "thawing a listening socket")
+
+
+def knock(bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, uint32_t scope):
+    """Have the peer of a connection that is no more find that out. Returns whether a SYN was sent.
+
+    A connected peer answers a SYN by saying where it is (RFC 5961, 4.2), this
+    host knows of no such connection and answers with a reset, and that has the
+    very number that the peer expects.
+    """
+    cdef sockaddr_storage local, remote
+    cdef socklen_t local_size = fill(&local, our_addr, our_port, scope)
+    cdef socklen_t remote_size = fill(&remote, end_addr, end_port, scope)
+    cdef int one = 1
+    cdef bint sent = False
+    cdef int fd = socket(local.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
+    if fd < 0:
+        return False
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
+    if bind(fd, <sockaddr *>&local, local_size) == 0 and connect(fd, <sockaddr *>&remote, remote_size) != 0:
+        sent = errno == EINPROGRESS
+    # Closed at once: were it there when the answer comes it would connect anew after the reset.
+    close(fd)
+    return sent
 
 
 def create(bint v6):

@@ -14,6 +14,10 @@ cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil
 cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil
 # Reset both sides; the guest's as soon as its ring has room.
 cdef void tcp_reset(Plane *p, Flow *f) noexcept nogil
+# Close the socket and reset the peer; the guest hears nothing.
+cdef void tcp_drop_socket(Flow *f) noexcept nogil
+# Reset those that wait to be accepted.
+cdef void tcp_refuse_waiting(Listener *listener) noexcept nogil
 cdef void tcp_abort(Plane *p, Flow *f) noexcept nogil
 cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil
 cdef void tcp_hurry(Flow *f, bint on) noexcept nogil

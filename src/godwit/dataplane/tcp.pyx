@@ -86,8 +86,11 @@ from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
     EAGAIN,
+    EFD_CLOEXEC,
     EINPROGRESS,
     EINTR,
+    EMFILE,
+    ENFILE,
     EPOLLERR,
     EPOLLHUP,
     EPOLLIN,
@@ -113,6 +116,7 @@ from godwit.dataplane.sys cimport (
     close,
     connect,
     errno,
+    eventfd,
     getsockopt,
     linger_t,
     msghdr,
@@ -134,6 +138,7 @@ from godwit.dataplane.tcp_to_guest cimport (
     TCP_SYN,
     arm_retransmit,
     discard,
+    hold_in_repair,
     in_flight,
     own_mss,
     rewind,
@@ -165,20 +170,23 @@ cdef uint32_t initial_seq(Plane *p, Flow *f) noexcept nogil:
 
 # ---- the end of a flow
 
-cdef void abort_socket(Flow *f) noexcept nogil:
-    """Make the close of the socket a reset for the peer (socket(7), SO_LINGER)."""
+cdef void close_with_reset(int s) noexcept nogil:
+    """Close a socket, and reset its peer (socket(7), SO_LINGER); in repair mode this says nothing."""
     cdef linger_t now
+    now.l_onoff = 1
+    now.l_linger = 0
+    setsockopt(s, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+    close(s)
+
+
+cdef void tcp_drop_socket(Flow *f) noexcept nogil:
     if f.sock >= 0:
-        now.l_onoff = 1
-        now.l_linger = 0
-        setsockopt(f.sock, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+        close_with_reset(f.sock)
+        f.sock = -1
 
 
 cdef void tcp_reset(Plane *p, Flow *f) noexcept nogil:
-    abort_socket(f)
-    if f.sock >= 0:
-        close(f.sock)
-        f.sock = -1
+    tcp_drop_socket(f)
     if not f.flags & FF_RESET_DUE:
         p.counters.flows_reset += 1
     f.flags &= ~FF_HELD
@@ -194,7 +202,7 @@ cdef void tcp_reset(Plane *p, Flow *f) noexcept nogil:
 
 cdef void tcp_abort(Plane *p, Flow *f) noexcept nogil:
     """Reset the peer; the guest knows already, or is no more."""
-    abort_socket(f)
+    tcp_drop_socket(f)
     p.counters.flows_reset += 1
     flow_close(p, f)
 
@@ -344,6 +352,32 @@ cdef const uint8_t *guest_side(Plane *p, const uint8_t *remote) noexcept nogil:
     return p.config.addr6
 
 
+cdef void tcp_refuse_waiting(Listener *listener) noexcept nogil:
+    cdef int s
+    while True:
+        s = accept4(listener.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if s < 0:
+            return
+        close_with_reset(s)
+
+
+cdef bint refuse_one(Plane *p, Listener *listener) noexcept nogil:
+    """Without a descriptor left: give up the spare one to refuse a connection, which would wait for ever.
+
+    False: there is no more to refuse.
+    """
+    cdef int s
+    if p.spare < 0:
+        return False
+    close(p.spare)
+    s = accept4(listener.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
+    if s >= 0:
+        drop(p, DROP_NO_SOCKET)
+        close_with_reset(s)
+    p.spare = eventfd(0, EFD_CLOEXEC)
+    return s >= 0
+
+
 cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil:
     cdef sockaddr_storage addr
     cdef socklen_t n
@@ -353,10 +387,14 @@ cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil:
     cdef uint16_t port
     cdef int s, i, one = 1
     cdef Flow *f
+    if p.spare < 0:
+        p.spare = eventfd(0, EFD_CLOEXEC)
     for i in range(ACCEPT_BATCH):
         n = sizeof(addr)
         s = accept4(listener.fd, <sockaddr *>&addr, &n, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if s < 0:
+            if (errno == EMFILE or errno == ENFILE) and refuse_one(p, listener):
+                continue
             return
         get_sockaddr(&addr, remote, &port)
         guest = guest_side(p, remote)
@@ -369,7 +407,7 @@ cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil:
         else:
             drop(p, DROP_UNREACHABLE)
         if f == NULL:
-            close(s)
+            close_with_reset(s)
             continue
         f.sock = s
         f.flags = 0 if is_v4(remote) else FF_V6
@@ -524,7 +562,7 @@ cdef void tcp_send_pending(Plane *p) noexcept nogil:
         n = sendmsg(f.sock, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
         if n >= 0 or errno != EINTR:
             break
-    if n < 0 and errno == EAGAIN:
+    if n < 0 and (errno == EAGAIN or hold_in_repair(f, errno)):
         n = 0
     if n >= 0 and <uint32_t>n < p.send.bytes:
         # The socket has less room than the window that the guest was given
@@ -659,7 +697,7 @@ cdef bint send_carried(Plane *p, Flow *f) noexcept nogil:
         if n < 0:
             if errno == EINTR:
                 continue
-            if errno != EAGAIN:
+            if errno != EAGAIN and not hold_in_repair(f, errno):
                 tcp_reset(p, f)
             return False
         f.carry_to_sock = carry_take(f.carry_to_sock, <uint32_t>n)
@@ -766,6 +804,7 @@ cdef void tcp_hurry(Flow *f, bint on) noexcept nogil:
 cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil:
     """Take up a flow that came with a migration, or was thawed."""
     cdef int offset = in_flight(f)
+    discard(p, f)       # what could not be done while the socket was in repair mode
     if f.events & EV_FIN_TO_GUEST:
         offset -= 1 if not f.events & EV_FIN_ACKED else 0
     offset -= carry_left(f.carry_to_guest)
@@ -776,6 +815,9 @@ cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil:
     tcp_hurry(f, True)
     if p.peek_offset:
         setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &offset, sizeof(offset))
+    # Whether it is writable the loop was told while the flow was held, or never.
+    if f.carry_to_sock != NULL and not send_carried(p, f) and f.sock < 0:
+        return
     f.flags |= FF_MORE | FF_ACK_DUE
     f.granted = 0
     f.retries = 0

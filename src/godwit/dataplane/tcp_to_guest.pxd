@@ -4,7 +4,8 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from godwit.dataplane.packet cimport Packet
-from godwit.dataplane.plane cimport Flow, Plane
+from godwit.dataplane.plane cimport FF_HELD, Flow, Plane
+from godwit.dataplane.sys cimport EINVAL, EPERM
 
 cdef enum:
     TCP_FIN = 0x01
@@ -16,6 +17,17 @@ cdef enum:
 
 cdef inline uint32_t in_flight(Flow *f) noexcept nogil:
     return f.seq_to_guest - f.seq_ack_from_guest
+
+cdef inline bint hold_in_repair(Flow *f, int error) noexcept nogil:
+    """Whether a socket's error says that it is in repair mode; the flow is held then, until control resumes it.
+
+    Nobody sets that mode on a flow that runs, but for a helper that hung and
+    acts late (godwit.daemon.rescue). The connection is whole.
+    """
+    if error != EINVAL and error != EPERM:
+        return False
+    f.flags |= FF_HELD
+    return True
 
 cdef uint16_t own_mss(Plane *p, bint v6) noexcept nogil
 # A segment without payload. False: no receive buffer, nothing was sent.

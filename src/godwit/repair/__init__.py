@@ -7,7 +7,7 @@ the mode and answers. The protocol is that of ``passt-repair``, so that either
 program's helper serves either back-end.
 """
 
-from godwit.repair.client import RepairClient, RepairListener
+from godwit.repair.client import RepairClient, RepairListener, in_repair
 from godwit.repair.protocol import Repair, RepairError
 
-__all__ = ["Repair", "RepairClient", "RepairError", "RepairListener"]
+__all__ = ["Repair", "RepairClient", "RepairError", "RepairListener", "in_repair"]

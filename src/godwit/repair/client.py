@@ -160,18 +160,24 @@ class RepairClient:
             self._lock.release()
 
 
+def in_repair(fd: int) -> bool:
+    """Whether a TCP socket is in repair mode. Reading that needs no capability; ``OSError`` if it is no such socket."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
+    try:
+        return bool(sock.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR))
+    finally:
+        sock.detach()
+
+
 def _in_mode(fds: Sequence[int], mode: Repair) -> int:
-    """How many sockets, from the first, are in the mode. Reading it needs no capability."""
+    """How many sockets, from the first, are in the mode."""
     wanted = mode == Repair.ON
     for number, fd in enumerate(fds):
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
         try:
-            if bool(sock.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR)) != wanted:
+            if in_repair(fd) != wanted:
                 return number
         except OSError as error:
             raise RepairError(f"reading TCP_REPAIR of a socket: {error.strerror}") from error
-        finally:
-            sock.detach()
     return len(fds)
 
 

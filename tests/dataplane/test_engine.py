@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the control thread does to the engine: stop it, take flows out of it, live with few descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from godwit.dataplane import Engine, FlowState, Side
+
+V4 = bytes(10) + b"\xff\xff"
+LOOPBACK = V4 + bytes((127, 0, 0, 1))
+
+
+def flow_to(port: int, own: int) -> FlowState:
+    """An established flow of a guest's with a host socket from ``own`` to ``port`` of the loopback."""
+    guest = Side(LOOPBACK, V4 + bytes((192, 0, 2, 10)), port, own)
+    return FlowState(
+        (2, 1), (guest, Side(LOOPBACK, LOOPBACK, own, port)), 0, 7, 8, 0x04, 1460, 0, 0, 0, 1000, 1000, 1, 1, 1, 1, 1
+    )
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine(64)
+    made.configure(our_mac=bytes((2, 0, 0, 0, 0, 1)), addr4=V4 + bytes((192, 0, 2, 10)))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        sock.settimeout(5.0)
+        yield sock
+
+
+def add_flow(engine: Engine, server: socket.socket) -> tuple[int, socket.socket]:
+    """A flow in the engine, and the peer of its socket."""
+    ours = socket.create_connection(server.getsockname())
+    peer, _ = server.accept()
+    peer.settimeout(5.0)
+    own = ours.getsockname()[1]
+    with engine.parked():
+        flow = engine.import_flow(flow_to(server.getsockname()[1], own))
+        engine.set_flow_socket(flow, ours.detach())
+        engine.resume_flow(flow, watch=True)
+    return flow, peer
+
+
+def is_reset(sock: socket.socket) -> bool:
+    try:
+        return bool(sock.recv(1)) and False
+    except ConnectionResetError:
+        return True
+
+
+# ---- the thread
+
+
+def test_closing_while_others_park() -> None:
+    """No thread waits for ever, and what parked before the end may unpark after it."""
+    for _ in range(50):
+        engine = Engine(16)
+        engine.start()
+        stop = threading.Event()
+
+        def work(engine: Engine = engine, stop: threading.Event = stop) -> None:
+            while not stop.is_set():
+                with engine.parked():
+                    pass
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        engine.park()
+        time.sleep(0.001)
+        engine.close()
+        engine.unpark()
+        time.sleep(0.001)
+        stop.set()
+        for thread in threads:
+            thread.join(10.0)
+            assert not thread.is_alive()
+
+
+def test_unpark_without_park(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="without park"):
+        engine.unpark()
+
+
+# ---- flows that leave
+
+
+def test_released_socket_lives_on_and_tells_the_engine_nothing(engine: Engine, server: socket.socket) -> None:
+    engine.start()
+    flow, peer = add_flow(engine, server)
+    with peer:
+        with engine.parked():
+            generation = engine.flow_generation(flow)
+            assert generation is not None
+            fd = engine.release_flow(flow)
+            assert engine.flow_generation(flow) is None
+        with socket.socket(fileno=fd) as ours:
+            ours.setblocking(True)
+            other, another = add_flow(engine, server)
+            with another:
+                assert other == flow  # its place is another's now, and that one has another name
+                assert engine.flow_generation(other) == generation + 1
+                peer.sendall(b"late")
+                assert ours.recv(4) == b"late"
+                assert engine.counters()["flows"] == 1
+                ours.sendall(b"alive")
+                assert peer.recv(5) == b"alive"
+
+
+def test_a_flow_whose_socket_is_dropped_is_reset_for_the_peer(engine: Engine, server: socket.socket) -> None:
+    flow, peer = add_flow(engine, server)
+    with peer:
+        engine.drop_flow_socket(flow)
+        assert is_reset(peer)
+
+
+def test_closing_all_flows_refuses_those_that_wait_to_be_accepted(engine: Engine, server: socket.socket) -> None:
+    """They asked for a guest that is gone, and are not for the next one."""
+    engine.listen(os.dup(server.fileno()), 80)
+    waiting = [socket.create_connection(server.getsockname(), 5.0) for _ in range(3)]
+    engine.close_flows()
+    for sock in waiting:
+        with sock:
+            assert is_reset(sock)
+
+
+# ---- few descriptors
+
+
+def test_flows_are_limited(engine: Engine) -> None:
+    engine.limit_flows(2)
+    for own in (1000, 1001):
+        engine.import_flow(flow_to(80, own))
+    with pytest.raises(ValueError, match="full"):
+        engine.import_flow(flow_to(80, 1002))
+    engine.forget_flow(0)
+    engine.import_flow(flow_to(80, 1003))
+
+
+def test_without_a_descriptor_connections_from_outside_are_refused(engine: Engine, server: socket.socket) -> None:
+    """At once, rather than left to wait, and without the processor's time for it."""
+    engine.listen(os.dup(server.fileno()), 80)
+    engine.start()
+    with socket.create_connection(server.getsockname(), 5.0):
+        pass  # the first one has the spare descriptor made
+    clients = [socket.socket() for _ in range(5)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        for sock in clients:
+            stack.enter_context(sock)
+            sock.settimeout(5.0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    stack.callback(os.close, os.dup(0))
+            for sock in clients:
+                sock.connect(server.getsockname())
+            for sock in clients:
+                assert is_reset(sock)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert engine.counters()["drops"]["no_socket"] >= 5
