@@ -14,7 +14,8 @@ import pytest
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.migration import Migration
-from godwit.lab.scenario import Load, Scenario
+from godwit.lab.netns import wait_until
+from godwit.lab.scenario import PORT, Load, Scenario
 from godwit.vhost_user import Direction, VhostUserError
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -147,6 +148,7 @@ def test_target_without_helper(scenario: Scenario, load: Load) -> None:
 def test_source_without_helper(scenario: Scenario) -> None:
     scenario.backends["a"].kill_helper()
     load = scenario.start_load(idle=IDLE, rate=RATE)
+    assert len(connected(scenario)) == IDLE + 2
     attempt = begin(scenario)
     attempt.run(lambda: scenario.network.switch("b"))
     attempt.finish()
@@ -154,9 +156,16 @@ def test_source_without_helper(scenario: Scenario) -> None:
 
 
 def assert_reset(scenario: Scenario, load: Load) -> None:
-    """No connection hangs: within a few seconds the guest knows of all that they are gone."""
+    """No connection hangs: within a few seconds the guest and the server know of all that they are gone."""
     wrong = load.check_idle(5.0)
     assert wrong == f"0 of {IDLE} alive, {IDLE} broken, 0 silent", f"{wrong}\n{scenario.messages()}"
+    wait_until(lambda: not connected(scenario), "the server to let go of the connections", 10.0)
+
+
+def connected(scenario: Scenario) -> list[str]:
+    """The server's connections that are not at their end, as ss says them."""
+    said = scenario.network.server.run("ss", "-Htn", "state", "connected", "exclude", "time-wait").stdout
+    return [line for line in said.splitlines() if f"{scenario.server_address}:{PORT}" in line]
 
 
 def test_helper_of_the_source_killed_in_pre_switchover(scenario: Scenario, load: Load) -> None:

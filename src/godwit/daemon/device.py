@@ -5,7 +5,9 @@ The methods are the front-end's requests, in its order. Which of them means
 what for a migration is not said by any request of its own, so it is read off
 here: a ring that is started after a save takes the guest back (roll-back); the
 first sign of life after a load, a RARP or a ring that is started, is the
-commit; an end of the session before that discards what was loaded.
+commit; an end of the session before that discards what was loaded. A RARP after
+a save is no sign of life: a front-end may be told to announce its guest at any
+time, also one whose guest has moved away.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 from collections.abc import Callable, Iterator
 
 from godwit.daemon.mover import Mover
@@ -25,6 +28,7 @@ from godwit.net import state
 from godwit.net.config import NetConfig, packed16
 from godwit.net.forward import open_listeners
 from godwit.net.ndp import ADVERTISE_INTERVAL
+from godwit.net.records import MAX_FLOWS
 from godwit.net.responder import Responder
 from godwit.net.state import FlowMover
 from godwit.repair import RepairListener
@@ -35,6 +39,10 @@ log = logging.getLogger(__name__)
 # Sockets of connections that moved away stay open this long after the
 # front-end has gone: a packet that still comes here is not answered then.
 LINGER_SECONDS = 10.0
+
+# Descriptors that no flow may take: a front-end's (rings, memory, log, state), a
+# helper's, and some for the moment.
+_DESCRIPTORS_KEPT = 128
 
 _FEATURES_PASST = (
     Feature.VIRTIO_F_VERSION_1
@@ -90,6 +98,7 @@ class NetDevice(BaseDevice):
         self._background: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._advertising: asyncio.TimerHandle | None = None
+        self._descriptors = MAX_FLOWS  # that flows may have, those that linger included
         self._lingering: list[int] = []
         self._lingers: asyncio.TimerHandle | None = None
 
@@ -116,6 +125,10 @@ class NetDevice(BaseDevice):
                 self._options.tcp_ports, ipv4=config.addr4 is not None, ipv6=config.addr6 is not None
             ):
                 self._engine.listen(listener.fd, listener.to_port)
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if most != resource.RLIM_INFINITY:
+            self._descriptors = most - len(os.listdir("/proc/self/fd")) - _DESCRIPTORS_KEPT
+        self._limit_flows()
         self._engine.start()
         self._loop.add_reader(self._engine.rare_fileno(), self._answer_rare)
         if self._repair is not None:
@@ -132,6 +145,10 @@ class NetDevice(BaseDevice):
             task.cancel()
         self._engine.close()
         self._end_linger()
+
+    def _limit_flows(self) -> None:
+        """A guest that opens flows without end shall be refused, before nothing else can be opened any more."""
+        self._engine.limit_flows(max(1, self._descriptors - len(self._lingering)))
 
     @property
     def lingering(self) -> float:
@@ -250,8 +267,9 @@ class NetDevice(BaseDevice):
             self._engine.ring_enable(index, False)
 
     async def send_rarp(self, mac: bytes) -> None:
-        """SEND_RARP: the guest runs, here. There is no network below us that would have to learn its address."""
-        await self._guest_runs()
+        """SEND_RARP: after a load, the guest runs. No network below us would have to learn its address."""
+        if self._transfer is not None and self._transfer.state is State.LOADED:
+            await self._guest_runs()
 
     # ---- migration
 
@@ -260,6 +278,7 @@ class NetDevice(BaseDevice):
         await self._end_transfer()
         transfer: Migration[FlowMover] = Migration(state.versions(), self._mover)
         self._transfer = transfer
+        self._running = None
         try:
             if direction is Direction.SAVE:
                 transfer.request(fd, Transfer.SOURCE, self._options.migrate_version)
@@ -280,20 +299,29 @@ class NetDevice(BaseDevice):
         await asyncio.shield(self._running)
         return bool(transfer.outcome)
 
+    async def _settle(self, why: str) -> None:
+        """Have what runs of the transfer come to its end: a save or load is cancelled, for the rest is waited."""
+        if self._transfer is not None and self._running is not None and not self._running.done():
+            self._transfer.cancel(why)
+            await asyncio.wait([self._running])
+
+    async def _finish(self, work: Callable[[], object]) -> None:
+        """End a transfer, in a thread; it goes on there if the session is ended meanwhile (see ``_settle``)."""
+        self._running = asyncio.ensure_future(asyncio.to_thread(work))
+        await asyncio.shield(self._running)
+
     async def _guest_runs(self) -> None:
         """The front-end starts the guest: what a save froze is thawed, what a load brought is let go."""
         transfer = self._transfer
         if transfer is None:
             self._mover.thaw_listeners()
             return
-        if self._running is not None and not self._running.done():
-            transfer.cancel("the guest runs again")
-            await asyncio.wait([self._running])
+        await self._settle("the guest runs again")
         if transfer.state in (State.SAVED, State.LINGERING):
             log.info("the guest goes on here: roll-back")
-            await asyncio.to_thread(transfer.rollback)
+            await self._finish(transfer.rollback)
         elif transfer.state is State.LOADED:
-            await asyncio.to_thread(transfer.commit)
+            await self._finish(transfer.commit)
         self._close_transfer()
 
     async def _end_transfer(self) -> None:
@@ -301,13 +329,11 @@ class NetDevice(BaseDevice):
         transfer = self._transfer
         if transfer is None:
             return
-        if self._running is not None and not self._running.done():
-            transfer.cancel("the front-end has turned to something else")
-            await asyncio.wait([self._running])
+        await self._settle("the front-end has turned to something else")
         if transfer.state in (State.SAVED, State.LINGERING):
-            await asyncio.to_thread(transfer.rollback)
+            await self._finish(transfer.rollback)
         elif transfer.state is State.LOADED:
-            await asyncio.to_thread(transfer.discard)
+            await self._finish(transfer.discard)
         self._close_transfer()
 
     def _close_transfer(self) -> None:
@@ -319,14 +345,13 @@ class NetDevice(BaseDevice):
 
     async def disconnected(self) -> None:
         """The front-end is gone, and the guest with it: for good, or to where it was moved."""
+        await self._settle("the front-end has hung up")
         transfer = self._transfer
-        if transfer is not None and self._running is not None and not self._running.done():
-            transfer.cancel("the front-end has hung up")
-            await asyncio.wait([self._running])
         if transfer is not None and transfer.state in (State.SAVED, State.LINGERING):
             self._linger(await asyncio.to_thread(self._mover.leave))
             self._close_transfer()
         await self._end_transfer()
+        await asyncio.to_thread(self._mover.forget)  # which waits for a rescue that is under way
         if self._advertising is not None:
             self._advertising.cancel()
             self._advertising = None
@@ -338,6 +363,7 @@ class NetDevice(BaseDevice):
         assert self._loop is not None  # since start()
         self._end_linger()
         self._lingering = fds
+        self._limit_flows()
         if fds:
             log.info("%d connections have moved away; their sockets stay for %g s", len(fds), LINGER_SECONDS)
             self._lingers = self._loop.call_later(LINGER_SECONDS, self._end_linger)
@@ -346,6 +372,8 @@ class NetDevice(BaseDevice):
         if self._lingers is not None:
             self._lingers.cancel()
             self._lingers = None
-        for fd in self._lingering:
-            os.close(fd)
-        self._lingering.clear()
+        if self._lingering:
+            for fd in self._lingering:
+                os.close(fd)
+            self._lingering.clear()
+            self._limit_flows()

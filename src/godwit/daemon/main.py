@@ -31,6 +31,8 @@ from godwit.vhost_user.aio import serve
 
 logger = logging.getLogger(__name__)
 
+_ACCEPT_AGAIN = 1.0  # seconds
+
 
 def run(options: Options) -> int:
     """Run the daemon to its end; returns the exit status.
@@ -165,7 +167,13 @@ async def _sessions(
     assert listener is not None  # one of the two is there
     loop = asyncio.get_running_loop()
     while True:
-        accepted, _ = await loop.sock_accept(listener)
+        try:
+            accepted, _ = await loop.sock_accept(listener)
+        except OSError as error:
+            # Mostly for want of descriptors, which come back: the front-end waits in the backlog.
+            logger.warning("a front-end cannot be accepted yet: %s", error.strerror)
+            await asyncio.sleep(_ACCEPT_AGAIN)
+            continue
         with accepted:
             if not await _says_something(accepted):
                 continue

@@ -14,14 +14,15 @@ better off where it is.
 
 from __future__ import annotations
 
+import functools
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from godwit.dataplane import Engine, FlowState, Observed, SocketState, sockstate
-from godwit.repair import Repair, RepairError, RepairListener
+from godwit.daemon.rescue import Rescue
+from godwit.dataplane import Engine, FlowState, Observed, Side, SocketState, sockstate
+from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
 # TCP states as TCP_INFO gives them (the kernel's tcp_states.h).
 TCP_ESTABLISHED = 1
@@ -35,13 +36,13 @@ EV_FIN_TO_SOCK = 0x10  # of FlowState.events
 
 log = logging.getLogger(__name__)
 
-# How long a source that is to go on waits for another helper, when the one
-# that set the repair mode is gone: nobody else can end that mode.
-HELPER_WAIT = 60.0
-
 # How long after a move the kernel retransmits without ever longer waits: the
 # network may be switched late. Below the 13 s in which it would give up.
 HURRY_SECONDS = 8.0
+
+# When the peers of lost connections are told, in seconds after the commit: the
+# network may be switched late, and until then they cannot hear it from here.
+KNOCKS = (0.0, 1.0, 3.0, 8.0)
 
 
 @dataclass
@@ -54,6 +55,11 @@ class _Arrival:
     lost: str = ""
     socket: SocketState | None = None
     sndq: bytes = b""
+
+    @property
+    def host(self) -> Side:
+        """The side of the remote peer."""
+        return self.state.sides[0] if self.state.pif[0] == 1 else self.state.sides[1]
 
 
 class Mover:
@@ -75,16 +81,24 @@ class Mover:
         self._repair = repair
         self._scope = scope
         self._schedule = schedule
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._rescue = Rescue(
+            engine,
+            repair,
+            self._lock,
+            leave_repair=self._leave_repair,
+            resume=self._resume,
+            schedule=schedule,
+        )
         # Source: a helper was there when the migration began, so its absence later is a failure.
         self.helper_expected = False
         self._parked = False
         self._frozen: list[int] = []  # source: flows whose socket is frozen
         self._in_repair: set[int] = set()  # of those, the ones in repair mode
-        self._not_saved: set[int] = set()  # and of those, the ones whose socket could not be read
+        self._not_saved: set[int] = set()  # and of those, the ones that are not in the stream, or as lost
+        self._doubtful: list[int] = []  # source, freeze failed: the helper may set their repair mode yet
         self._frozen_listeners: list[int] = []
         self._arrivals: dict[int, _Arrival] = {}  # target: by flow
-        self._stuck: set[int] = set()  # source, resumed: flows that wait for a helper to leave repair mode
 
     # ---- both sides
 
@@ -118,11 +132,15 @@ class Mover:
 
         :raises RepairError: there was a helper, and it is gone or failed.
         """
-        self._park()
+        with self._lock:
+            self._park()
+            self._freeze()
+
+    def _freeze(self) -> None:
         for fd in self._engine.listeners():
             sockstate.freeze_listener(fd)
             self._frozen_listeners.append(fd)
-        flows = [flow for flow in self._engine.tcp_flows() if flow not in self._stuck]
+        flows = [flow for flow in self._engine.tcp_flows() if not self._rescue.holds(flow)]
         for flow in flows:
             fd, v6 = self._engine.flow_socket(flow)
             try:
@@ -145,8 +163,7 @@ class Mover:
         try:
             self._set_mode(fds, Repair.ON)
         except RepairError as error:
-            # Of the batch that failed, some may be in repair mode: it is ended for all, which harms none.
-            self._in_repair.update(self._frozen[: error.done + error.uncertain])
+            self._doubtful = self._frozen[error.done : error.done + error.uncertain]
             raise
         self._in_repair.update(self._frozen)
 
@@ -166,10 +183,14 @@ class Mover:
         try:
             state, sndq, rcvq = sockstate.dump(fd)
         except OSError as error:
-            log.error("flow %d cannot move: %s", flow, error)
-            self._not_saved.add(flow)
+            self.give_up(flow, str(error))
             return None
         return self._whole(flow, state, sndq, rcvq)
+
+    def give_up(self, flow: int, why: str) -> None:
+        """The flow is not in the stream, or as lost: it is reset when the guest has moved."""
+        log.error("flow %d cannot move: %s", flow, why)
+        self._not_saved.add(flow)
 
     def _whole(self, flow: int, state: SocketState, sndq: bytes, rcvq: bytes) -> tuple[SocketState, bytes, bytes]:
         """What the kernel has, and what an earlier migration left with the flow."""
@@ -195,40 +216,43 @@ class Mover:
 
     def thaw(self) -> None:
         """Go on here as if nothing had been asked, also after a freeze that got half-way."""
-        for fd in self._frozen_listeners:
-            sockstate.thaw_listener(fd)
-        self._frozen_listeners.clear()
-        repaired = [flow for flow in self._frozen if flow in self._in_repair]
-        stuck = repaired[self._leave_repair(repaired) :]
-        for flow in stuck:
-            self._engine.hold_flow(flow)
-        self._stuck.update(stuck)
-        self._resume(flow for flow in self._frozen if flow not in self._stuck)
-        self._clear()
-        self._unpark()
+        with self._lock:
+            try:
+                self._go_on()
+            finally:
+                self._clear()
+                self._unpark()
         self._schedule(HURRY_SECONDS, self._engine.calm)
-        if stuck:
-            log.error("%d connections stand still until a repair helper connects again", len(stuck))
-            self._schedule(0, self._free_stuck)
+
+    def _go_on(self) -> None:
+        self.thaw_listeners()
+        # The socket itself says whether it is in repair mode: a helper that failed may have come to any point.
+        self._leave_repair([flow for flow in self._frozen if self._is_in_repair(flow)])
+        stuck = [flow for flow in self._frozen if self._is_in_repair(flow)]
+        self._rescue.hold(stuck)
+        self._resume(flow for flow in self._frozen if not self._rescue.holds(flow))
+        self._rescue.watch([flow for flow in self._doubtful if not self._rescue.holds(flow)])
+
+    def _is_in_repair(self, flow: int) -> bool:
+        return in_repair(self._engine.flow_socket(flow)[0])
 
     def _clear(self) -> None:
         self._frozen.clear()
         self._in_repair.clear()
         self._not_saved.clear()
+        self._doubtful = []
 
-    def _leave_repair(self, flows: Sequence[int]) -> int:
-        """Thaw these and end their repair mode; how many, from the start, were done."""
+    def _leave_repair(self, flows: Sequence[int]) -> None:
+        """Thaw these and end their repair mode, as far as a helper is there."""
         for flow in flows:
             self._thaw_socket(flow)
         if not flows:
-            return 0
+            return
         try:
             # Repair.OFF, not OFF_NO_WP: the window probe makes the peer tell us where it is.
             self._set_mode([self._engine.flow_socket(flow)[0] for flow in flows], Repair.OFF)
         except RepairError as error:
             log.error("ending repair mode: %s", error)
-            return error.done
-        return len(flows)
 
     def _thaw_socket(self, flow: int) -> None:
         fd, v6 = self._engine.flow_socket(flow)
@@ -242,40 +266,29 @@ class Mover:
             self._thaw_socket(flow)
             self._engine.resume_flow(flow, watch=False)
 
-    def _free_stuck(self) -> None:
-        """In a thread of its own: wait for a helper and end the repair mode of what is left in it."""
-        helped = self._repair is not None and self._repair.wait(HELPER_WAIT) is not None
-        with self._lock, self._engine.parked():
-            flows = sorted(self._stuck)
-            done = self._leave_repair(flows) if helped else 0
-            self._resume(flows[:done])
-            for flow in flows[done:]:
-                self._engine.reset_flow(flow)
-            self._stuck.clear()
-        if done < len(flows):
-            log.error("%d connections were reset: no repair helper took them out of repair mode", len(flows) - done)
-        else:
-            log.info("%d connections go on", done)
-
     def linger(self) -> None:
         """Nothing to do: the thread stays parked and the sockets frozen."""
 
     def leave(self) -> list[int]:
         """The front-end is gone after a save that stood: give up the flows, silently.
 
-        Returns duplicates of the moved flows' sockets, frozen and in repair
-        mode. While they are open the kernel does not answer late packets with
-        a reset. The caller closes them when the network has surely switched.
+        Returns the moved flows' sockets, frozen and in repair mode. While they
+        are open the kernel does not answer late packets with a reset. The
+        caller closes them when the network has surely switched.
         """
-        # What could not be saved the caller resets, for the peer's sake: in repair mode that would say nothing.
-        self._leave_repair(sorted(self._not_saved))
-        moved = [flow for flow in self._frozen if flow in self._in_repair and flow not in self._not_saved]
-        kept = [os.dup(self._engine.flow_socket(flow)[0]) for flow in moved]
-        for flow in moved:
-            self._engine.forget_flow(flow)
-        self._clear()
-        self._unpark()
-        return kept
+        with self._lock:
+            try:
+                # What could not be saved the caller resets, for the peer's sake: in repair mode that would say nothing.
+                self._leave_repair([flow for flow in sorted(self._not_saved) if flow in self._in_repair])
+                moved = [flow for flow in self._frozen if flow in self._in_repair and flow not in self._not_saved]
+                return [self._engine.release_flow(flow) for flow in moved]
+            finally:
+                self._clear()
+                self._unpark()
+
+    def forget(self) -> None:
+        """The guest is gone, and its flows are about to be closed."""
+        self._rescue.forget()
 
     def thaw_listeners(self) -> None:
         """A new guest is here: connections from outside are welcome again."""
@@ -323,8 +336,7 @@ class Mover:
         arrival = self._arrivals.get(flow)
         if arrival is None or not arrival.in_repair or arrival.lost:
             return
-        state = arrival.state
-        host = state.sides[0] if state.pif[0] == 1 else state.sides[1]
+        host = arrival.host
         try:
             left_out = sockstate.restore(
                 arrival.fd,
@@ -362,6 +374,14 @@ class Mover:
 
     def commit(self) -> None:
         """The guest runs here: end repair mode, write the rest, thaw, and go."""
+        try:
+            self._let_go()
+        finally:
+            self._arrivals.clear()
+            self._unpark()
+        self._schedule(HURRY_SECONDS, self._engine.calm)
+
+    def _let_go(self) -> None:
         for flow, arrival in self._arrivals.items():
             if not arrival.lost and arrival.socket is None:
                 self._lose(flow, "it was not restored")
@@ -387,9 +407,15 @@ class Mover:
         for flow in lost:
             self._engine.reset_flow(flow)
         log.info("%d connections go on here, %d were lost", len(self._arrivals) - len(lost), len(lost))
-        self._arrivals.clear()
-        self._unpark()
-        self._schedule(HURRY_SECONDS, self._engine.calm)
+        if lost:
+            peers = [self._arrivals[flow].host for flow in lost]
+            for delay in KNOCKS:
+                self._schedule(delay, functools.partial(self._knock, peers))
+
+    def _knock(self, peers: Sequence[Side]) -> None:
+        """Have the peers of lost connections find out that they are connected to nobody."""
+        for peer in peers:
+            sockstate.knock(peer.our_addr, peer.our_port, peer.end_addr, peer.end_port, self._scope)
 
     def _complete(self, flow: int) -> None:
         arrival = self._arrivals[flow]
@@ -414,7 +440,9 @@ class Mover:
 
     def discard(self) -> None:
         """Close all that was loaded; in repair mode a close says nothing."""
-        for flow in self._arrivals:
-            self._engine.forget_flow(flow)
-        self._arrivals.clear()
-        self._unpark()
+        try:
+            for flow in self._arrivals:
+                self._engine.forget_flow(flow)
+        finally:
+            self._arrivals.clear()
+            self._unpark()

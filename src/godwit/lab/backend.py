@@ -38,7 +38,8 @@ class Backend:
 
     ``kind`` says which program, ``helper`` which one's helper, or None for no
     helper; by default the program's own. ``arguments`` go to the program as they
-    are; what both take: ``--tcp-ports``, ``--mtu``, and much more.
+    are; what both take: ``--tcp-ports``, ``--mtu``, and much more. ``descriptors``
+    limits how many the back-end may have open.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Backend:
         *,
         helper: str | None = "own",
         arguments: Sequence[str] = (),
+        descriptors: int | None = None,
     ) -> None:
         self.space = space
         self.kind = kind
@@ -64,6 +66,8 @@ class Backend:
             words = peer.fetch().command(*common)
         else:
             raise LabError(f"no such back-end: {kind}")
+        if descriptors is not None:
+            words = ["prlimit", f"--nofile={descriptors}:{descriptors}", *words]
         with open(self.log, "wb") as log:
             self._process = space.popen(words, stdout=log, stderr=log)
         try:
@@ -109,6 +113,16 @@ class Backend:
             self._helper.wait()
             self._helper = None
 
+    def stop_helper(self) -> None:
+        """Freeze the helper (SIGSTOP): what it is asked waits."""
+        assert self._helper is not None
+        self._helper.send_signal(signal.SIGSTOP)
+
+    def resume_helper(self) -> None:
+        """Let a stopped helper go on."""
+        assert self._helper is not None
+        self._helper.send_signal(signal.SIGCONT)
+
     @property
     def pid(self) -> int:
         """The back-end's process."""
@@ -123,6 +137,14 @@ class Backend:
         """Kill the back-end, as a crash would end it."""
         self._process.kill()
         self._process.wait()
+
+    def terminate(self) -> None:
+        """Ask the back-end to end (SIGTERM)."""
+        self._process.terminate()
+
+    def wait(self, timeout: float) -> int:
+        """Wait for the back-end's end; return its exit status."""
+        return self._process.wait(timeout)
 
     def stop(self) -> None:
         """Freeze the process (SIGSTOP): it answers nothing, and its sockets stay."""

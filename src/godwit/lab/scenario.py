@@ -192,7 +192,8 @@ class Scenario:
     ``backends``: the program on host ``a`` and the one on ``b`` (``godwit`` or
     ``passt``); ``helpers``: whose repair helper each of them has (``own``, the
     other program's name, or None). ``godwit_arguments``: more options for
-    ``godwit serve``. ``make_guest`` makes another guest than an
+    ``godwit serve``. ``descriptors``: how many each back-end may have open.
+    ``make_guest`` makes another guest than an
     embedded one, from the socket of its back-end. ``step`` is told what is done.
     """
 
@@ -202,6 +203,7 @@ class Scenario:
         backends: tuple[str, str] = ("godwit", "godwit"),
         helpers: tuple[str | None, str | None] = ("own", "own"),
         godwit_arguments: Sequence[str] = (),
+        descriptors: int | None = None,
         make_guest: Callable[[str], Guest] | None = None,
         mtu: int = 1500,
         ipv6: bool = False,
@@ -216,6 +218,7 @@ class Scenario:
         if not _nobody_exists():
             godwit_arguments = ["--runas", "0", *godwit_arguments]
         self._arguments = {"godwit": tuple(godwit_arguments), "passt": ()}
+        self._descriptors = descriptors
         self._mtu = mtu
         self._cleanup = contextlib.ExitStack()
         self.backends: dict[str, Backend] = {}
@@ -257,6 +260,7 @@ class Scenario:
             self._kinds[name],
             helper=self._helpers[name],
             arguments=self._arguments[self._kinds[name]],
+            descriptors=self._descriptors,
         )
         # A godwit that has let connections go lingers for their sake: not for nobody's.
         self._cleanup.callback(backend.close, 0.5)

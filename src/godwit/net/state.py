@@ -60,13 +60,16 @@ class FlowMover(Protocol):
         """Source: undo ``freeze``, also a half-way one, at any time until the front-end is gone."""
 
     def flows(self) -> Sequence[int]:
-        """Source, frozen: the TCP flows that are established on the guest's side. None without a helper."""
+        """Source, frozen: the TCP flows that are established on the guest's side, also those that cannot be dumped."""
 
     def flow_state(self, flow: int) -> FlowState:
         """Source, frozen: the flow."""
 
     def dump(self, flow: int) -> tuple[SocketState, bytes, bytes] | None:
         """Source, frozen: the socket, its send queue and its receive queue. None: it cannot move."""
+
+    def give_up(self, flow: int, why: str) -> None:
+        """Source, frozen: this flow is not in the stream, or as lost: to be reset when the guest has moved."""
 
     def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
         """Target: make flows and frozen sockets in repair mode, silently; an id for each.
@@ -119,10 +122,10 @@ def _save_flows(mover: FlowMover, writer: Writer) -> None:
             FLOW.check(flat)
             records.append(FLOW.pack(flat))
         except UnsoundError as error:
-            log.error("flow %d cannot move: %s %s", flow, FLOW.leaves[error.leaf].name, error.why)
+            mover.give_up(flow, f"{FLOW.leaves[error.leaf].name} {error.why}")
             continue
         except struct.error as error:
-            log.error("flow %d cannot move: %s", flow, error)
+            mover.give_up(flow, str(error))
             continue
         moving.append(flow)
     writer.push_u32(len(moving))
@@ -145,10 +148,10 @@ def _save_socket(mover: FlowMover, flow: int, writer: Writer) -> None:
             raise UnsoundError(2, f"with {len(sndq)} + {len(rcvq)} bytes in the queues")
         record = SOCKET.pack(state)
     except UnsoundError as error:
-        log.error("flow %d is lost: %s %s %s", flow, SOCKET.leaves[error.leaf].name, state[error.leaf], error.why)
+        mover.give_up(flow, f"{SOCKET.leaves[error.leaf].name} {state[error.leaf]} {error.why}")
         record, sndq, rcvq = LOST, b"", b""
     except struct.error as error:
-        log.error("flow %d is lost: %s", flow, error)
+        mover.give_up(flow, str(error))
         record, sndq, rcvq = LOST, b"", b""
     writer.push_bytes(record)
     if sndq:
@@ -229,7 +232,8 @@ TRANSFER_STAGE: Final[Stage[FlowMover]] = Stage(
     discard=lambda mover: mover.discard(),
     commit=lambda mover: mover.commit(),
     doc="A count (u32, big-endian); that many flow records; then, in the same order, that many socket records, "
-    "each with its queues behind it. A source with no repair helper writes a count of 0.",
+    "each with its queues behind it. A source with no repair helper writes sockets that are lost, so that the target "
+    "resets the guest's side; passt writes a count of 0.",
 )
 
 _VERSIONS: Final[tuple[Version[FlowMover], ...]] = (

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Flows that stand still for want of a helper: who may end that, and whose they are."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import pytest
+
+from godwit.daemon import rescue
+from godwit.daemon.rescue import Rescue
+from godwit.dataplane import Engine, FlowState, Side
+
+V4 = bytes(10) + b"\xff\xff"
+LOOPBACK = V4 + bytes((127, 0, 0, 1))
+TCP_REPAIR = 19
+
+
+class Repair:
+    """Stands in for the listener: says when a helper is there."""
+
+    def __init__(self) -> None:
+        self.there = threading.Event()
+        self.asked = threading.Event()
+
+    def wait(self, timeout: float) -> object:
+        self.asked.set()
+        return self if self.there.wait(timeout) else None
+
+
+class Rig:
+    """An engine with flows, and a rescue whose threads are the test's."""
+
+    def __init__(self) -> None:
+        self.engine = Engine(16)
+        self.repair = Repair()
+        self.threads: list[threading.Thread] = []
+        self.resumed: list[int] = []
+        self.peers: list[socket.socket] = []
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.obeys = True
+        self.rescue = Rescue(
+            self.engine,
+            self.repair,
+            threading.RLock(),
+            leave_repair=self.leave_repair,
+            resume=self.resume,
+            schedule=self.schedule,
+        )
+
+    def schedule(self, delay: float, work: Callable[[], None]) -> None:
+        self.threads.append(threading.Timer(delay, work))
+        self.threads[-1].start()
+
+    def leave_repair(self, flows: Sequence[int]) -> None:
+        if self.obeys:
+            self.set_repair(flows, 0)
+        else:
+            self.repair.there.clear()
+
+    def resume(self, flows: Iterable[int]) -> None:
+        self.resumed += flows
+
+    def set_repair(self, flows: Iterable[int], mode: int) -> None:
+        for flow in flows:
+            sock = socket.socket(fileno=self.engine.flow_socket(flow)[0])
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, mode)
+            sock.detach()
+
+    def add(self) -> int:
+        ours = socket.create_connection(self.server.getsockname())
+        peer, _ = self.server.accept()
+        peer.settimeout(5.0)
+        self.peers.append(peer)
+        port, own = self.server.getsockname()[1], ours.getsockname()[1]
+        sides = (Side(LOOPBACK, V4 + bytes((192, 0, 2, 10)), port, own), Side(LOOPBACK, LOOPBACK, own, port))
+        flow = self.engine.import_flow(
+            FlowState((2, 1), sides, 0, 7, 8, 0x04, 1460, 0, 0, 0, 1000, 1000, 1, 1, 1, 1, 1)
+        )
+        self.engine.set_flow_socket(flow, ours.detach())
+        return flow
+
+    def join(self) -> None:
+        while self.threads:
+            self.threads.pop().join(10.0)
+
+    def close(self) -> None:
+        self.repair.there.set()
+        self.join()
+        self.engine.close()
+        for sock in (*self.peers, self.server):
+            sock.close()
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(rescue, "PATIENCE", 0.5)
+    monkeypatch.setattr(rescue, "_LOOK_EVERY", 0.05)
+    made = Rig()
+    yield made
+    made.close()
+
+
+def alive(rig: Rig, flow: int) -> bool:
+    """Whether it has its socket still: without a ring the guest cannot be told of a reset."""
+    return rig.engine.flow_socket(flow)[0] >= 0
+
+
+def test_a_helper_that_comes_frees_what_is_held(rig: Rig) -> None:
+    flows = [rig.add(), rig.add()]
+    rig.set_repair(flows, 1)
+    rig.rescue.hold(flows)
+    assert rig.rescue.holds(flows[0])
+    rig.repair.there.set()
+    rig.join()
+    assert rig.resumed == flows
+    assert not rig.rescue.holds(flows[0])
+
+
+def test_without_a_helper_they_are_reset(rig: Rig) -> None:
+    flow, other = rig.add(), rig.add()
+    rig.set_repair([flow], 1)
+    rig.rescue.hold([flow])
+    rig.join()
+    assert rig.resumed == []
+    assert not alive(rig, flow)
+    assert alive(rig, other)
+
+
+def test_a_helper_that_fails_leaves_them_to_the_next(rig: Rig) -> None:
+    flow = rig.add()
+    rig.set_repair([flow], 1)
+    rig.obeys = False
+    rig.repair.there.set()
+    rig.rescue.hold([flow])
+    while rig.repair.there.is_set():
+        time.sleep(0.001)
+    rig.obeys = True
+    rig.repair.there.set()
+    rig.join()
+    assert rig.resumed == [flow]
+
+
+def test_flows_of_the_next_guest_are_left_alone(rig: Rig) -> None:
+    """The one in the place of a held flow is another, whatever the time of waiting brings."""
+    flow = rig.add()
+    rig.set_repair([flow], 1)
+    rig.rescue.hold([flow])
+    rig.rescue.watch([flow])
+    assert rig.repair.asked.wait(5.0)
+    rig.rescue.forget()
+    rig.engine.close_flows()
+    assert rig.add() == flow
+    rig.set_repair([flow], 1)  # as a migration of the next guest would
+    rig.join()
+    assert alive(rig, flow)
+    assert rig.resumed == []
+    assert not rig.rescue.holds(flow)
+
+
+def test_a_place_that_was_taken_anew_is_left_alone_without_being_forgotten(rig: Rig) -> None:
+    flow = rig.add()
+    rig.rescue.watch([flow])
+    rig.engine.close_flows()
+    assert rig.add() == flow
+    rig.set_repair([flow], 1)
+    rig.join()
+    assert not rig.rescue.holds(flow)
+
+
+def test_a_doubtful_flow_that_was_reset_needs_no_rescue(rig: Rig) -> None:
+    flow = rig.add()
+    rig.rescue.watch([flow])
+    with rig.engine.parked():
+        rig.engine.reset_flow(flow)
+    rig.join()
+    assert not rig.rescue.holds(flow)
+
+
+def test_repair_mode_that_comes_late_is_noticed(rig: Rig) -> None:
+    flow = rig.add()
+    rig.rescue.watch([flow])
+    time.sleep(0.12)
+    assert not rig.rescue.holds(flow)
+    rig.set_repair([flow], 1)
+    rig.repair.there.set()
+    rig.join()
+    assert rig.resumed == [flow]

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What may happen to a source that has saved, or that is about to go on, besides what was meant to."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from godwit.lab.errors import LabError
+from godwit.lab.guest import EmbeddedGuest
+from godwit.lab.migration import Migration
+from godwit.lab.netns import wait_until
+from godwit.lab.scenario import PORT, Load, Scenario
+
+IDLE = 5
+RATE = 30_000_000  # bytes per second of each stream
+
+
+@pytest.fixture
+def scenario() -> Iterator[Scenario]:
+    with Scenario() as made:
+        yield made
+
+
+@pytest.fixture
+def load(scenario: Scenario) -> Load:
+    return scenario.start_load(idle=IDLE, rate=RATE)
+
+
+def saved(scenario: Scenario) -> Migration:
+    """A migration up to where the target has loaded."""
+    attempt = suspended(scenario)
+    attempt.transfer()
+    return attempt
+
+
+def suspended(scenario: Scenario) -> Migration:
+    assert isinstance(scenario.guest, EmbeddedGuest)
+    attempt = scenario.guest.migration(scenario.backends["b"].socket)
+    for step in ("connect_target", "log_on", "suspend"):
+        getattr(attempt, step)()
+    return attempt
+
+
+def works_on(scenario: Scenario, load: Load) -> None:
+    load.wait_alive()
+    assert load.check_idle() == ""
+    for outcome in load.finish():
+        assert outcome.ok, f"{outcome}\n{scenario.messages()}"
+
+
+def test_an_announcement_at_the_source_changes_nothing(scenario: Scenario, load: Load) -> None:
+    """A front-end may be told to announce its guest when that has long moved away."""
+    attempt = saved(scenario)
+    assert isinstance(scenario.guest, EmbeddedGuest)
+    mac = bytes.fromhex(scenario.guest.mac.replace(":", ""))
+    attempt.source.announce(mac)
+    attempt.switch_over()
+    attempt.source.announce(mac)
+    scenario.network.switch("b")
+    load.wait_alive()
+    attempt.source.announce(mac)
+    attempt.finish()
+    assert "roll-back" not in scenario.backends["a"].messages()
+    works_on(scenario, load)
+
+
+def test_a_helper_that_hangs_costs_nothing(scenario: Scenario, load: Load) -> None:
+    """The save fails, and nothing stands still; what the helper does when it wakes up, another one undoes."""
+    source = scenario.backends["a"]
+    attempt = suspended(scenario)
+    source.stop_helper()
+    with pytest.raises(LabError):
+        attempt.transfer()
+    attempt.cancel()
+    load.wait_alive()
+    assert load.check_idle() == ""
+    assert "stand still" not in source.messages()
+    source.resume_helper()  # finds the request that it was sent, and the connection closed
+    wait_until(lambda: "stand still" in source.messages(), "the late repair mode to be noticed", 20.0)
+    source.start_helper()
+    load.wait_alive()
+    scenario.move()
+    works_on(scenario, load)
+
+
+def test_stopped_while_it_takes_the_guest_back(scenario: Scenario, load: Load) -> None:
+    """SIGTERM waits for the roll-back, and the daemon ends in good order."""
+    source = scenario.backends["a"]
+    attempt = saved(scenario)
+    source.stop_helper()  # the roll-back waits for it
+    attempt.source.enable()
+    attempt.source.start(attempt.record.bases)
+    wait_until(lambda: "roll-back" in source.messages(), "the roll-back to begin")
+    source.terminate()
+    time.sleep(0.5)
+    source.resume_helper()
+    assert source.wait(15.0) == 0, source.messages()
+    assert attempt.target is not None
+    attempt.target.close()
+    assert "Traceback" not in source.messages()
+
+
+@pytest.mark.parametrize("ipv6", [False, True])
+def test_connections_from_outside_move(ipv6: bool) -> None:
+    """Forwarded ports: the listening sockets freeze too, and each side lets go of them when it is its turn."""
+    with Scenario(godwit_arguments=["--tcp-ports", str(PORT)], ipv6=ipv6) as scenario:
+        assert isinstance(scenario.guest, EmbeddedGuest)
+        scenario.guest.agent.listen(PORT)
+        there = scenario.network.a.address(ipv6)
+        load = scenario.load = Load(scenario.guest.agent, scenario.server, there, idle=IDLE, rate=RATE)
+        for _ in range(2):
+            scenario.move(switch_delay=0.3)
+            assert load.check_idle() == ""
+            another = scenario.server.echo(there, PORT, 3)
+            assert scenario.server.check(another).alive == 3
+        works_on(scenario, load)
+
+
+def test_out_of_descriptors() -> None:
+    """Flows beyond what there is are refused at once; the rest works, and moves."""
+    with Scenario(descriptors=500) as scenario:
+        assert isinstance(scenario.guest, EmbeddedGuest)
+        load = scenario.start_load(idle=100, rate=RATE)
+        with contextlib.ExitStack() as opened:
+            refused = 0
+            for _ in range(500):
+                try:
+                    with scenario.guest.space.enter():
+                        opened.enter_context(socket.create_connection((scenario.server_address, PORT), 5.0))
+                except ConnectionRefusedError:
+                    refused += 1
+            assert refused > 100
+            assert load.check_idle() == ""
+            scenario.move()
+            assert load.check_idle() == ""
+        another = scenario.guest.agent.echo(scenario.server_address, PORT, 50)
+        assert scenario.guest.agent.check(another).alive == 50
+        works_on(scenario, load)
