@@ -35,7 +35,7 @@ build: venv ## the Cython modules, in place
 demo: build prerequisites-lab ## a guest with open connections migrates there and back
 	$(BIN)/godwit demo
 
-test: build prerequisites-lab ## the test suite without virtual machines
+test: build prerequisites-lab prerequisites-test ## the test suite without virtual machines
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 test-vm: build prerequisites-lab vm-tools ## the tests with QEMU guests and with passt
@@ -55,7 +55,7 @@ debug: venv ## an unoptimised build with debug information, in build/debug/lib
 
 # Python itself is not built with the sanitizers, so their libraries are loaded first. It frees little at
 # its end, which is no leak; and its own allocator would hide overruns inside its arenas.
-asan: venv prerequisites-lab ## the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+asan: venv prerequisites-lab prerequisites-test ## the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	GODWIT_SANITIZE=1 $(call VARIANT,sanitize)
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
@@ -70,7 +70,8 @@ annotate: venv ## Cython's annotated sources, below build/annotate
 	done
 	@echo "See build/annotate/godwit/dataplane/*.html"
 
-check: lint test ## what CI runs
+check: ## what CI runs: lint, asan, test-vm and test
+	.ci/run
 
 clean: ## remove what was built, but not .venv
 	rm -rf build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

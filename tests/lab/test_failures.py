@@ -164,8 +164,8 @@ def assert_reset(scenario: Scenario, load: Load) -> None:
 
 def connected(scenario: Scenario) -> list[str]:
     """The server's connections that are not at their end, as ss says them."""
-    said = scenario.network.server.run("ss", "-Htn", "state", "connected", "exclude", "time-wait").stdout
-    return [line for line in said.splitlines() if f"{scenario.server_address}:{PORT}" in line]
+    said = scenario.network.server.run("ss", "-Htn", "src", f"{scenario.server_address}:{PORT}").stdout
+    return [line for line in said.splitlines() if not line.startswith("TIME-WAIT")]
 
 
 def test_helper_of_the_source_killed_in_pre_switchover(scenario: Scenario, load: Load) -> None:

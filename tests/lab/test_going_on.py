@@ -121,6 +121,12 @@ def test_connections_from_outside_move(ipv6: bool) -> None:
         works_on(scenario, load)
 
 
+def connections_at(scenario: Scenario) -> int:
+    """How many established connections the server has."""
+    said = scenario.network.server.run("ss", "-Htn", "state", "established", "sport", f":{PORT}").stdout
+    return len(said.splitlines())
+
+
 def test_out_of_descriptors() -> None:
     """Flows beyond what there is are refused at once; the rest works, and moves."""
     with Scenario(descriptors=500) as scenario:
@@ -138,6 +144,7 @@ def test_out_of_descriptors() -> None:
             assert load.check_idle() == ""
             scenario.move()
             assert load.check_idle() == ""
+        wait_until(lambda: connections_at(scenario) < 150, "the connections to come to their end")
         another = scenario.guest.agent.echo(scenario.server_address, PORT, 50)
         assert scenario.guest.agent.check(another).alive == 50
         works_on(scenario, load)
