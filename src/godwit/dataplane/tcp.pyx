@@ -340,11 +340,16 @@ cdef void connected(Plane *p, Flow *f) noexcept nogil:
 # ---- opened from outside
 
 cdef const uint8_t *guest_side(Plane *p, const uint8_t *remote) noexcept nogil:
-    """The guest's address for a peer: as it was last seen to use it, else as it was told."""
+    """The guest's address for a peer: as it was last seen to use it, else as it was told.
+
+    The unspecified address where it has none, or not that family (any more).
+    """
     if is_v4(remote):
-        if p.seen4[10]:
+        if p.seen4[10] and p.config.has_v4:
             return p.seen4
         return p.config.addr4
+    if not p.config.has_v6:
+        return p.config.addr6
     if is_link_local6(remote):
         return p.seen6_ll
     if p.seen6[0]:
