@@ -582,6 +582,37 @@ def test_sequence_numbers_wrap(guest: Guest, family: Family) -> None:
     server.close()
 
 
+def test_urgent_data_is_ordinary_data(guest: Guest, family: Family) -> None:
+    """The kernel's urgent mark neither takes a byte out of the stream nor stops it."""
+    conn, sock = open_pair(guest, family)
+    with sock:
+        guest.engine.park()  # so that all of it is there at the first look
+        sock.sendall(b"abc")
+        sock.send(b"d", socket.MSG_OOB)
+        sock.sendall(b"efg")
+        guest.engine.unpark()
+        assert conn.read(7, ack=False) == b"abcdefg"
+        sock.sendall(b"hi")  # peeked behind a mark that is still in the queue
+        assert conn.read(2) == b"hi"
+        sock.send(b"j", socket.MSG_OOB)
+        sock.sendall(b"kl")
+        assert conn.read(3) == b"jkl"
+
+
+def test_urgent_data_is_sent_again(guest: Guest, family: Family) -> None:
+    conn, sock = open_pair(guest, family)
+    with sock:
+        sock.sendall(b"abc")
+        sock.send(b"d", socket.MSG_OOB)
+        sock.sendall(b"efg")
+        start = conn.ack
+        assert conn.read(7, ack=False) == b"abcdefg"
+        conn.ack = start
+        assert conn.read(7) == b"abcdefg"  # after a second
+        sock.close()
+        conn.read_fin()
+
+
 def test_header_split_anywhere(guest: Guest, family: Family) -> None:
     """The descriptors of a chain have nothing to do with the headers in it."""
     conn, sock = open_pair(guest, family)

@@ -22,6 +22,7 @@ from godwit.dataplane.sys cimport (
     EPOLLET,
     EPOLLIN,
     EPOLLOUT,
+    EPOLLPRI,
     EPOLLRDHUP,
     MAP_ANONYMOUS,
     MAP_FAILED,
@@ -177,7 +178,7 @@ cdef int flow_watch(Plane *p, Flow *f) noexcept nogil:
     acknowledged them, so a level would be high nearly always.
     """
     cdef epoll_event ev
-    ev.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    ev.events = EPOLLIN | EPOLLOUT | EPOLLPRI | EPOLLRDHUP | EPOLLET
     if f.kind != FLOW_TCP:
         ev.events = EPOLLIN | EPOLLET
     ev.data.u64 = watch_data(WATCH_FLOW, f.generation, flow_index(p, f))

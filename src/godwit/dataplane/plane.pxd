@@ -65,6 +65,7 @@ cdef enum FlowFlag:
     FF_RING_WAIT = 0x0010   # in the list that waits for receive buffers
     FF_MORE = 0x0020        # the socket may have data that did not fit window or ring
     FF_EOF = 0x0040         # the kernel said that the peer's FIN has come
+    FF_URGENT = 0x0080      # an urgent mark in the socket's queue ends each read before it
     FF_RESET_DUE = 0x0100   # tell the guest, then close
     FF_FAST_DONE = 0x0200   # fast retransmission done for this window
     FF_SYN_DUE = 0x0400     # SYN or SYN,ACK waits for a receive buffer

@@ -35,6 +35,7 @@ from godwit.dataplane.sys cimport (
     SHUT_WR,
     SIOCINQ,
     SIOCOUTQ,
+    SO_OOBINLINE,
     SO_PEEK_OFF,
     SO_REUSEADDR,
     SO_SNDBUF,
@@ -477,6 +478,7 @@ def create(bint v6):
     check(-errno if fd < 0 else 0, "socket")
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
+    setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &one, sizeof(one))   # see begin(), tcp.pyx
     # Before the queues: a connection without a measured round-trip time waits
     # 3 s before it retransmits, and its timer starts when they are written.
     sock_hurry(fd, True)

@@ -82,6 +82,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     enum:
         EPOLLIN
         EPOLLOUT
+        EPOLLPRI
         EPOLLRDHUP
         EPOLLERR
         EPOLLHUP
@@ -157,6 +158,7 @@ cdef extern from "<sys/socket.h>" nogil:
         SO_LINGER
         SO_REUSEADDR
         SO_KEEPALIVE
+        SO_OOBINLINE
         SO_PEEK_OFF
         SO_SNDBUF
         SHUT_WR

@@ -72,6 +72,7 @@ from godwit.dataplane.plane cimport (
     FF_RESET_DUE,
     FF_RING_WAIT,
     FF_SYN_DUE,
+    FF_URGENT,
     FF_V6,
     FF_WINDOW_LOW,
     FLOW_TCP,
@@ -95,6 +96,7 @@ from godwit.dataplane.sys cimport (
     EPOLLHUP,
     EPOLLIN,
     EPOLLOUT,
+    EPOLLPRI,
     EPOLLRDHUP,
     IPPROTO_TCP,
     MSG_DONTWAIT,
@@ -107,6 +109,7 @@ from godwit.dataplane.sys cimport (
     SO_ERROR,
     SO_KEEPALIVE,
     SO_LINGER,
+    SO_OOBINLINE,
     SO_PEEK_OFF,
     TCP_NODELAY,
     accept4,
@@ -262,8 +265,13 @@ cdef int stream_socket(Plane *p, bint v6) noexcept nogil:
 
 
 cdef void begin(Plane *p, Flow *f) noexcept nogil:
-    """Have the loop watch a connection's socket; peeking starts at its queue's start."""
+    """Have the loop watch a connection's socket; peeking starts at its queue's start.
+
+    Urgent data is ordinary data (RFC 6093, 5). Out of line, the byte would be
+    missing in what is read, and every offset of what is peeked after it wrong.
+    """
     cdef int zero = 0, one = 1
+    setsockopt(f.sock, SOL_SOCKET, SO_OOBINLINE, &one, sizeof(one))
     if p.peek_offset:
         setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
     setsockopt(f.sock, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one))
@@ -730,6 +738,10 @@ cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil:
         return
     if events & EPOLLRDHUP:
         f.flags |= FF_EOF
+    if events & EPOLLPRI:
+        f.flags |= FF_URGENT
+    else:
+        f.flags &= ~FF_URGENT
     if events & (EPOLLIN | EPOLLRDHUP):
         f.flags |= FF_MORE
         f.last_active = p.now

@@ -21,6 +21,7 @@ from godwit.dataplane.plane cimport (
     FF_FIN_KNOWN,
     FF_MORE,
     FF_PEER_FIN,
+    FF_URGENT,
     FF_V6,
     FF_WINDOW_LOW,
     Flow,
@@ -269,7 +270,9 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
             if n >= 0 and not p.peek_offset:
                 n = n - (flying - carried)
                 if n <= 0 and not f.flags & FF_EOF:
-                    f.flags &= ~FF_MORE
+                    # Up to an urgent mark nothing more is shown until it is next.
+                    if not f.flags & FF_URGENT:
+                        f.flags &= ~FF_MORE
                     return 0
                 n = n if n > 0 else 0
                 rx_view(p, head, want)
@@ -303,8 +306,9 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
         if flying == 0 or not f.deadline:
             arm_retransmit(p, f)
         # Less than asked for: the queue is empty now, and more (or the end of
-        # it) raises another edge. An end that was announced is still to read.
-        if n < want and flying >= carried and not f.flags & FF_EOF:
+        # it) raises another edge. An end that was announced is still to read,
+        # and an urgent mark may have been the reason.
+        if n < want and flying >= carried and not f.flags & (FF_EOF | FF_URGENT):
             f.flags &= ~FF_MORE
             return 0
 
