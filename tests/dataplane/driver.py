@@ -93,6 +93,11 @@ def pattern(size: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
+def other_frame(size: int) -> bytes:
+    """A frame of neither IP, such as the control thread sends."""
+    return bytes.fromhex((GUEST_MAC + OUR_MAC).replace(":", "")) + b"\x08\x06" + pattern(size - 14)
+
+
 def wait_until(what: Callable[[], object], timeout: float = TIMEOUT) -> None:
     """Wait for something that nothing tells of."""
     deadline = time.monotonic() + timeout
@@ -212,10 +217,11 @@ class Ring:
     def set_desc(self, i: int, addr: int, size: int, flags: int, following: int = 0) -> None:
         self.memory.write(self.desc + 16 * i, struct.pack("<QIHH", addr, size, flags, following))
 
-    def add(self, parts: Sequence[Part], *, indirect: bool = False) -> int:
+    def add(self, parts: Sequence[Part], *, indirect: bool = False, table: int | None = None) -> int:
         """Put a chain into the ring, without telling. Returns its head."""
         if indirect:
-            table = self.memory.take(16 * len(parts))
+            if table is None:
+                table = self.memory.take(16 * len(parts))
             for i, part in enumerate(parts):
                 flags = (F_WRITE if part.write else 0) | (F_NEXT if i + 1 < len(parts) else 0)
                 self.memory.write(table + 16 * i, struct.pack("<QIHH", part.addr, part.size, flags, i + 1))
@@ -321,7 +327,7 @@ class Frame:
         self.raw = raw[self.header_size :]
         self.ether: Any = Ether(self.raw)
         self.payload = b""
-        if self.ether.type in (0x0800, 0x86DD):
+        if self.raw[12:14] in (b"\x08\x00", b"\x86\xdd"):
             self._check(features)
 
     def _check(self, features: int) -> None:
