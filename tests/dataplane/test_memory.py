@@ -403,3 +403,16 @@ def test_log_is_exchanged_while_frames_are_on_the_way(logged: Guest, family: Fam
     traffic.close()
     old.close()
     new.close()
+
+
+def test_flags_of_the_used_ring_are_logged(logged: Guest) -> None:
+    """Whatever was written last of a turn: the target sees what the guest saw."""
+    log = Log(logged.engine, LOG_PAGES)
+    logged.engine.park()
+    for ring in logged.rings:
+        logged.memory.write(ring.used, b"\xff\xff")  # so that it shows when the same is written again
+    log.take()
+    written = changed(logged, logged.engine.unpark)
+    assert bool(written) == (not logged.features & EVENT_IDX)
+    assert written <= log.take()
+    log.close()

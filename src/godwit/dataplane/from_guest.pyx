@@ -281,7 +281,7 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
     p.tx_again = False
     if not queue_active(q):
         return
-    queue_notify_off(q)
+    queue_notify_off(q, &p.mem)
     while done < TX_BATCH:
         pending = queue_pending(q)
         if pending < 0:
@@ -289,7 +289,7 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
             break
         if pending == 0:
             if queue_notify_on(q, &p.mem):
-                queue_notify_off(q)
+                queue_notify_off(q, &p.mem)
                 continue
             break
         for i in range(pending):

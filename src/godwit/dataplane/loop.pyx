@@ -146,7 +146,7 @@ cdef void finish_turn(Plane *p) noexcept nogil:
         settle(p)
         queue_publish(q, &p.mem)
         if p.ring_wait == NONE:
-            queue_notify_off(q)
+            queue_notify_off(q, &p.mem)
             return
         if not queue_notify_on(q, &p.mem):
             return

@@ -59,7 +59,7 @@ cdef int queue_chain(Queue *q, Memory *m, int ahead, bint writable, iovec *iov,
                      uint64_t *guest_addr, int room, uint16_t *head, uint64_t *total) noexcept nogil
 cdef void queue_used(Queue *q, uint16_t head, uint32_t written) noexcept nogil
 cdef void queue_publish(Queue *q, Memory *m) noexcept nogil
-cdef void queue_notify_off(Queue *q) noexcept nogil
+cdef void queue_notify_off(Queue *q, Memory *m) noexcept nogil
 # Ask for a kick at the next entry that the guest adds. True if it has added one meanwhile.
 cdef bint queue_notify_on(Queue *q, Memory *m) noexcept nogil
 cdef int queue_map(Queue *q, Memory *m) noexcept nogil

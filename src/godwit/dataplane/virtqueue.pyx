@@ -131,11 +131,13 @@ cdef void queue_publish(Queue *q, Memory *m) noexcept nogil:
         write(q.call, &one, 8)
 
 
-cdef void queue_notify_off(Queue *q) noexcept nogil:
+cdef void queue_notify_off(Queue *q, Memory *m) noexcept nogil:
     # With the event index there is nothing to do: a kick comes when
     # avail_event is passed, and it stays behind until it is set anew.
     if not q.event_idx:
         store16(q.used, USED_F_NO_NOTIFY)
+        if q.log_used:
+            log_write(m, q.log_addr, 2)
 
 
 cdef bint queue_notify_on(Queue *q, Memory *m) noexcept nogil:
