@@ -42,6 +42,7 @@ from godwit.dataplane.sys cimport (
     IPPROTO_UDP,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
+    MSG_PEEK,
     SOCK_CLOEXEC,
     SOCK_DGRAM,
     SOCK_NONBLOCK,
@@ -51,6 +52,7 @@ from godwit.dataplane.sys cimport (
     iovec,
     msghdr,
     put16,
+    recv,
     recvmsg,
     sendmsg,
     sockaddr,
@@ -176,12 +178,23 @@ cdef void ping_from_guest(Plane *p, Packet *k) noexcept nogil:
     send_to_host(p, f, p.rx.view, n + 1)
 
 
-cdef bint pick(Plane *p, uint32_t head, uint32_t size) noexcept nogil:
-    """Buffers for `size` bytes after `head`, in p.rx.view; False: the ring is short."""
-    if rx_reserve(p, head + size) < head + size:
-        return False
-    rx_view(p, head, size)
-    return True
+cdef int pick(Plane *p, Flow *f, uint32_t head) noexcept nogil:
+    """Pick buffers for a datagram whose size is not known yet.
+
+    How many bytes of it they take after `head`; -1: wait for more buffers.
+    """
+    cdef uint32_t capacity = rx_reserve(p, head + FIRST_PICK)
+    cdef ssize_t n
+    if capacity < head:
+        return -1
+    if capacity < head + FIRST_PICK and p.mergeable:
+        # The ring runs short. What is not too large for a ring that is full
+        # stays in the socket until there is room. (Without mergeable buffers
+        # there is never more than the one.)
+        n = recv(f.sock, p.scratch, sizeof(p.scratch), MSG_PEEK | MSG_DONTWAIT)
+        if n > capacity - head and n <= FIRST_PICK:
+            return -1
+    return <int>(capacity - head)
 
 
 cdef void copy_out(Plane *p, uint32_t at, const uint8_t *data, uint32_t size) noexcept nogil:
@@ -203,23 +216,39 @@ cdef void copy_out(Plane *p, uint32_t at, const uint8_t *data, uint32_t size) no
         i += 1
 
 
+cdef void copy_in(Plane *p, uint8_t *data, uint32_t size) noexcept nogil:
+    """Copy the first bytes of p.rx.view, which has as many."""
+    cdef int i = 0
+    cdef uint32_t part
+    while size:
+        part = size if size < p.rx.view[i].iov_len else <uint32_t>p.rx.view[i].iov_len
+        memcpy(data, p.rx.view[i].iov_base, part)
+        data += part
+        size -= part
+        i += 1
+
+
 cdef void datagram_from_sock(Plane *p, Flow *f) noexcept nogil:
     cdef uint8_t h[MAX_HEADERS]
     cdef bint v6 = f.flags & FF_V6 != 0
     cdef uint32_t ip = p.vnet_size + ETH_HLEN + (IPV6_HLEN if v6 else IPV4_HLEN)
-    cdef uint32_t head, l4, size, most
+    cdef uint32_t head, l4, size, most, first
+    cdef int picked
     cdef ssize_t n
     cdef msghdr msg
     cdef int count, i
     for i in range(READ_BATCH):
         # An ICMP message comes with its header, a UDP datagram without.
         head = ip + (UDP_HLEN if f.kind == FLOW_UDP else 0)
-        if not pick(p, head, FIRST_PICK):
+        picked = pick(p, f, head)
+        if picked < 0:
             flow_wait_ring(p, f)
             return
-        count = rx_view(p, head, FIRST_PICK)
-        if count >= MAX_CHAIN:
-            return
+        first = <uint32_t>picked
+        count = rx_view(p, head, first)
+        if count == MAX_CHAIN:      # the kernel takes no more, and one is still to come
+            count -= 1
+            first -= <uint32_t>p.rx.view[count].iov_len
         p.rx.view[count].iov_base = p.scratch
         p.rx.view[count].iov_len = sizeof(p.scratch)
         memset(&msg, 0, sizeof(msg))
@@ -233,16 +262,18 @@ cdef void datagram_from_sock(Plane *p, Flow *f) noexcept nogil:
         size = <uint32_t>n
         f.last_active = p.now
         flow_deadline(p, f, p.now + (UDP_TIMEOUT if f.kind == FLOW_UDP else PING_TIMEOUT))
-        most = 65535 - (head - p.vnet_size - ETH_HLEN)
+        # IPv4 counts its own header (RFC 791, 3.1), IPv6 what follows it (RFC 8200, 3).
+        most = 65535 - (head - (ip if v6 else p.vnet_size + ETH_HLEN))
         if size > most:
             drop(p, DROP_MALFORMED)
             continue
-        if size > FIRST_PICK:
+        if size > first:
             # The first part lies in the buffers already: the same are picked again.
-            if not pick(p, head, size):
+            if rx_reserve(p, head + size) < head + size:
                 drop(p, DROP_RING_FULL)
                 continue
-            copy_out(p, FIRST_PICK, p.scratch, size - FIRST_PICK)
+            rx_view(p, head, size)
+            copy_out(p, first, p.scratch, size - first)
         else:
             rx_view(p, head, size)
         if f.kind == FLOW_UDP:
@@ -266,10 +297,10 @@ cdef void echo_to_guest(Plane *p, Flow *f, uint8_t *h, uint32_t head, uint32_t s
     cdef uint16_t value
     cdef uint8_t proto = IPPROTO_ICMPV6 if v6 else IPPROTO_ICMP
     cdef uint32_t l4
-    if size < ICMP_HLEN or p.rx.view[0].iov_len < ICMP_HLEN:
+    if size < ICMP_HLEN:
         drop(p, DROP_MALFORMED)
         return
-    memcpy(icmp, p.rx.view[0].iov_base, ICMP_HLEN)
+    copy_in(p, icmp, ICMP_HLEN)
     if icmp[0] != (ICMPV6_ECHO_REPLY if v6 else ICMP_ECHO_REPLY):
         return
     put16(icmp + 4, f.guest_port)
