@@ -42,7 +42,7 @@ class Rescue:
     """See the module. Methods may be called from any thread; ``lock`` is held by who moves flows.
 
     ``leave_repair`` has the helper end the repair mode of flows as well as it
-    can, ``resume`` lets them go on; both with the data plane parked.
+    can, ``resume`` lets them go on, with the data plane parked.
     ``schedule`` runs a function in another thread after some seconds.
     """
 
@@ -111,22 +111,26 @@ class Rescue:
         helped = True
         while helped and self._held:
             helped = self._repair is not None and self._repair.wait(deadline - time.monotonic()) is not None
-            with self._lock, self._engine.parked():
-                flows = self._living(self._held)
+            with self._lock:
+                # Held flows stay as they are while the lock is held, so the others need not stand still for this.
                 if helped:
-                    self._leave_repair(flows)
-                left = self._in_repair(flows)
-                self._held = self._named(left)
-                going = [flow for flow in flows if flow not in self._held]
-                self._resume(going)
-                if going:
-                    log.info("%d connections go on", len(going))
-                if not helped:
-                    for flow in left:
-                        self._engine.reset_flow(flow)
-                    self._held.clear()
-                    if left:
-                        log.error("%d connections were reset: no repair helper came for them", len(left))
+                    self._leave_repair(self._living(self._held))
+                with self._engine.parked():
+                    self._let_go(give_up=not helped)
+
+    def _let_go(self, *, give_up: bool) -> None:
+        """Resume what is out of repair mode; reset the rest if its time is over."""
+        flows = self._living(self._held)
+        left = self._in_repair(flows)
+        going = [flow for flow in flows if flow not in left]
+        self._held = {} if give_up else self._named(left)
+        self._resume(going)
+        if going:
+            log.info("%d connections go on", len(going))
+        if give_up and left:
+            for flow in left:
+                self._engine.reset_flow(flow)
+            log.error("%d connections were reset: no repair helper came for them", len(left))
 
     def _look(self, until: float) -> None:
         """See whether a doubtful flow has been set into repair mode after all."""
