@@ -121,6 +121,19 @@ def test_connections_from_outside_move(ipv6: bool) -> None:
         works_on(scenario, load)
 
 
+def test_a_connection_that_comes_back_at_once_to_another_process() -> None:
+    """A daemon for one guest lingers after it; the next one on that host gets the connection's ends from it."""
+    with Scenario(godwit_arguments=["--one-off"]) as scenario:
+        load = scenario.start_load(idle=IDLE, rate=RATE)
+        first = scenario.backends["a"]
+        scenario.move()
+        scenario.start_backend("a")
+        scenario.move()
+        assert first.running
+        assert f"{IDLE + 2} connections that had moved away come back" in first.messages()
+        works_on(scenario, load)
+
+
 def connections_at(scenario: Scenario) -> int:
     """How many established connections the server has."""
     said = scenario.network.server.run("ss", "-Htn", "state", "established", "sport", f":{PORT}").stdout

@@ -19,6 +19,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 
+from godwit.daemon.linger import LINGER_SECONDS, Linger
 from godwit.daemon.mover import Mover
 from godwit.daemon.options import Options, VirtioFeatures
 from godwit.dataplane import Engine
@@ -35,10 +36,6 @@ from godwit.repair import RepairListener
 from godwit.vhost_user import BaseDevice, DeviceError, Direction, Feature, MemoryRegion, ProtocolFeature, VringAddr
 
 log = logging.getLogger(__name__)
-
-# Sockets of connections that moved away stay open this long after the
-# front-end has gone: a packet that still comes here is not answered then.
-LINGER_SECONDS = 10.0
 
 # Descriptors that no flow may take: a front-end's (rings, memory, log, state), a
 # helper's, and some for the moment.
@@ -99,8 +96,7 @@ class NetDevice(BaseDevice):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._advertising: asyncio.TimerHandle | None = None
         self._descriptors = MAX_FLOWS  # that flows may have, those that linger included
-        self._lingering: list[int] = []
-        self._lingers: asyncio.TimerHandle | None = None
+        self._linger: Linger | None = None  # the sockets of the guest before this one
 
     # ---- life
 
@@ -148,14 +144,12 @@ class NetDevice(BaseDevice):
 
     def _limit_flows(self) -> None:
         """A guest that opens flows without end shall be refused, before nothing else can be opened any more."""
-        self._engine.limit_flows(max(1, self._descriptors - len(self._lingering)))
+        self._engine.limit_flows(max(1, self._descriptors - (len(self._linger) if self._linger is not None else 0)))
 
     @property
     def lingering(self) -> float:
         """Seconds for which a process that is about to end had better wait, for connections that moved away."""
-        if self._lingers is None or self._loop is None:
-            return 0.0
-        return max(0.0, self._lingers.when() - self._loop.time())
+        return 0.0 if self._linger is None else self._linger.remaining
 
     def _in_background(self, delay: float, work: Callable[[], None]) -> None:
         """Run blocking work in a thread of its own, after ``delay`` seconds. Called from any thread."""
@@ -348,7 +342,7 @@ class NetDevice(BaseDevice):
         await self._settle("the front-end has hung up")
         transfer = self._transfer
         if transfer is not None and transfer.state in (State.SAVED, State.LINGERING):
-            self._linger(await asyncio.to_thread(self._mover.leave))
+            await self._begin_linger(await asyncio.to_thread(self._mover.leave))
             self._close_transfer()
         await self._end_transfer()
         await asyncio.to_thread(self._mover.forget)  # which waits for a rescue that is under way
@@ -358,22 +352,18 @@ class NetDevice(BaseDevice):
         self._engine.close_flows()
         self._engine.detach()
 
-    def _linger(self, fds: list[int]) -> None:
+    async def _begin_linger(self, fds: list[int]) -> None:
         """Keep the sockets of moved connections for a while, frozen and in repair mode."""
-        assert self._loop is not None  # since start()
         self._end_linger()
-        self._lingering = fds
+        if not fds:
+            return
+        log.info("%d connections have moved away; their sockets stay for %g s", len(fds), LINGER_SECONDS)
+        self._linger = Linger(fds, self._limit_flows)
         self._limit_flows()
-        if fds:
-            log.info("%d connections have moved away; their sockets stay for %g s", len(fds), LINGER_SECONDS)
-            self._lingers = self._loop.call_later(LINGER_SECONDS, self._end_linger)
+        await self._linger.listen()
 
     def _end_linger(self) -> None:
-        if self._lingers is not None:
-            self._lingers.cancel()
-            self._lingers = None
-        if self._lingering:
-            for fd in self._lingering:
-                os.close(fd)
-            self._lingering.clear()
+        if self._linger is not None:
+            self._linger.close()
+            self._linger = None
             self._limit_flows()

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from godwit.daemon.linger import reclaim
 from godwit.daemon.rescue import Rescue
 from godwit.dataplane import Engine, FlowState, Observed, Side, SocketState, sockstate
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
@@ -56,10 +57,10 @@ class _Arrival:
     socket: SocketState | None = None
     sndq: bytes = b""
 
-    @property
-    def host(self) -> Side:
-        """The side of the remote peer."""
-        return self.state.sides[0] if self.state.pif[0] == 1 else self.state.sides[1]
+
+def _host_side(state: FlowState) -> Side:
+    """The side of the remote peer."""
+    return state.sides[0] if state.pif[0] == 1 else state.sides[1]
 
 
 class Mover:
@@ -301,6 +302,7 @@ class Mover:
     def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
         """Flows in the table, with frozen sockets in repair mode where they can be had."""
         self._park()
+        reclaim([_host_side(state) for state in flows])
         ids = [self._place(state) for state in flows]
         ready = [flow for flow in ids if flow >= 0 and self._arrivals[flow].fd >= 0]
         done = 0
@@ -336,7 +338,7 @@ class Mover:
         arrival = self._arrivals.get(flow)
         if arrival is None or not arrival.in_repair or arrival.lost:
             return
-        host = arrival.host
+        host = _host_side(arrival.state)
         try:
             left_out = sockstate.restore(
                 arrival.fd,
@@ -408,7 +410,7 @@ class Mover:
             self._engine.reset_flow(flow)
         log.info("%d connections go on here, %d were lost", len(self._arrivals) - len(lost), len(lost))
         if lost:
-            peers = [self._arrivals[flow].host for flow in lost]
+            peers = [_host_side(self._arrivals[flow].state) for flow in lost]
             for delay in KNOCKS:
                 self._schedule(delay, functools.partial(self._knock, peers))
 

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sockets of connections that moved away, kept open for a while, frozen and in repair mode.
+
+While they are open the kernel does not answer a late packet with a reset. But a
+connection may come back to this host sooner, to another process (a daemon may
+serve one guest, once, and end), and the kernel takes no second socket with the
+same two ends. So who lingers listens on an abstract UNIX socket (unix(7)),
+whose names belong to a network namespace as connections do, and gives up the
+sockets that a process of the same user asks for.
+
+The request is 36 bytes for each connection, up to the end of the stream: local
+address (16 bytes, IPv4 as v4-mapped) and port (big-endian), then those of the
+peer. The answer, when they are closed: how many there were (u32, big-endian).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import itertools
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Sequence
+
+from godwit.dataplane.state import Side
+from godwit.net.config import packed16
+
+log = logging.getLogger(__name__)
+
+#: Seconds for which the sockets stay.
+LINGER_SECONDS = 10.0
+
+_PREFIX = "godwit-linger-"
+_ENDS = struct.Struct("!16sH16sH")
+_COUNT = struct.Struct("!I")
+_CREDENTIALS = struct.Struct("3i")  # struct ucred, unix(7)
+_PATIENCE = 2.0  # seconds for one request
+
+_numbers = itertools.count()
+
+
+class Linger:
+    """The sockets of one guest that has moved; they are closed after a while, or by `close`.
+
+    ``fewer`` is called when some of them have been closed.
+    """
+
+    def __init__(self, fds: Sequence[int], fewer: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self._fds = set(fds)
+        self._by_ends = {ends: fd for fd in fds if (ends := _ends_of(fd)) is not None}
+        self._fewer = fewer
+        self._server: asyncio.Server | None = None
+        self._end = loop.call_later(LINGER_SECONDS, self.close)
+
+    async def listen(self) -> None:
+        """Give up what is asked for, from now on."""
+        try:
+            self._server = await asyncio.start_unix_server(
+                self._serve, path=f"\0{_PREFIX}{os.getpid()}-{next(_numbers)}"
+            )
+        except OSError as error:
+            log.warning("connections cannot come back to this host for %g s: %s", LINGER_SECONDS, error)
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds for which sockets are still kept."""
+        return max(0.0, self._end.when() - asyncio.get_running_loop().time()) if self._fds else 0.0
+
+    def close(self) -> None:
+        """Close them. May be repeated."""
+        self._end.cancel()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self._give_up(list(self._fds))
+        self._by_ends.clear()
+
+    def _give_up(self, fds: Sequence[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+        self._fds.difference_update(fds)
+        if fds:
+            self._fewer()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            if not _is_ours(writer.get_extra_info("socket")):
+                log.warning("another user asked for connections that have moved away: refused")
+                return
+            async with asyncio.timeout(_PATIENCE):
+                request = await reader.read(-1)
+                wanted = {request[at : at + _ENDS.size] for at in range(0, len(request), _ENDS.size)}
+                found = [self._by_ends.pop(ends) for ends in wanted & self._by_ends.keys()]
+                self._give_up(found)
+                if found:
+                    log.info("%d connections that had moved away come back to this host", len(found))
+                writer.write(_COUNT.pack(len(found)))
+                await writer.drain()
+        except (OSError, TimeoutError) as error:
+            log.debug("a request for connections that have moved away: %r", error)
+        finally:
+            writer.close()
+
+
+def _is_ours(sock: socket.socket) -> bool:
+    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return uid in (os.geteuid(), 0)
+
+
+def _ends_of(fd: int) -> bytes | None:
+    """Both ends of a socket, as in a request; None if it has none any more."""
+    sock = socket.socket(fileno=fd)
+    try:
+        local, peer = sock.getsockname(), sock.getpeername()
+    except OSError:
+        return None
+    finally:
+        sock.detach()
+    return _ENDS.pack(_packed(local[0]), local[1], _packed(peer[0]), peer[1])
+
+
+def _packed(address: str) -> bytes:
+    return packed16(ipaddress.ip_address(address.partition("%")[0]))
+
+
+def reclaim(sides: Sequence[Side]) -> None:
+    """Have others on this host give up the sockets of connections that are about to be restored. Blocks, briefly."""
+    request = b"".join(_ENDS.pack(side.our_addr, side.our_port, side.end_addr, side.end_port) for side in sides)
+    for name in _others():
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(_PATIENCE)
+            sock.connect(f"\0{name}")
+            sock.sendall(request)
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(_COUNT.size)
+
+
+def _others() -> list[str]:
+    """The names of those that linger in this network namespace."""
+    with contextlib.suppress(OSError), open("/proc/self/net/unix") as table:
+        # number, references, protocol, flags, type, state, inode, path; abstract names begin with @
+        paths = {words[7] for line in table if len(words := line.split()) == 8}
+        return sorted(path[1:] for path in paths if path.startswith(f"@{_PREFIX}"))
+    return []
