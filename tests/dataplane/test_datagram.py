@@ -188,6 +188,19 @@ def test_many_at_once_come_in_order(guest: Guest, family: Family, peer: Peer) ->
     assert [struct.unpack("!I", frame.payload)[0] for frame in got] == list(range(200))
 
 
+def test_many_at_once_need_no_kick(family: Family, peer: Peer) -> None:
+    """Buffers that are there are used, though the guest adds none."""
+    with Guest(num=1024, rx=((2048,),) * 600) as guest:
+        meet(guest, peer)
+        guest.refill = False
+        guest.engine.park()
+        for n in range(250):
+            peer.write(struct.pack("!I", n))
+        guest.engine.unpark()
+        got = [guest.receive(is_udp) for _ in range(250)]
+        assert [struct.unpack("!I", frame.payload)[0] for frame in got] == list(range(250))
+
+
 def test_flows_are_told_apart(guest: Guest, family: Family) -> None:
     with Peer(family) as one, Peer(family) as two:
         for own in (5000, 5001):

@@ -285,8 +285,10 @@ cdef void datagram_from_sock(Plane *p, Flow *f) noexcept nogil:
             rx_finish(p, h, head, head + size)
         else:
             echo_to_guest(p, f, h, head, size)
-    # More may wait: the edge is gone, so come again.
+    # More may wait: the edge is gone, so come again, whether or not the guest
+    # adds buffers meanwhile.
     flow_wait_ring(p, f)
+    p.again = True
 
 
 cdef void echo_to_guest(Plane *p, Flow *f, uint8_t *h, uint32_t head, uint32_t size) noexcept nogil:

@@ -3,5 +3,5 @@
 
 from godwit.dataplane.plane cimport Plane
 
-# Work through the transmit ring, at most one batch; p.tx_again if more waits.
+# Work through the transmit ring, at most one batch; p.again if more waits.
 cdef void frames_from_guest(Plane *p) noexcept nogil

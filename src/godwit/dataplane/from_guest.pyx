@@ -278,7 +278,7 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
     cdef Chain *c = &p.chain
     cdef Packet k
     cdef int pending, i, n, done = 0
-    p.tx_again = False
+    p.again = False
     if not queue_active(q):
         return
     queue_notify_off(q, &p.mem)
@@ -309,7 +309,7 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
         if q.broken:
             break
     if done == TX_BATCH:
-        p.tx_again = True
+        p.again = True
     # Payload still refers to the guest's buffers: send it before they go back.
     tcp_send_pending(p)
     queue_publish(q, &p.mem)

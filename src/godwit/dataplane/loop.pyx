@@ -150,7 +150,7 @@ cdef void finish_turn(Plane *p) noexcept nogil:
             return
         if not queue_notify_on(q, &p.mem):
             return
-    p.tx_again = True   # the guest adds buffers all the time: others first, then again
+    p.again = True   # the guest adds buffers all the time: others first, then again
 
 
 cdef int loop_run(Plane *p) noexcept nogil:
@@ -160,12 +160,12 @@ cdef int loop_run(Plane *p) noexcept nogil:
     cdef bint woken
     cdef Flow *f
     while True:
-        n = epoll_wait(p.epfd, events, EVENTS, 0 if p.tx_again else timeout_ms(p))
+        n = epoll_wait(p.epfd, events, EVENTS, 0 if p.again else timeout_ms(p))
         if n < 0 and errno != EINTR:
             return -errno
         p.now = clock_ms()
         woken = False
-        if p.tx_again:
+        if p.again:
             frames_from_guest(p)
         for i in range(n):
             data = events[i].data.u64

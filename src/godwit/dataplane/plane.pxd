@@ -235,7 +235,7 @@ cdef struct Plane:
     uint64_t now                # ms
     bint park_wanted
     bint stop_wanted
-    bint tx_again               # the transmit ring was left with work
+    bint again                  # work was left for the next turn, which begins at once
     bint peek_offset            # the kernel has SO_PEEK_OFF for TCP
     sem_t parked
     sem_t resume
