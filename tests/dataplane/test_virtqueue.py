@@ -255,6 +255,23 @@ def test_what_came_before_a_bad_chain_comes_back(guest: Guest) -> None:
     assert len(guest.engine.take_rare()) == 3
 
 
+def test_frames_before_a_bad_buffer_arrive() -> None:
+    with Guest(rx=()) as guest:
+        guest.refill = False
+        guest.engine.park()
+        guest.post((200,))
+        guest.post((200,))
+        guest.rx.push(9999)
+        guest.rx.publish(1)
+        for _ in range(3):
+            guest.engine.inject(FRAME)
+        guest.engine.unpark()
+        assert guest.rx.broken()
+        guest.barrier()
+        assert [frame.raw for frame in guest.collect()] == [FRAME] * 2
+        assert guest.drops("ring_full") == 1
+
+
 def test_buffer_shorter_than_the_header_breaks_the_ring() -> None:
     """5.1.6.3.1: at least the header's size, each."""
     for size in (0, 11):

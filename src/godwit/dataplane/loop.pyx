@@ -139,6 +139,8 @@ cdef void finish_turn(Plane *p) noexcept nogil:
     """Serve those that wait for receive buffers, and publish what was used."""
     cdef Queue *q = &p.queues[RX]
     cdef int i
+    if q.broken and q.used != NULL:
+        queue_publish(q, &p.mem)    # what was used before it broke
     if not queue_active(q):
         return
     for i in range(RING_ROUNDS):
