@@ -163,6 +163,18 @@ def test_small_datagram_into_the_last_buffer(family: Family, peer: Peer) -> None
         assert guest.drops("ring_full") == 0
 
 
+def test_buffers_that_come_while_the_ring_is_looked_at(family: Family, peer: Peer) -> None:
+    """None is overlooked: the guest adds each when it likes, and nothing else wakes the data plane."""
+    with Guest(rx=()) as guest:
+        meet(guest, peer)
+        guest.refill = False
+        for n in range(500):
+            peer.write(pattern(1000, n))
+            for _ in range(6):
+                guest.post((200,))
+            assert guest.receive(is_udp).payload == pattern(1000, n)
+
+
 def test_datagram_too_large_for_what_the_ring_has(family: Family, peer: Peer) -> None:
     with Guest(rx=((2048,),) * 4) as guest:
         meet(guest, peer)

@@ -288,7 +288,7 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
             queue_break(q)
             break
         if pending == 0:
-            if queue_notify_on(q, &p.mem):
+            if queue_notify_on(q, &p.mem, q.last_avail):
                 queue_notify_off(q, &p.mem)
                 continue
             break

@@ -8,7 +8,7 @@ the end of a turn, when nothing is half done: the thread is then *parked* until
 it is let go.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from godwit.dataplane.datagram cimport datagram_from_sock, datagram_timer
 from godwit.dataplane.flow cimport (
@@ -59,6 +59,7 @@ from godwit.dataplane.virtqueue cimport (
     queue_notify_off,
     queue_notify_on,
     queue_publish,
+    queue_seen,
 )
 
 cdef enum:
@@ -139,18 +140,20 @@ cdef void finish_turn(Plane *p) noexcept nogil:
     """Serve those that wait for receive buffers, and publish what was used."""
     cdef Queue *q = &p.queues[RX]
     cdef int i
+    cdef uint16_t seen
     if q.broken and q.used != NULL:
         queue_publish(q, &p.mem)    # what was used before it broke
     if not queue_active(q):
         return
     for i in range(RING_ROUNDS):
+        seen = queue_seen(q)
         serve_ring_waiters(p)
         settle(p)
         queue_publish(q, &p.mem)
         if p.ring_wait == NONE:
             queue_notify_off(q, &p.mem)
             return
-        if not queue_notify_on(q, &p.mem):
+        if not queue_notify_on(q, &p.mem, seen):
             return
     p.again = True   # the guest adds buffers all the time: others first, then again
 

@@ -8,7 +8,7 @@ them: every field is read once, and checked after it was read.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from godwit.dataplane.memory cimport Memory
-from godwit.dataplane.sys cimport iovec
+from godwit.dataplane.sys cimport iovec, load16_acquire
 
 cdef enum:
     RX = 0              # to the guest
@@ -40,6 +40,9 @@ cdef struct Queue:
     bint enabled
     bint broken             # the guest broke a rule; stays so until the ring is started anew
 
+cdef inline uint16_t queue_seen(Queue *q) noexcept nogil:
+    return load16_acquire(q.avail + 2)
+
 cdef struct Chain:
     uint16_t head
     int count               # of iov
@@ -60,7 +63,9 @@ cdef int queue_chain(Queue *q, Memory *m, int ahead, bint writable, iovec *iov,
 cdef void queue_used(Queue *q, uint16_t head, uint32_t written) noexcept nogil
 cdef void queue_publish(Queue *q, Memory *m) noexcept nogil
 cdef void queue_notify_off(Queue *q, Memory *m) noexcept nogil
-# Ask for a kick at the next entry that the guest adds. True if it has added one meanwhile.
-cdef bint queue_notify_on(Queue *q, Memory *m) noexcept nogil
+# Ask for a kick at the next entry that the guest adds. `seen` is its index as
+# it was before the ring was looked at for the last time: True if it has added
+# one since then, of which no kick tells.
+cdef bint queue_notify_on(Queue *q, Memory *m, uint16_t seen) noexcept nogil
 cdef int queue_map(Queue *q, Memory *m) noexcept nogil
 cdef void queue_break(Queue *q) noexcept nogil

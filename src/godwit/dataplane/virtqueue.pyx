@@ -140,8 +140,7 @@ cdef void queue_notify_off(Queue *q, Memory *m) noexcept nogil:
             log_write(m, q.log_addr, 2)
 
 
-cdef bint queue_notify_on(Queue *q, Memory *m) noexcept nogil:
-    cdef uint16_t seen = load16_acquire(q.avail + 2)
+cdef bint queue_notify_on(Queue *q, Memory *m, uint16_t seen) noexcept nogil:
     if q.event_idx:
         # Not last_avail: entries may wait that are too few for what is wanted.
         store16(q.used + 4 + USED_ELEM * q.num, seen)
@@ -152,7 +151,7 @@ cdef bint queue_notify_on(Queue *q, Memory *m) noexcept nogil:
         if q.log_used:
             log_write(m, q.log_addr, 2)
     fence()
-    return load16_acquire(q.avail + 2) != seen
+    return queue_seen(q) != seen
 
 
 cdef int queue_map(Queue *q, Memory *m) noexcept nogil:
