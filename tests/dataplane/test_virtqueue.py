@@ -456,7 +456,7 @@ def test_a_stream_into_any_buffers(features: int, rx: tuple[tuple[int, ...], ...
     with Guest(features, rx=rx, num=1024) as guest:
         conn, sock = open_pair(guest, family)
         with sock:
-            data = pattern(150_000)
+            data = pattern(50_000)
             sock.sendall(data)
             assert conn.read(len(data)) == data
             assert_goes_on(guest, TX)
