@@ -382,6 +382,19 @@ def test_kicks_are_those_wanted(features: int, family: Family) -> None:
             assert more
 
 
+@pytest.mark.parametrize("features", [FULL, FULL & ~EVENT_IDX], ids=["event_idx", "flags"])
+def test_frames_that_come_while_the_ring_is_looked_at(features: int) -> None:
+    """None is overlooked: the driver kicks only where that is wanted, and nothing else wakes the data plane."""
+    with Guest(features) as guest:
+        parts = guest.layout(guest.vnet + FRAME, ())
+        for _ in range(500):
+            for _ in range(3):
+                head = guest.tx.add(parts)
+                guest.tx.publish(1)
+            guest.reap_tx(head)
+        assert frames_from(guest) == 1500
+
+
 # ---- life of a ring
 
 
