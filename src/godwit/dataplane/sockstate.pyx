@@ -245,8 +245,7 @@ cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
     s.rcv_ws = info.tcpi_rcv_wscale
     if s.tcpi_state != ESTABLISHED and s.tcpi_state != CLOSE_WAIT and not fin_sent(s.tcpi_state):
         return -EINVAL
-    # With an urgent byte in the queue the counts end before it, and the bytes
-    # after it would be lost.
+    # A peek ends before an urgent byte, and what comes after it would be lost.
     urgent.fd = fd
     urgent.events = POLLPRI
     if poll(&urgent, 1, 0) < 0 or urgent.revents & POLLPRI:
