@@ -13,6 +13,7 @@ import pytest
 from godwit.daemon import rescue
 from godwit.daemon.rescue import Rescue
 from godwit.dataplane import Engine, FlowState, Side
+from godwit.repair import in_repair
 
 V4 = bytes(10) + b"\xff\xff"
 LOOPBACK = V4 + bytes((127, 0, 0, 1))
@@ -42,10 +43,11 @@ class Rig:
         self.peers: list[socket.socket] = []
         self.server = socket.create_server(("127.0.0.1", 0))
         self.obeys = True
+        self.lock = threading.RLock()
         self.rescue = Rescue(
             self.engine,
             self.repair,
-            threading.RLock(),
+            self.lock,
             leave_repair=self.leave_repair,
             resume=self.resume,
             schedule=self.schedule,
@@ -69,6 +71,14 @@ class Rig:
             sock = socket.socket(fileno=self.engine.flow_socket(flow)[0])
             sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, mode)
             sock.detach()
+
+    def in_repair(self, flow: int) -> bool:
+        return in_repair(self.engine.flow_socket(flow)[0])
+
+    def hold(self, flows: Sequence[int]) -> None:
+        self.set_repair(flows, 1)
+        with self.lock, self.engine.parked():
+            self.rescue.hold(flows)
 
     def add(self) -> int:
         ours = socket.create_connection(self.server.getsockname())
@@ -98,7 +108,6 @@ class Rig:
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     monkeypatch.setattr(rescue, "PATIENCE", 0.5)
-    monkeypatch.setattr(rescue, "_LOOK_EVERY", 0.05)
     made = Rig()
     yield made
     made.close()
@@ -111,31 +120,37 @@ def alive(rig: Rig, flow: int) -> bool:
 
 def test_a_helper_that_comes_frees_what_is_held(rig: Rig) -> None:
     flows = [rig.add(), rig.add()]
-    rig.set_repair(flows, 1)
-    rig.rescue.hold(flows)
-    assert rig.rescue.holds(flows[0])
+    rig.hold(flows)
     rig.repair.there.set()
     rig.join()
     assert rig.resumed == flows
-    assert not rig.rescue.holds(flows[0])
 
 
 def test_without_a_helper_they_are_reset(rig: Rig) -> None:
     flow, other = rig.add(), rig.add()
-    rig.set_repair([flow], 1)
-    rig.rescue.hold([flow])
+    rig.hold([flow])
     rig.join()
     assert rig.resumed == []
     assert not alive(rig, flow)
     assert alive(rig, other)
 
 
+def test_when_no_helper_can_come_any_more_they_are_reset_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rescue, "PATIENCE", 60.0)
+    monkeypatch.setattr(rig.repair, "wait", lambda timeout: None)
+    flow = rig.add()
+    started = time.monotonic()
+    rig.hold([flow])
+    rig.join()
+    assert time.monotonic() - started < 5
+    assert not alive(rig, flow)
+
+
 def test_a_helper_that_fails_leaves_them_to_the_next(rig: Rig) -> None:
     flow = rig.add()
-    rig.set_repair([flow], 1)
     rig.obeys = False
     rig.repair.there.set()
-    rig.rescue.hold([flow])
+    rig.hold([flow])
     while rig.repair.there.is_set():
         time.sleep(0.001)
     rig.obeys = True
@@ -144,48 +159,50 @@ def test_a_helper_that_fails_leaves_them_to_the_next(rig: Rig) -> None:
     assert rig.resumed == [flow]
 
 
-def test_flows_of_the_next_guest_are_left_alone(rig: Rig) -> None:
-    """The one in the place of a held flow is another, whatever the time of waiting brings."""
-    flow = rig.add()
-    rig.set_repair([flow], 1)
-    rig.rescue.hold([flow])
-    rig.rescue.watch([flow])
-    assert rig.repair.asked.wait(5.0)
-    rig.rescue.forget()
-    rig.engine.close_flows()
-    assert rig.add() == flow
-    rig.set_repair([flow], 1)  # as a migration of the next guest would
+def test_each_waits_for_its_own_time(rig: Rig) -> None:
+    first, second = rig.add(), rig.add()
+    rig.hold([first])
+    time.sleep(0.3)
+    rig.hold([second])
+    time.sleep(0.35)
+    assert not alive(rig, first)
+    assert alive(rig, second)
     rig.join()
-    assert alive(rig, flow)
+    assert not alive(rig, second)
+
+
+def test_a_flow_that_others_see_to_is_left_to_them(rig: Rig) -> None:
+    """It moves, in repair mode still: to end that would have the kernel acknowledge what nobody saves."""
+    flow = rig.add()
+    rig.hold([flow])
+    with rig.lock:
+        rig.rescue.release([flow])
+    rig.repair.there.set()
+    rig.join()
     assert rig.resumed == []
-    assert not rig.rescue.holds(flow)
+    assert rig.in_repair(flow)
 
 
-def test_a_place_that_was_taken_anew_is_left_alone_without_being_forgotten(rig: Rig) -> None:
+def test_the_flow_in_the_place_of_a_held_one_is_left_alone(rig: Rig) -> None:
+    """Of the next guest, say, and in repair mode for a migration."""
     flow = rig.add()
-    rig.rescue.watch([flow])
+    rig.hold([flow])
+    assert rig.repair.asked.wait(5.0)
     rig.engine.close_flows()
     assert rig.add() == flow
-    rig.set_repair([flow], 1)
-    rig.join()
-    assert not rig.rescue.holds(flow)
-
-
-def test_a_doubtful_flow_that_was_reset_needs_no_rescue(rig: Rig) -> None:
-    flow = rig.add()
-    rig.rescue.watch([flow])
-    with rig.engine.parked():
-        rig.engine.reset_flow(flow)
-    rig.join()
-    assert not rig.rescue.holds(flow)
-
-
-def test_repair_mode_that_comes_late_is_noticed(rig: Rig) -> None:
-    flow = rig.add()
-    rig.rescue.watch([flow])
-    time.sleep(0.12)
-    assert not rig.rescue.holds(flow)
     rig.set_repair([flow], 1)
     rig.repair.there.set()
     rig.join()
-    assert rig.resumed == [flow]
+    assert rig.resumed == []
+    assert rig.in_repair(flow)
+    assert alive(rig, flow)
+
+
+def test_a_held_flow_that_was_reset_needs_no_rescue(rig: Rig) -> None:
+    flow = rig.add()
+    rig.hold([flow])
+    with rig.engine.parked():
+        rig.engine.reset_flow(flow)
+    rig.repair.there.set()
+    rig.join()
+    assert rig.resumed == []

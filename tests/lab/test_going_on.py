@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import signal
 import socket
+import struct
+import threading
 import time
 from collections.abc import Iterator
 
@@ -86,6 +90,120 @@ def test_a_helper_that_hangs_costs_nothing(scenario: Scenario, load: Load) -> No
     load.wait_alive()
     scenario.move()
     works_on(scenario, load)
+
+
+def test_a_helper_that_acts_late_though_another_did_its_work(scenario: Scenario, load: Load) -> None:
+    source = scenario.backends["a"]
+    attempt = suspended(scenario)
+    source.stop_helper()
+    hung = source.leave_helper()
+    helping = threading.Timer(1.0, source.start_helper)
+    helping.start()
+    attempt.transfer()
+    helping.join()
+    attempt.cancel()
+    load.wait_alive()
+    hung.send_signal(signal.SIGCONT)
+    wait_until(lambda: "connections go on" in source.messages(), "the late repair mode to be ended", 20.0)
+    works_on(scenario, load)
+    hung.wait(10.0)
+
+
+def test_a_second_migration_while_connections_wait_for_a_helper(scenario: Scenario, load: Load) -> None:
+    """They are in repair mode, which is all that they need to be saved."""
+    source = scenario.backends["a"]
+    attempt = saved(scenario)
+    source.kill_helper()
+    attempt.cancel()
+    wait_until(lambda: "stand still" in source.messages(), "the connections to be held")
+    scenario.move()
+    works_on(scenario, load)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_stopped_when_the_connections_have_moved(delay: float) -> None:
+    """SIGTERM right behind the end of the session, and while the daemon lingers: late packets get no reset."""
+    with Scenario(godwit_arguments=["--one-off"]) as scenario:
+        load = scenario.start_load(idle=IDLE, rate=RATE)
+        source = scenario.backends["a"]
+        attempt = saved(scenario)
+        attempt.switch_over()
+        attempt.finish()
+        time.sleep(delay)
+        source.terminate()
+        if delay:
+            assert source.wait(5.0) == 0
+        time.sleep(3.0)
+        scenario.network.switch("b")
+        works_on(scenario, load)
+
+
+def test_the_last_bytes_move_when_both_sides_have_closed(scenario: Scenario) -> None:
+    """What the guest has been told is there is not left to a socket that no flow knows."""
+    data = random.randbytes(50_000)  # more than the peer takes, and no more than a socket does
+    with scenario.network.server.enter():
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+        listening.bind((scenario.server_address, 5999))
+        listening.listen(1)
+    assert isinstance(scenario.guest, EmbeddedGuest)
+    with scenario.guest.space.enter():
+        ours = socket.create_connection((scenario.server_address, 5999), 5.0)
+    peer, _ = listening.accept()
+    with listening, peer:
+        peer.settimeout(20.0)
+        peer.shutdown(socket.SHUT_WR)
+        assert ours.recv(1) == b""
+        ours.sendall(data)
+        ours.close()
+        guest = scenario.guest
+        wait_until(lambda: not guest.space.run("ss", "-Htn").stdout, "the guest to be done with it")
+        scenario.move()
+        received = b""
+        while piece := peer.recv(65536):
+            received += piece
+        assert received == data
+
+
+def test_a_reset_that_the_guest_could_not_be_told_of_is_told_where_it_goes(scenario: Scenario) -> None:
+    """The peer resets between the stop of the rings and the save."""
+    with scenario.network.server.enter():
+        listening = socket.create_server((scenario.server_address, 5999))
+    assert isinstance(scenario.guest, EmbeddedGuest)
+    with scenario.guest.space.enter():
+        ours = socket.create_connection((scenario.server_address, 5999), 5.0)
+    peer, _ = listening.accept()
+    with listening, ours:
+        attempt = suspended(scenario)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()
+        time.sleep(0.2)
+        attempt.transfer()
+        attempt.switch_over()
+        attempt.finish()
+        scenario.network.switch("b")
+        ours.settimeout(5.0)
+        with pytest.raises(ConnectionResetError):
+            ours.recv(1)
+
+
+def test_a_target_with_too_few_descriptors_resets_the_rest() -> None:
+    with Scenario(descriptors=300) as scenario:
+        scenario.backends["a"].close()
+        scenario.descriptors = None
+        scenario.start_backend("a")
+        assert isinstance(scenario.guest, EmbeddedGuest)
+        scenario.guest.reconnect(scenario.backends["a"].socket)
+        count = 400
+        echo = scenario.guest.agent.echo(scenario.server_address, PORT, count)
+        attempt = saved(scenario)
+        attempt.switch_over()
+        attempt.finish()
+        scenario.network.switch("b")
+        answers = scenario.guest.agent.check(echo, 10.0)
+        assert answers.silent == 0
+        assert 0 < answers.alive < 300
+        wait_until(lambda: connections_at(scenario) == answers.alive, "the server to let go of the others", 15.0)
 
 
 def test_stopped_while_it_takes_the_guest_back(scenario: Scenario, load: Load) -> None:

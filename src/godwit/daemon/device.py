@@ -131,7 +131,7 @@ class NetDevice(BaseDevice):
             self._loop.add_reader(self._repair, self._helper_connects)
 
     async def close(self) -> None:
-        """Stop. Connections of the guest are reset, but those that moved away are left in silence."""
+        """Stop. Connections of the guest are reset, but those that moved away are left in silence, for their time."""
         loop = asyncio.get_running_loop()
         await self.disconnected()
         loop.remove_reader(self._engine.rare_fileno())
@@ -140,6 +140,8 @@ class NetDevice(BaseDevice):
         for task in self._background:
             task.cancel()
         self._engine.close()
+        if self._linger is not None:
+            self._linger.leave_keeper()
         self._end_linger()
 
     def _limit_flows(self) -> None:
@@ -167,6 +169,8 @@ class NetDevice(BaseDevice):
         self._loop.call_soon_threadsafe(begin)
 
     def _answer_rare(self) -> None:
+        if self._engine.has_found():
+            self._in_background(0, self._mover.rescue_found)
         for frame in self._engine.take_rare():
             for answer in self._responder.respond(frame):
                 self._engine.inject(answer)
@@ -345,11 +349,10 @@ class NetDevice(BaseDevice):
             await self._begin_linger(await asyncio.to_thread(self._mover.leave))
             self._close_transfer()
         await self._end_transfer()
-        await asyncio.to_thread(self._mover.forget)  # which waits for a rescue that is under way
         if self._advertising is not None:
             self._advertising.cancel()
             self._advertising = None
-        self._engine.close_flows()
+        await asyncio.to_thread(self._mover.close_flows)
         self._engine.detach()
 
     async def _begin_linger(self, fds: list[int]) -> None:

@@ -21,8 +21,10 @@ import ipaddress
 import itertools
 import logging
 import os
+import signal
 import socket
 import struct
+import time
 from collections.abc import Callable, Sequence
 
 from godwit.dataplane.state import Side
@@ -72,6 +74,27 @@ class Linger:
     def remaining(self) -> float:
         """Seconds for which sockets are still kept."""
         return max(0.0, self._end.when() - asyncio.get_running_loop().time()) if self._fds else 0.0
+
+    def leave_keeper(self) -> None:
+        """Leave a process that keeps the sockets for the rest of the time, for one that has to end now.
+
+        Not if that time is over. The keeper does nothing but wait: it gives nothing up.
+        """
+        left = self.remaining
+        if left <= 0 or os.fork():
+            return
+        try:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            low = 0
+            for fd in sorted(self._fds):
+                os.closerange(low, fd)
+                low = fd + 1
+            os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+            time.sleep(left)
+        finally:
+            os._exit(0)
 
     def close(self) -> None:
         """Close them. May be repeated."""

@@ -127,6 +127,7 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         await names.aclose()
         if device.lingering:
             # Closed now, the connections that moved away would be reset by the next packet that still comes here.
+            # Stopped before that, it leaves a process behind that does nothing else.
             logger.info("connections have moved away: stays silent for %.0f s more, or until stopped", device.lingering)
             stop.clear()
             await _until(stop, asyncio.sleep(device.lingering))

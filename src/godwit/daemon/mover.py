@@ -14,9 +14,13 @@ better off where it is.
 
 from __future__ import annotations
 
+import errno
 import functools
+import ipaddress
 import logging
+import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +47,10 @@ HURRY_SECONDS = 8.0
 
 # When the peers of lost connections are told, in seconds after the commit: the
 # network may be switched late, and until then they cannot hear it from here.
-KNOCKS = (0.0, 1.0, 3.0, 8.0)
+KNOCKS = (0.0, 1.0, 2.0, 5.0)  # each after the one before
+
+# Of the memory of this host, the part that send queues may take until the commit.
+QUEUES_SHARE = 1 / 4
 
 
 @dataclass
@@ -61,6 +68,30 @@ class _Arrival:
 def _host_side(state: FlowState) -> Side:
     """The side of the remote peer."""
     return state.sides[0] if state.pif[0] == 1 else state.sides[1]
+
+
+def _advice(error: OSError) -> str:
+    """What the kernel said, and what to do about it."""
+    if error.errno != errno.EADDRNOTAVAIL:
+        return str(error)
+    return f"{error}. This host has to have the address, and no socket of another process with the same two ends"
+
+
+def _ends(state: FlowState) -> str:
+    """Both ends of the host's side, for people."""
+    side = _host_side(state)
+    return f"{_text(side.our_addr)} port {side.our_port} to {_text(side.end_addr)} port {side.end_port}"
+
+
+def _text(address: bytes) -> str:
+    found = ipaddress.IPv6Address(address)
+    return str(found.ipv4_mapped or found)
+
+
+def is_loopback(address: bytes) -> bool:
+    """Whether an address of 16 bytes is of the host itself alone."""
+    found = ipaddress.IPv6Address(address)
+    return (found.ipv4_mapped or found).is_loopback
 
 
 class Mover:
@@ -97,9 +128,9 @@ class Mover:
         self._frozen: list[int] = []  # source: flows whose socket is frozen
         self._in_repair: set[int] = set()  # of those, the ones in repair mode
         self._not_saved: set[int] = set()  # and of those, the ones that are not in the stream, or as lost
-        self._doubtful: list[int] = []  # source, freeze failed: the helper may set their repair mode yet
         self._frozen_listeners: list[int] = []
         self._arrivals: dict[int, _Arrival] = {}  # target: by flow
+        self._room = 0  # target: bytes that send queues may still take
 
     # ---- both sides
 
@@ -141,31 +172,30 @@ class Mover:
         for fd in self._engine.listeners():
             sockstate.freeze_listener(fd)
             self._frozen_listeners.append(fd)
-        flows = [flow for flow in self._engine.tcp_flows() if not self._rescue.holds(flow)]
-        for flow in flows:
+        for flow in self._engine.tcp_flows():
             fd, v6 = self._engine.flow_socket(flow)
+            if fd < 0:
+                continue  # reset, and the guest is to hear of it where it goes
             try:
                 sockstate.freeze(fd, v6)
             except OSError as error:
                 log.error("flow %d cannot move: %s", flow, error)
                 continue
             self._frozen.append(flow)
+        # Those that stood still for want of a helper need none to move.
+        self._rescue.release(self._frozen)
+        self._in_repair.update(flow for flow in self._frozen if self._is_in_repair(flow))
         if not self._frozen:
             return
         if not self.helper_expected and (self._repair is None or not self._repair.connected()):
             log.warning(
                 "no repair helper is connected: %d connections cannot move and will be reset; "
                 "start `godwit repair` or passt-repair for %s",
-                len(self._frozen),
+                len(self._frozen) - len(self._in_repair),
                 "the repair socket" if self._repair is None else self._repair.path,
             )
             return
-        fds = [self._engine.flow_socket(flow)[0] for flow in self._frozen]
-        try:
-            self._set_mode(fds, Repair.ON)
-        except RepairError as error:
-            self._doubtful = self._frozen[error.done : error.done + error.uncertain]
-            raise
+        self._set_mode([self._engine.flow_socket(flow)[0] for flow in self._frozen], Repair.ON)
         self._in_repair.update(self._frozen)
 
     def flows(self) -> Sequence[int]:
@@ -179,6 +209,9 @@ class Mover:
     def dump(self, flow: int) -> tuple[SocketState, bytes, bytes] | None:
         """The socket and its queues; None: it cannot move."""
         if flow not in self._in_repair:
+            return None
+        if is_loopback(_host_side(self._engine.flow_state(flow)).end_addr):
+            self.give_up(flow, "its peer is on this host, and does not move with it")
             return None
         fd, _v6 = self._engine.flow_socket(flow)
         try:
@@ -198,7 +231,7 @@ class Mover:
         to_guest, to_sock = self._engine.carried(flow)
         tcp_state = state.tcpi_state
         if to_sock and self._engine.flow_state(flow).events & EV_FIN_TO_SOCK:
-            tcp_state = TCP_FIN_WAIT1
+            tcp_state = TCP_LAST_ACK if tcp_state == TCP_CLOSE_WAIT else TCP_FIN_WAIT1
         if self._engine.peer_closed(flow):
             tcp_state = {TCP_ESTABLISHED: TCP_CLOSE_WAIT}.get(tcp_state, TCP_LAST_ACK)
         return (
@@ -231,8 +264,14 @@ class Mover:
         self._leave_repair([flow for flow in self._frozen if self._is_in_repair(flow)])
         stuck = [flow for flow in self._frozen if self._is_in_repair(flow)]
         self._rescue.hold(stuck)
-        self._resume(flow for flow in self._frozen if not self._rescue.holds(flow))
-        self._rescue.watch([flow for flow in self._doubtful if not self._rescue.holds(flow)])
+        self._resume(flow for flow in self._frozen if flow not in stuck)
+
+    def rescue_found(self) -> None:
+        """See to flows that the data plane has found in repair mode while the guest runs."""
+        with self._lock:
+            found = [flow for flow in self._engine.take_found() if flow not in self._frozen]
+            with self._engine.parked():
+                self._rescue.hold(found)
 
     def _is_in_repair(self, flow: int) -> bool:
         return in_repair(self._engine.flow_socket(flow)[0])
@@ -241,7 +280,6 @@ class Mover:
         self._frozen.clear()
         self._in_repair.clear()
         self._not_saved.clear()
-        self._doubtful = []
 
     def _leave_repair(self, flows: Sequence[int]) -> None:
         """Thaw these and end their repair mode, as far as a helper is there."""
@@ -287,9 +325,10 @@ class Mover:
                 self._clear()
                 self._unpark()
 
-    def forget(self) -> None:
-        """The guest is gone, and its flows are about to be closed."""
-        self._rescue.forget()
+    def close_flows(self) -> None:
+        """The guest is gone: close its flows; peers are reset."""
+        with self._lock:
+            self._engine.close_flows()
 
     def thaw_listeners(self) -> None:
         """A new guest is here: connections from outside are welcome again."""
@@ -302,6 +341,8 @@ class Mover:
     def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
         """Flows in the table, with frozen sockets in repair mode where they can be had."""
         self._park()
+        if not self._arrivals:
+            self._room = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * QUEUES_SHARE)
         reclaim([_host_side(state) for state in flows])
         ids = [self._place(state) for state in flows]
         ready = [flow for flow in ids if flow >= 0 and self._arrivals[flow].fd >= 0]
@@ -311,7 +352,7 @@ class Mover:
             done = len(ready)
         except RepairError as error:
             done = error.done
-            log.error("%d connections are lost: %s", len(ready) - done, error)
+            log.error("%s", error)
         for flow in ready[:done]:
             self._arrivals[flow].in_repair = True
         for flow in ready[done:]:
@@ -319,12 +360,16 @@ class Mover:
         return ids
 
     def _place(self, state: FlowState) -> int:
+        full = self._engine.is_full()
         try:
             flow = self._engine.import_flow(state)
         except ValueError as error:
             log.error("a connection is lost: %s", error)
             return -1
         arrival = self._arrivals[flow] = _Arrival(state)
+        if full:
+            self._lose(flow, "there are too few descriptors for it")
+            return flow
         try:
             arrival.fd = sockstate.create(self._engine.flow_socket(flow)[1])
         except OSError as error:
@@ -351,8 +396,11 @@ class Mover:
                 rcvq,
             )
         except OSError as error:
-            log.error("a connection is lost: %s", error)
-            self._lose(flow, str(error))
+            self._lose(flow, _advice(error))
+            return
+        self._room -= len(sndq)
+        if self._room < 0:
+            self._lose(flow, "all send queues together are too large for this host")
             return
         arrival.socket = socket
         arrival.sndq = sndq
@@ -400,24 +448,38 @@ class Mover:
                 done = len(good)
             except RepairError as error:
                 done = error.done
-                log.error("%d connections are lost: %s", len(good) - done, error)
+                log.error("%s", error)
         for flow in good[:done]:
             self._finish(flow)
         for flow in good[done:]:
             self._lose(flow, "no repair helper")
-        lost = [flow for flow, arrival in self._arrivals.items() if arrival.lost]
+        lost = {flow: arrival for flow, arrival in self._arrivals.items() if arrival.lost}
         for flow in lost:
             self._engine.reset_flow(flow)
         log.info("%d connections go on here, %d were lost", len(self._arrivals) - len(lost), len(lost))
-        if lost:
-            peers = [_host_side(self._arrivals[flow].state) for flow in lost]
-            for delay in KNOCKS:
-                self._schedule(delay, functools.partial(self._knock, peers))
+        for why, number in Counter(arrival.lost for arrival in lost.values()).items():
+            example = next(arrival for arrival in lost.values() if arrival.lost == why)
+            log.error("%d connections are lost (%s and so on): %s", number, _ends(example.state), why)
+        peers = [side for arrival in lost.values() if not is_loopback((side := _host_side(arrival.state)).end_addr)]
+        self._knock(peers, KNOCKS)
 
-    def _knock(self, peers: Sequence[Side]) -> None:
+    def _knock(self, peers: Sequence[Side], delays: Sequence[float]) -> None:
         """Have the peers of lost connections find out that they are connected to nobody."""
+        if peers and delays:
+            self._schedule(delays[0], functools.partial(self._knock_now, peers, delays[1:]))
+
+    def _knock_now(self, peers: Sequence[Side], later: Sequence[float]) -> None:
+        again: list[Side] = []
+        failures: Counter[str] = Counter()
         for peer in peers:
-            sockstate.knock(peer.our_addr, peer.our_port, peer.end_addr, peer.end_port, self._scope)
+            try:
+                if not sockstate.knock(peer.our_addr, peer.our_port, peer.end_addr, peer.end_port, self._scope):
+                    again.append(peer)
+            except OSError as error:
+                failures[str(error.strerror)] += 1
+        for why, number in failures.items():
+            log.warning("%d peers of lost connections will learn it only when they next send: %s", number, why)
+        self._knock(again, later)
 
     def _complete(self, flow: int) -> None:
         arrival = self._arrivals[flow]

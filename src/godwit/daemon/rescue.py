@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Flows of a source that goes on, whose repair mode only a helper can end.
+"""Flows of a guest that runs, whose sockets are in repair mode: only a helper can end that.
 
-A flow is *held* when the guest goes on here and its socket is in repair mode
-still, since the helper is gone: nothing moves on it until another helper comes,
-and after a while without one it is reset. A flow is *doubtful* when a helper
-was asked to set its repair mode and has not answered: it goes on, and is looked
-at for a while, since a helper that hung may act on what it was sent when it
-wakes up; then it is held.
+How they come to be: the helper was lost after it had set that mode for a
+migration, and the guest goes on here; or a helper that hung acts late, on what
+it was sent long ago, and the data plane finds sockets in repair mode. They are
+*held*: nothing moves on them, nothing is lost, and the rest of the guest's flows
+go on. The next helper frees them; after a while without one they are reset.
 
 Flows are named by index and generation here: they may end meanwhile, and their
 index is another's then.
@@ -18,28 +17,31 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from godwit.dataplane import Engine
 from godwit.repair import in_repair
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a held flow waits for a helper, and that a doubtful one is looked at.
+#: Seconds that a held flow waits for a helper.
 PATIENCE = 60.0
-
-_LOOK_EVERY = 1.0
 
 
 class Helpers(Protocol):
     """What is asked of the listener for helpers."""
 
     def wait(self, timeout: float) -> object | None:
-        """Wait for a helper, up to ``timeout`` seconds; None if none came."""
+        """Wait for a helper, up to ``timeout`` seconds; None if none came, or none can come any more."""
+
+
+class _Held(NamedTuple):
+    generation: int
+    deadline: float
 
 
 class Rescue:
-    """See the module. Methods may be called from any thread; ``lock`` is held by who moves flows.
+    """See the module. ``lock`` is the one under which flows are moved; every method is called with it held.
 
     ``leave_repair`` has the helper end the repair mode of flows as well as it
     can, ``resume`` lets them go on, with the data plane parked.
@@ -62,82 +64,71 @@ class Rescue:
         self._leave_repair = leave_repair
         self._resume = resume
         self._schedule = schedule
-        self._held: dict[int, int] = {}  # generation by index
-        self._doubtful: dict[int, int] = {}
-
-    def holds(self, flow: int) -> bool:
-        """Whether the flow is held."""
-        return flow in self._held
+        self._held: dict[int, _Held] = {}
+        self._waiting = False
 
     def hold(self, flows: Sequence[int]) -> None:
         """Hold flows until a helper comes. The data plane is parked."""
         if not flows:
             return
-        for flow in flows:
-            self._engine.hold_flow(flow)
-        self._held.update(self._named(flows))
-        log.error("%d connections stand still until a repair helper connects again", len(flows))
-        self._schedule(0, self._free)
-
-    def watch(self, flows: Sequence[int]) -> None:
-        """Look at flows that are not in repair mode and may come to be. The data plane is parked."""
-        if not flows:
-            return
-        self._doubtful.update(self._named(flows))
-        until = time.monotonic() + PATIENCE
-        self._schedule(_LOOK_EVERY, lambda: self._look(until))
-
-    def forget(self) -> None:
-        """The guest is gone, and all flows with it."""
-        with self._lock:
-            self._held.clear()
-            self._doubtful.clear()
-
-    def _named(self, flows: Iterable[int]) -> dict[int, int]:
-        generations = {flow: self._engine.flow_generation(flow) for flow in flows}
-        return {flow: generation for flow, generation in generations.items() if generation is not None}
-
-    def _living(self, flows: dict[int, int]) -> list[int]:
-        return [flow for flow, generation in flows.items() if self._engine.flow_generation(flow) == generation]
-
-    def _in_repair(self, flows: Iterable[int]) -> list[int]:
-        sockets = {flow: self._engine.flow_socket(flow)[0] for flow in flows}
-        # One that was reset has no socket, while the guest has no room to hear of it.
-        return [flow for flow, fd in sockets.items() if fd >= 0 and in_repair(fd)]
-
-    def _free(self) -> None:
-        """In a thread of its own: wait for a helper that ends the repair mode of what is held."""
         deadline = time.monotonic() + PATIENCE
-        helped = True
-        while helped and self._held:
-            helped = self._repair is not None and self._repair.wait(deadline - time.monotonic()) is not None
+        for flow in flows:
+            generation = self._engine.flow_generation(flow)
+            if generation is not None:
+                self._engine.hold_flow(flow)
+                self._held[flow] = _Held(generation, deadline)
+        log.error("%d connections stand still until a repair helper connects again", len(flows))
+        if not self._waiting:
+            self._waiting = True
+            self._schedule(0, self._wait)
+
+    def release(self, flows: Iterable[int]) -> None:
+        """Others see to these flows now: they move."""
+        for flow in flows:
+            self._held.pop(flow, None)
+
+    def _living(self) -> dict[int, int]:
+        """The held flows that are still there, with their sockets."""
+        flows = [flow for flow, held in self._held.items() if self._engine.flow_generation(flow) == held.generation]
+        sockets = {flow: self._engine.flow_socket(flow)[0] for flow in flows}
+        # One that was reset has none, while the guest has no room to hear of it.
+        return {flow: fd for flow, fd in sockets.items() if fd >= 0}
+
+    def _wait(self) -> None:
+        """In a thread of its own: wait for helpers that end the repair mode of what is held."""
+        helped = False
+        while True:
             with self._lock:
-                # Held flows stay as they are while the lock is held, so the others need not stand still for this.
                 if helped:
-                    self._leave_repair(self._living(self._held))
+                    # Held flows stay as they are while the lock is held: the others need not stand still for this.
+                    self._leave_repair(list(self._living()))
                 with self._engine.parked():
-                    self._let_go(give_up=not helped)
+                    self._let_go()
+                if not self._held:
+                    self._waiting = False
+                    return
+                until = min(held.deadline for held in self._held.values())
+            left = until - time.monotonic()
+            helped = self._repair is not None and self._repair.wait(left) is not None
+            if not helped and time.monotonic() < until:
+                self._despair()  # no helper can come any more
 
-    def _let_go(self, *, give_up: bool) -> None:
-        """Resume what is out of repair mode; reset the rest if its time is over."""
-        flows = self._living(self._held)
-        left = self._in_repair(flows)
-        going = [flow for flow in flows if flow not in left]
-        self._held = {} if give_up else self._named(left)
-        self._resume(going)
-        if going:
-            log.info("%d connections go on", len(going))
-        if give_up and left:
-            for flow in left:
-                self._engine.reset_flow(flow)
-            log.error("%d connections were reset: no repair helper came for them", len(left))
+    def _let_go(self) -> None:
+        """Resume what is out of repair mode; reset what has waited long enough."""
+        living = self._living()
+        free = [flow for flow, fd in living.items() if not in_repair(fd)]
+        self._resume(free)
+        now = time.monotonic()
+        late = [flow for flow in living if flow not in free and self._held[flow].deadline <= now]
+        for flow in late:
+            self._engine.reset_flow(flow)
+        gone = {*free, *late}
+        self._held = {flow: self._held[flow] for flow in living if flow not in gone}
+        if free:
+            log.info("%d connections go on", len(free))
+        if late:
+            log.error("%d connections were reset: no repair helper came for them", len(late))
 
-    def _look(self, until: float) -> None:
-        """See whether a doubtful flow has been set into repair mode after all."""
-        with self._lock, self._engine.parked():
-            flows = self._living(self._doubtful)
-            late = self._in_repair(flows)
-            self._doubtful = self._named(flow for flow in flows if flow not in late)
-            self.hold(late)
-        if self._doubtful and time.monotonic() < until:
-            self._schedule(_LOOK_EVERY, lambda: self._look(until))
+    def _despair(self) -> None:
+        with self._lock:
+            self._held = {flow: held._replace(deadline=0.0) for flow, held in self._held.items()}

@@ -30,7 +30,7 @@ from godwit.dataplane.flow cimport (
     flows_init,
     watch_data,
 )
-from godwit.dataplane.host cimport get_sockaddr, is_v4
+from godwit.dataplane.host cimport is_v4
 from godwit.dataplane.loop cimport clock_ms, loop_run, loop_wake
 from godwit.dataplane.memory cimport (
     memory_add,
@@ -49,6 +49,7 @@ from godwit.dataplane.plane cimport (
     EV_SYN_FROM_GUEST,
     FF_CONNECTING,
     FF_FIN_KNOWN,
+    FF_FOUND,
     FF_FROM_GUEST,
     FF_HELD,
     FF_HURRY,
@@ -91,7 +92,6 @@ from godwit.dataplane.sys cimport (
     epoll_event,
     errno,
     eventfd,
-    getsockname,
     load32_acquire,
     read,
     sem_init,
@@ -99,14 +99,11 @@ from godwit.dataplane.sys cimport (
     sem_post,
     sem_wait,
     setsockopt,
-    sockaddr,
-    sockaddr_storage,
     socket,
-    socklen_t,
     store32_release,
     write,
 )
-from godwit.dataplane.tcp cimport tcp_abort, tcp_drop_socket, tcp_hurry, tcp_refuse_waiting, tcp_reset, tcp_resume
+from godwit.dataplane.tcp cimport tcp_abort, tcp_drop_socket, tcp_hurry, tcp_local_end, tcp_refuse_waiting, tcp_reset, tcp_resume
 from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, Queue, queue_map
 
 from godwit.dataplane.state import FlowState, Observed, Side
@@ -444,6 +441,8 @@ cdef class Engine:
         """How the guest is interrupted; None: it polls."""
         cdef Queue *q = self.queue(index)
         cdef uint64_t one = 1
+        if fd is not None:
+            os.set_blocking(fd, False)  # whatever it is, a write to it must not stop us
         with self.parked():
             if q.call >= 0:
                 close(q.call)
@@ -457,6 +456,8 @@ cdef class Engine:
     def ring_err(self, int index, fd):
         """How the front-end is told that the ring is broken."""
         cdef Queue *q = self.queue(index)
+        if fd is not None:
+            os.set_blocking(fd, False)
         with self.parked():
             if q.err >= 0:
                 close(q.err)
@@ -503,11 +504,11 @@ cdef class Engine:
     # ---- rare frames
 
     def rare_fileno(self):
-        """An eventfd that is readable when frames wait for take_rare()."""
+        """An eventfd that is readable when frames wait for take_rare(), or flows for take_found()."""
         return self.p.rare_event
 
     def take_rare(self):
-        """The whole Ethernet frames that wait for the control thread, a list of bytes."""
+        """The whole Ethernet frames that wait for the control thread, a list of bytes; perhaps none."""
         cdef uint64_t ignored
         cdef uint32_t tail = self.p.up.tail
         cdef RareFrame *slot
@@ -611,14 +612,33 @@ cdef class Engine:
         return &self.p.flows[index]
 
     def tcp_flows(self):
-        """The TCP flows that are established on the guest's side, their indices."""
+        """The TCP flows that are established on the guest's side, their indices.
+
+        Also those that were reset and of which the guest has not heard yet: they have no socket.
+        """
         cdef uint32_t i
         cdef Flow *f
         found = []
         for i in range(self.p.used_flows):
             f = &self.p.flows[i]
-            if f.kind == FLOW_TCP and f.sock >= 0 and f.events & EV_ESTABLISHED and not f.flags & FF_RESET_DUE:
+            if f.kind == FLOW_TCP and f.events & EV_ESTABLISHED and (f.sock >= 0 or f.flags & FF_RESET_DUE):
                 found.append(i)
+        return found
+
+    def has_found(self):
+        """Whether there is something for take_found()."""
+        return bool(self.p.found)
+
+    def take_found(self):
+        """The TCP flows that were found in repair mode and are held since, their indices. Each is told once."""
+        cdef uint32_t i
+        found = []
+        with self.parked():
+            self.p.found = False
+            for i in range(self.p.used_flows):
+                if self.p.flows[i].kind == FLOW_TCP and self.p.flows[i].flags & FF_FOUND:
+                    self.p.flows[i].flags &= ~FF_FOUND
+                    found.append(i)
         return found
 
     def hold_flow(self, uint32_t index):
@@ -639,11 +659,8 @@ cdef class Engine:
     def flow_state(self, uint32_t index):
         """The FlowState of a TCP flow, to be written into a stream."""
         cdef Flow *f = self.flow(index)
-        cdef sockaddr_storage addr
-        cdef socklen_t n = sizeof(addr)
         cdef bint from_guest = f.flags & FF_FROM_GUEST != 0
-        if f.sock >= 0 and getsockname(f.sock, <sockaddr *>&addr, &n) == 0:
-            get_sockaddr(&addr, f.local_addr, &f.local_port)
+        tcp_local_end(f)
         guest = Side(f.our_addr[:16], f.guest_addr[:16], f.our_port, f.guest_port)
         host = Side(f.local_addr[:16], f.remote_addr[:16], f.local_port, f.remote_port)
         window = f.window >> f.ws_from_guest
@@ -684,7 +701,10 @@ cdef class Engine:
         if flow_find(self.p, FLOW_TCP, guest_addr, guest.end_port, our_addr, guest.our_port) != NULL:
             raise ValueError("two flows between the same ends")
         self.p.now = clock_ms()
+        # Also beyond the limit: without a descriptor it is reset, and has to be there for that.
+        limit, self.p.flow_limit = self.p.flow_limit, self.p.max_flows
         f = flow_new(self.p, FLOW_TCP, guest_addr, guest.end_port, our_addr, guest.our_port)
+        self.p.flow_limit = limit
         if f == NULL:
             raise ValueError("the flow table is full")
         copy_bytes(f.remote_addr, host.end_addr, 16, "address")
@@ -759,7 +779,7 @@ cdef class Engine:
         """Go on with a flow: one thawed, or (``watch``) one imported and restored."""
         cdef Flow *f = self.flow(index)
         self.p.now = clock_ms()
-        f.flags &= ~FF_HELD
+        f.flags &= ~(FF_HELD | FF_FOUND)
         if watch and flow_watch(self.p, f) != 0:
             tcp_reset(self.p, f)
             return
@@ -781,6 +801,10 @@ cdef class Engine:
     def forget_flow(self, uint32_t index):
         """Close a flow without a word to anyone."""
         flow_close(self.p, self.flow(index))
+
+    def is_full(self):
+        """Whether there are as many flows as limit_flows() allows."""
+        return self.p.open_flows >= self.p.flow_limit
 
     def limit_flows(self, uint32_t most):
         """Refuse new flows while there are so many; each takes a descriptor."""

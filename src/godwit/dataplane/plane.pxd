@@ -71,6 +71,8 @@ cdef enum FlowFlag:
     FF_SYN_DUE = 0x0400     # SYN or SYN,ACK waits for a receive buffer
     FF_CONNECTING = 0x0800
     FF_HELD = 0x1000        # frozen: not a byte moves until it is resumed
+    FF_FOUND = 0x2000       # held by the data plane itself, and control does not know yet
+    FF_DRAINING = 0x8000    # both sides have closed, and the kernel has still to send
     FF_FIN_KNOWN = 0x4000   # seq_fin is valid
     FF_PEER_FIN = 0x20000   # the peer's FIN came before a migration: the socket does not know of it
     FF_HURRY = 0x40000      # the kernel retransmits every second, for the time after a move
@@ -236,6 +238,7 @@ cdef struct Plane:
     bint park_wanted
     bint stop_wanted
     bint again                  # work was left for the next turn, which begins at once
+    bint found                  # flows were found in repair mode (FF_FOUND)
     bint peek_offset            # the kernel has SO_PEEK_OFF for TCP
     sem_t parked
     sem_t resume

@@ -37,11 +37,13 @@ def thaw_listener(fd: int) -> None:
     """Undo ``freeze_listener``."""
 
 def knock(our_addr: bytes, our_port: int, end_addr: bytes, end_port: int, scope: int) -> bool:
-    """Have the peer of a connection that is no more find that out; whether a SYN could be sent.
+    """Have the peer of a connection that is no more find that out; whether it has answered already.
 
     The peer, connected still, answers a SYN from the same port by saying where
     it is (RFC 5961, 4.2); this host knows no such connection and sends a reset
-    with the number that the peer expects. No new connection can come of it.
+    with the number that the peer expects. The SYN's own socket is ended at once.
+    ``OSError``: none could be sent: the address is not this host's, or somebody
+    listens on the port (EADDRINUSE).
     """
 
 def create(v6: bool) -> int:

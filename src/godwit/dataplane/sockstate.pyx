@@ -22,6 +22,7 @@ from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
     EAGAIN,
+    ECONNREFUSED,
     EINPROGRESS,
     EINTR,
     EINVAL,
@@ -35,6 +36,7 @@ from godwit.dataplane.sys cimport (
     SHUT_WR,
     SIOCINQ,
     SIOCOUTQ,
+    SO_KEEPALIVE,
     SO_OOBINLINE,
     SO_PEEK_OFF,
     SO_REUSEADDR,
@@ -74,6 +76,7 @@ cdef extern from "<linux/tcp.h>" nogil:
         uint8_t tcpi_options
         uint8_t tcpi_snd_wscale
         uint8_t tcpi_rcv_wscale
+        uint32_t tcpi_segs_in
     cdef struct tcp_repair_opt:
         uint32_t opt_code
         uint32_t opt_val
@@ -448,26 +451,35 @@ def thaw_listener(int fd):
 
 
 def knock(bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, uint32_t scope):
-    """Have the peer of a connection that is no more find that out. Returns whether a SYN was sent.
-
-    A connected peer answers a SYN by saying where it is (RFC 5961, 4.2), this
-    host knows of no such connection and answers with a reset, and that has the
-    very number that the peer expects.
-    """
+    """Have the peer of a connection that is no more find that out. See the .pyi."""
     cdef sockaddr_storage local, remote
     cdef socklen_t local_size = fill(&local, our_addr, our_port, scope)
     cdef socklen_t remote_size = fill(&remote, end_addr, end_port, scope)
-    cdef int one = 1
-    cdef bint sent = False
+    cdef int one = 1, error = 0
+    cdef bint answered = False
+    cdef tcp_info info
+    cdef socklen_t n = sizeof(info)
+    cdef sockaddr nobody
     cdef int fd = socket(local.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
-    if fd < 0:
-        return False
+    check(-errno if fd < 0 else 0, "socket")
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
-    if bind(fd, <sockaddr *>&local, local_size) == 0 and connect(fd, <sockaddr *>&remote, remote_size) != 0:
-        sent = errno == EINPROGRESS
-    # Closed at once: were it there when the answer comes it would connect anew after the reset.
+    if bind(fd, <sockaddr *>&local, local_size) != 0:
+        error = errno
+    elif connect(fd, <sockaddr *>&remote, remote_size) != 0 and errno != EINPROGRESS:
+        error = errno
+    # Where the peer is near, its answer may be there already.
+    memset(&info, 0, sizeof(info))
+    if error == ECONNREFUSED or (error == 0 and getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &n) == 0
+                                 and info.tcpi_segs_in > 0):
+        answered = True
+        error = 0
+    # Ended at once: were it there when the answer comes it would connect anew
+    # after the reset. And if it has connected, to a peer that is long another's.
+    memset(&nobody, 0, sizeof(nobody))
+    connect(fd, &nobody, sizeof(nobody))
     close(fd)
-    return sent
+    check(-error, "knocking")
+    return answered
 
 
 def create(bint v6):
@@ -477,7 +489,8 @@ def create(bint v6):
     check(-errno if fd < 0 else 0, "socket")
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
-    setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &one, sizeof(one))   # see begin(), tcp.pyx
+    setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &one, sizeof(one))   # this and the next: see begin(), tcp.pyx
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one))
     # Before the queues: a connection without a measured round-trip time waits
     # 3 s before it retransmits, and its timer starts when they are written.
     sock_hurry(fd, True)

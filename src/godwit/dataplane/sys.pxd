@@ -130,9 +130,6 @@ cdef extern from "<sys/socket.h>" nogil:
         void *msg_control
         size_t msg_controllen
         int msg_flags
-    cdef struct linger_t "linger":
-        int l_onoff
-        int l_linger
     int socket(int domain, int type, int protocol)
     int bind(int fd, const sockaddr *addr, socklen_t n)
     int connect(int fd, const sockaddr *addr, socklen_t n)
@@ -155,7 +152,6 @@ cdef extern from "<sys/socket.h>" nogil:
         SOCK_CLOEXEC
         SOL_SOCKET
         SO_ERROR
-        SO_LINGER
         SO_REUSEADDR
         SO_KEEPALIVE
         SO_OOBINLINE

@@ -14,6 +14,8 @@ cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil
 cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil
 # Reset both sides; the guest's as soon as its ring has room.
 cdef void tcp_reset(Plane *p, Flow *f) noexcept nogil
+# Note the socket's own address and port in the flow.
+cdef void tcp_local_end(Flow *f) noexcept nogil
 # Close the socket and reset the peer; the guest hears nothing.
 cdef void tcp_drop_socket(Flow *f) noexcept nogil
 # Reset those that wait to be accepted.

@@ -61,6 +61,7 @@ from godwit.dataplane.plane cimport (
     EV_SYN_FROM_GUEST,
     FF_ACK_DUE,
     FF_CONNECTING,
+    FF_DRAINING,
     FF_EOF,
     FF_FAST_DONE,
     FF_FIN_KNOWN,
@@ -105,10 +106,10 @@ from godwit.dataplane.sys cimport (
     SOCK_CLOEXEC,
     SOCK_NONBLOCK,
     SOCK_STREAM,
+    SIOCOUTQ,
     SOL_SOCKET,
     SO_ERROR,
     SO_KEEPALIVE,
-    SO_LINGER,
     SO_OOBINLINE,
     SO_PEEK_OFF,
     TCP_NODELAY,
@@ -120,8 +121,9 @@ from godwit.dataplane.sys cimport (
     connect,
     errno,
     eventfd,
+    getsockname,
     getsockopt,
-    linger_t,
+    ioctl,
     msghdr,
     send,
     sendmsg,
@@ -174,11 +176,14 @@ cdef uint32_t initial_seq(Plane *p, Flow *f) noexcept nogil:
 # ---- the end of a flow
 
 cdef void close_with_reset(int s) noexcept nogil:
-    """Close a socket, and reset its peer (socket(7), SO_LINGER); in repair mode this says nothing."""
-    cdef linger_t now
-    now.l_onoff = 1
-    now.l_linger = 0
-    setsockopt(s, SOL_SOCKET, SO_LINGER, &now, sizeof(now))
+    """Close a socket, and reset its peer; in repair mode this says nothing.
+
+    By dissolving the connection (connect(2), AF_UNSPEC), not by SO_LINGER: a
+    helper that hangs may hold the socket too, and keep it from being closed.
+    """
+    cdef sockaddr nobody
+    memset(&nobody, 0, sizeof(nobody))
+    connect(s, &nobody, sizeof(nobody))
     close(s)
 
 
@@ -189,6 +194,7 @@ cdef void tcp_drop_socket(Flow *f) noexcept nogil:
 
 
 cdef void tcp_reset(Plane *p, Flow *f) noexcept nogil:
+    tcp_local_end(f)    # of which a migration may have to speak when the socket is gone
     tcp_drop_socket(f)
     if not f.flags & FF_RESET_DUE:
         p.counters.flows_reset += 1
@@ -210,13 +216,30 @@ cdef void tcp_abort(Plane *p, Flow *f) noexcept nogil:
     flow_close(p, f)
 
 
-cdef bint close_if_done(Plane *p, Flow *f) noexcept nogil:
-    """Both directions closed and acknowledged: the kernel sees to the rest."""
-    if (f.events & EV_FIN_TO_SOCK and f.events & EV_FIN_ACKED and not f.flags & FF_ACK_DUE
+cdef void tcp_local_end(Flow *f) noexcept nogil:
+    """Ask the socket for its own address and port."""
+    cdef sockaddr_storage addr
+    cdef socklen_t n = sizeof(addr)
+    if f.sock >= 0 and getsockname(f.sock, <sockaddr *>&addr, &n) == 0:
+        get_sockaddr(&addr, f.local_addr, &f.local_port)
+
+
+cdef void close_if_done(Plane *p, Flow *f) noexcept nogil:
+    """Both directions are closed and acknowledged to the guest; once the peer has all as well, the flow is over.
+
+    Until then the socket's queue holds bytes that the guest believes to be
+    there, and they have to move with it if it moves. That the kernel is done is
+    an event (EPOLLHUP, when the state changes).
+    """
+    cdef int left = 0
+    if not (f.events & EV_FIN_TO_SOCK and f.events & EV_FIN_ACKED and not f.flags & FF_ACK_DUE
             and f.carry_to_sock == NULL):
-        flow_close(p, f)
-        return True
-    return False
+        return
+    if ioctl(f.sock, SIOCOUTQ, &left) == 0 and left > 0:
+        f.flags |= FF_DRAINING
+        flow_deadline(p, f, 0)
+        return
+    flow_close(p, f)
 
 
 # ---- the guest opens
@@ -575,7 +598,7 @@ cdef void tcp_send_pending(Plane *p) noexcept nogil:
         n = sendmsg(f.sock, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
         if n >= 0 or errno != EINTR:
             break
-    if n < 0 and (errno == EAGAIN or hold_in_repair(f, errno)):
+    if n < 0 and (errno == EAGAIN or hold_in_repair(p, f, errno)):
         n = 0
     if n >= 0 and <uint32_t>n < p.send.bytes:
         # The socket has less room than the window that the guest was given
@@ -626,6 +649,14 @@ cdef void tcp_from_guest(Plane *p, Packet *k) noexcept nogil:
     f.last_active = p.now
     if f.flags & (FF_RESET_DUE | FF_HELD):
         return                  # its reset waits for a receive buffer, or it is frozen
+    if f.flags & FF_DRAINING:
+        if flags & TCP_RST:
+            return              # the guest has forgotten the connection; the kernel has not
+        if flags & (TCP_SYN | TCP_ACK | TCP_FIN) == TCP_SYN:
+            # Another connection from the same port: the kernel ends the former one alone.
+            flow_close(p, f)
+            open_from_guest(p, k, t, size)
+            return
     if not f.events & EV_SYN_FROM_GUEST:
         answer_from_guest(p, f, k, t, size)
         return
@@ -710,7 +741,7 @@ cdef bint send_carried(Plane *p, Flow *f) noexcept nogil:
         if n < 0:
             if errno == EINTR:
                 continue
-            if errno != EAGAIN and not hold_in_repair(f, errno):
+            if errno != EAGAIN and not hold_in_repair(p, f, errno):
                 tcp_reset(p, f)
             return False
         f.carry_to_sock = carry_take(f.carry_to_sock, <uint32_t>n)

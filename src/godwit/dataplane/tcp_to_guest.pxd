@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """TCP towards the guest: segments, windows, and what is in flight."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from godwit.dataplane.packet cimport Packet
-from godwit.dataplane.plane cimport FF_HELD, Flow, Plane
-from godwit.dataplane.sys cimport EINVAL, EPERM
+from godwit.dataplane.plane cimport FF_FOUND, FF_HELD, Flow, Plane
+from godwit.dataplane.sys cimport EINVAL, EPERM, write
 
 cdef enum:
     TCP_FIN = 0x01
@@ -18,15 +18,18 @@ cdef enum:
 cdef inline uint32_t in_flight(Flow *f) noexcept nogil:
     return f.seq_to_guest - f.seq_ack_from_guest
 
-cdef inline bint hold_in_repair(Flow *f, int error) noexcept nogil:
+cdef inline bint hold_in_repair(Plane *p, Flow *f, int error) noexcept nogil:
     """Whether a socket's error says that it is in repair mode; the flow is held then, until control resumes it.
 
     Nobody sets that mode on a flow that runs, but for a helper that hung and
     acts late (godwit.daemon.rescue). The connection is whole.
     """
+    cdef uint64_t one = 1
     if error != EINVAL and error != EPERM:
         return False
-    f.flags |= FF_HELD
+    f.flags |= FF_HELD | FF_FOUND
+    p.found = True
+    write(p.rare_event, &one, 8)
     return True
 
 cdef uint16_t own_mss(Plane *p, bint v6) noexcept nogil

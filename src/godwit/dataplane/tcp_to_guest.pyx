@@ -282,7 +282,7 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
                 if errno == EAGAIN or errno == EINTR:
                     f.flags &= ~FF_MORE
                     return 0
-                return 0 if hold_in_repair(f, errno) else -errno
+                return 0 if hold_in_repair(p, f, errno) else -errno
         if n == 0:
             f.flags |= FF_EOF
             send_fin(p, f)
@@ -359,7 +359,7 @@ cdef void discard(Plane *p, Flow *f) noexcept nogil:
         if n <= 0:
             if n < 0 and errno == EINTR:
                 continue
-            if n < 0 and hold_in_repair(f, errno):
+            if n < 0 and hold_in_repair(p, f, errno):
                 return
             # Acknowledged bytes are always there: the guest acknowledged what
             # it was never sent, or the connection broke and will say so.

@@ -118,6 +118,12 @@ class Backend:
         assert self._helper is not None
         self._helper.send_signal(signal.SIGSTOP)
 
+    def leave_helper(self) -> subprocess.Popen[bytes]:
+        """Leave the helper to the caller, running or stopped, to be resumed and waited for or killed."""
+        assert self._helper is not None
+        helper, self._helper = self._helper, None
+        return helper
+
     def resume_helper(self) -> None:
         """Let a stopped helper go on."""
         assert self._helper is not None

@@ -192,7 +192,8 @@ class Scenario:
     ``backends``: the program on host ``a`` and the one on ``b`` (``godwit`` or
     ``passt``); ``helpers``: whose repair helper each of them has (``own``, the
     other program's name, or None). ``godwit_arguments``: more options for
-    ``godwit serve``. ``descriptors``: how many each back-end may have open.
+    ``godwit serve``. ``descriptors``: how many each back-end may have open;
+    may be changed for the next one.
     ``make_guest`` makes another guest than an
     embedded one, from the socket of its back-end. ``step`` is told what is done.
     """
@@ -218,7 +219,7 @@ class Scenario:
         if not _nobody_exists():
             godwit_arguments = ["--runas", "0", *godwit_arguments]
         self._arguments = {"godwit": tuple(godwit_arguments), "passt": ()}
-        self._descriptors = descriptors
+        self.descriptors = descriptors
         self._mtu = mtu
         self._cleanup = contextlib.ExitStack()
         self.backends: dict[str, Backend] = {}
@@ -260,7 +261,7 @@ class Scenario:
             self._kinds[name],
             helper=self._helpers[name],
             arguments=self._arguments[self._kinds[name]],
-            descriptors=self._descriptors,
+            descriptors=self.descriptors,
         )
         # A godwit that has let connections go lingers for their sake: not for nobody's.
         self._cleanup.callback(backend.close, 0.5)
@@ -282,14 +283,21 @@ class Scenario:
         """Migrate to the other host, and switch the network ``switch_delay`` seconds after that.
 
         None: while the guest stands still. The back-end that was left lingers
-        until the network has been switched. Returns when all streams go on.
+        until the network has been switched. A passt is cut off before it saves,
+        since it acknowledges what arrives after that, and nobody has it then,
+        and ended when it has been left.
+        Returns when all streams go on.
         """
         source, target = self.where, self.network.other(self.where)
         if not self.backends[target].running:
             self.start_backend(target)
+        for backend in self.backends.values():
+            backend.ensure_helper()
         if self.load is not None:
             self.load.rewind()
         self._step(f"migrating from host {source} to host {target}")
+        if self._kinds[source] == "passt":
+            self.network.switch(None)
         try:
             report = self.guest.migrate(
                 self.backends[target].socket,
@@ -306,6 +314,8 @@ class Scenario:
             time.sleep(switch_delay)
             self._switch(target)
         self.guest.retire()
+        if self._kinds[source] == "passt":
+            self.backends[source].close()  # one that has let connections go does not take them back
         blackout: dict[str, float] = {}
         if self.load is not None:
             self.load.wait_alive()

@@ -62,6 +62,9 @@ class Cancel:
             if event >= 0:
                 os.close(event)
 
+    def __del__(self) -> None:
+        self.close()
+
 
 class _Stream:
     """What both cursors have: the file, the stage in hand for messages, waiting."""

@@ -43,7 +43,7 @@ class RepairError(Exception):
 
     Of the sockets, counted from the first, ``done`` are known to be in the new
     mode; the next ``uncertain`` are in either mode, and a helper that hung may
-    change them yet; the others are as they were.
+    change them yet; the others are as they were. Reading TCP_REPAIR says what is.
     """
 
     def __init__(self, message: str, done: int = 0, uncertain: int = 0) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 
 from godwit.vhost_user import transport
 from godwit.vhost_user.backend import BackendSession, RequestReceived, RequestRefused, SessionEnded
@@ -26,17 +26,35 @@ async def serve(sock: socket.socket, device: Device) -> VhostUserError | None:
     Returns when the session is over: None if the front-end hung up between two
     messages, otherwise what ended it, which is also logged. Never raises but
     for cancellation. The device's methods are called one after the other, last
-    ``disconnected``, also after cancellation. The socket is closed.
+    ``disconnected``, also after cancellation, and that one to its end. The
+    socket is closed.
     """
     server = _Server(sock, device)
     try:
         return await server.run()
     finally:
         server.close()
+        await _to_the_end(_disconnect(device))
+
+
+async def _disconnect(device: Device) -> None:
+    try:
+        await device.disconnected()
+    except Exception:
+        log.exception("the device failed to take note of the end of its session")
+
+
+async def _to_the_end(work: Coroutine[object, object, None]) -> None:
+    """Do what no cancellation may interrupt; one that comes meanwhile has its effect after it."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
         try:
-            await device.disconnected()
-        except Exception:
-            log.exception("the device failed to take note of the end of its session")
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 class _Server:
