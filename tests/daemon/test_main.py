@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The end of a daemon whose connections have moved away."""
+"""The daemon from its start to its end: who is served, and how it ends when connections have moved away."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from godwit.daemon import lifecycle, main
+from godwit.daemon.device import NetDevice
 from godwit.daemon.options import Options
 from godwit.vhost_user import BaseDevice, FrontendClient
 
@@ -49,6 +54,33 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Device]]:
     monkeypatch.setattr(lifecycle, "raise_descriptor_limit", lambda: None)
     yield Device
     Device.seconds = 0.0
+
+
+def test_a_front_end_waits_for_a_descriptor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(main, "_ACCEPT_AGAIN", 0.01)
+    path = str(tmp_path / "s")
+
+    async def run() -> int:
+        loop = asyncio.get_running_loop()
+        accept, refused = loop.sock_accept, 0
+
+        async def scarce(listener: socket.socket) -> tuple[socket.socket, object]:
+            nonlocal refused
+            if not refused:
+                refused += 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return await accept(listener)
+
+        monkeypatch.setattr(loop, "sock_accept", scarce)
+        device = cast(NetDevice, Device())
+        with lifecycle.listen(path) as listener, socket.socket(socket.AF_UNIX) as front_end:
+            front_end.connect(path)
+            front_end.sendall(b"x")
+            front_end.shutdown(socket.SHUT_WR)
+            await asyncio.wait_for(main._sessions(listener, None, device, Options(one_off=True)), 10)
+        return refused
+
+    assert asyncio.run(run()) == 1
 
 
 def _options(folder: Path) -> Options:

@@ -213,10 +213,11 @@ def test_a_helper_that_comes_during_a_request_does_not_disturb_it(
         return listener._client
 
     first = helpers(slowly)
-    assert listener.wait(10)
+    client = listener.wait(10)
+    assert client is not None
     before = newest()
     sockets = connections(1)
-    listener.set_mode(numbers(sockets), Repair.ON)
+    client.set_mode(numbers(sockets), Repair.ON)  # not the listener's, which would ask the next one
     assert repair_mode(sockets[0]) == 1
     assert first.ended.wait(10)  # let go when its work was done
     listener.set_mode(numbers(sockets), Repair.OFF)

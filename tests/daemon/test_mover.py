@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the mover makes of single flows, on an engine with real sockets, without rings."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from godwit.daemon import mover
+from godwit.daemon.mover import TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_LAST_ACK, Mover, is_loopback
+from godwit.dataplane import Engine, FlowState, Side, SocketState
+from godwit.repair import Repair, RepairError, RepairListener
+
+V4 = bytes(10) + b"\xff\xff"
+GUEST = V4 + bytes((192, 0, 2, 10))
+TCP_REPAIR = 19
+
+
+class Rig:
+    """An engine with flows to a server, and a mover with a helper of its own."""
+
+    def __init__(self, folder: object) -> None:
+        self.engine = Engine(16)
+        self.listener = RepairListener(f"{folder}/r")
+        self.fails = False
+        self.mover = Mover(self.engine, self.listener, 0, self.schedule)
+        self.mover._set_mode = self.set_mode  # type: ignore[method-assign]  # in place of a helper's process
+        self.mover.helper_expected = True
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.peers: list[socket.socket] = []
+
+    def schedule(self, delay: float, work: Callable[[], None]) -> None:
+        """Nothing later."""
+
+    def set_mode(self, fds: Sequence[int], mode: Repair) -> None:
+        if self.fails:
+            raise RepairError("out of order")
+        for fd in fds:
+            sock = socket.socket(fileno=fd)
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, mode)
+            sock.detach()
+
+    def add(self) -> int:
+        ours = socket.create_connection(self.server.getsockname())
+        self.peers.append(self.server.accept()[0])
+        (address, port), own = self.server.getsockname(), ours.getsockname()[1]
+        remote = V4 + socket.inet_aton(address)
+        sides = (Side(remote, GUEST, port, own), Side(remote, remote, own, port))
+        flow = self.engine.import_flow(
+            FlowState((2, 1), sides, 0, 7, 8, 0x04, 1460, 0, 0, 0, 1000, 1000, 1, 1, 1, 1, 1)
+        )
+        self.engine.set_flow_socket(flow, ours.detach())
+        return flow
+
+    def close(self) -> None:
+        self.engine.close()
+        self.listener.close()
+        for sock in (*self.peers, self.server):
+            sock.close()
+
+
+@pytest.fixture
+def rig(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(mover, "is_loopback", lambda address: False)
+    made = Rig(tmp_path)
+    yield made
+    made.close()
+
+
+def is_reset(sock: socket.socket) -> bool:
+    sock.settimeout(5.0)
+    try:
+        return sock.recv(1) != b"" and False
+    except ConnectionResetError:
+        return True
+
+
+def test_what_is_not_in_the_stream_is_no_flow_that_moved(rig: Rig) -> None:
+    moved, left = rig.add(), rig.add()
+    rig.mover.freeze()
+    assert rig.mover.dump(moved) is not None
+    assert rig.mover.dump(left) is not None
+    rig.mover.give_up(left, "of no reason")
+    fds = rig.mover.leave()
+    assert len(fds) == 1
+    with socket.socket(fileno=fds[0]) as kept:
+        assert kept.getpeername() == rig.peers[0].getsockname()
+        rig.mover.close_flows()
+        assert is_reset(rig.peers[1])
+    rig.peers[0].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        rig.peers[0].recv(1)
+
+
+def test_a_flow_with_the_host_itself_does_not_move(tmp_path: object) -> None:
+    rig = Rig(tmp_path)
+    try:
+        flow = rig.add()
+        rig.mover.freeze()
+        assert rig.mover.dump(flow) is None
+        assert rig.mover.leave() == []
+        rig.mover.close_flows()
+        assert is_reset(rig.peers[0])
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("128.0.0.1", False), ("::1", True), ("::2", False)],
+)
+def test_loopback(address: str, found: bool) -> None:
+    packed = socket.inet_pton(socket.AF_INET6, address) if ":" in address else V4 + socket.inet_aton(address)
+    assert is_loopback(packed) == found
+
+
+def test_a_thaw_that_fails_leaves_nothing_parked(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.engine.start()
+    rig.add()
+    rig.mover.freeze()
+
+    def fail() -> None:
+        raise OSError("the roof fell in")
+
+    monkeypatch.setattr(rig.mover, "thaw_listeners", fail)
+    with pytest.raises(OSError, match="roof"):
+        rig.mover.thaw()
+    with pytest.raises(ValueError, match="without park"):
+        rig.engine.unpark()
+
+
+def test_a_flow_that_was_reset_is_in_the_stream_as_lost(rig: Rig) -> None:
+    """The guest, whose ring has no room, is to hear of it where it goes."""
+    flow = rig.add()
+    with rig.engine.parked():
+        rig.engine.reset_flow(flow)
+    rig.mover.freeze()
+    assert list(rig.mover.flows()) == [flow]
+    assert rig.mover.flow_state(flow).sides[1].our_port != 0
+    assert rig.mover.dump(flow) is None
+    rig.mover.thaw()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "guest_closed", "written"),
+    [
+        (TCP_ESTABLISHED, False, TCP_ESTABLISHED),
+        (TCP_ESTABLISHED, True, TCP_FIN_WAIT1),
+        (TCP_CLOSE_WAIT, False, TCP_CLOSE_WAIT),
+        (TCP_CLOSE_WAIT, True, TCP_LAST_ACK),
+    ],
+)
+def test_the_state_of_a_flow_that_carries_bytes(rig: Rig, kernel: int, guest_closed: bool, written: int) -> None:
+    """A FIN that waits behind them counts, and so does the peer's."""
+    flow = rig.add()
+    if guest_closed:
+        with rig.engine.parked():
+            known = rig.engine.flow_state(flow)
+            fd = rig.engine.release_flow(flow)
+            flow = rig.engine.import_flow(known._replace(events=known.events | 0x20 | 0x10))
+            rig.engine.set_flow_socket(flow, fd)
+    rig.engine.carry(flow, b"", b"carried")
+    state = SocketState(1, 1, 0, 0, 0, 1460, 0, 1, 1000, 1000, 1000, 1, 7, 7, kernel, 0)
+    whole, sndq, _ = rig.mover._whole(flow, state, b"", b"")
+    assert whole.tcpi_state == written
+    assert sndq == b"carried"
