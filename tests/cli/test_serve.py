@@ -227,6 +227,23 @@ def test_a_descriptor_in_the_background_as_qemu_does_it(tmp_path: Path) -> None:
     eventually(lambda: gone(daemon), "the daemon's end")
 
 
+def test_in_the_background_without_a_log_file(place: Place) -> None:
+    launched = subprocess.run(
+        [*SERVE, "-s", str(place.socket), "-P", str(place.pid), *STAY],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert launched.returncode == 0
+    if os.path.exists("/dev/log"):
+        assert launched.stderr == ""
+    else:
+        assert launched.stderr == (
+            "godwit serve: goes on without a log, since there is no syslog (/dev/log): give a file with --log-file\n"
+        )
+
+
 def test_passts_default_socket(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     log = tmp_path / "log"
@@ -267,6 +284,7 @@ def test_what_the_system_refuses_is_the_reason_on_stderr(
     launched = place.launch(*args, *mode)
     assert launched.returncode == 1
     assert message in launched.stderr
+    assert launched.stderr.startswith("godwit serve: ")
     assert "Traceback" not in launched.stderr
     assert not place.socket.exists()
     assert not place.repair.exists()

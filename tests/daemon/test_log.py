@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import logging
+import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from godwit.daemon import log as log_module
 from godwit.daemon.errors import StartError
 from godwit.daemon.log import TRACE, BoundedFileHandler, Log, level
 from godwit.daemon.options import Options
@@ -65,12 +68,56 @@ def test_a_file_gets_all_and_stderr_the_errors_of_the_start(tmp_path: Path, caps
     log.ready()
     logger.error("wrong later")
     log.close()
-    assert capsys.readouterr().err == "wrong at the start\n"
+    assert capsys.readouterr().err == "godwit serve: wrong at the start\n"
     assert [line.split(" ", 3)[2:] for line in path.read_text().splitlines()] == [
         ["INFO", "starting"],
         ["ERROR", "wrong at the start"],
         ["ERROR", "wrong later"],
     ]
+
+
+def test_errors_of_a_start_in_the_foreground_have_the_programs_name(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log(Options(foreground=True))
+    logger.info("starting")
+    logger.error("wrong at the start")
+    log.ready()
+    logger.error("wrong later")
+    log.close()
+    assert capsys.readouterr().err == "starting\ngodwit serve: wrong at the start\nwrong later\n"
+
+
+def test_without_syslog_it_is_said_that_there_is_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(log_module, "SYSLOG", str(tmp_path / "absent"))
+    log = Log(Options())
+    logger.info("unheard")
+    log.ready()
+    logger.error("unheard too")
+    log.close()
+    said = capsys.readouterr().err
+    assert said.startswith("godwit serve: goes on without a log, since there is no syslog")
+    assert said.endswith("give a file with --log-file\n")
+    assert said.count("\n") == 1
+    # Who asks for errors only, as QEMU does, gets none.
+    Log(Options(quiet=True)).close()
+    Log(Options(log_file=str(tmp_path / "log"))).close()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_background_logs_to_syslog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(log_module, "SYSLOG", str(tmp_path / "log"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
+        syslog.bind(str(tmp_path / "log"))
+        syslog.settimeout(10)
+        log = Log(Options())
+        log.ready()
+        logger.info("hello")
+        log.close()
+        assert re.match(rb"<30>godwit\[\d+\]: hello", syslog.recv(4096))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_log_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -4,7 +4,11 @@
 In the foreground to stderr; with ``--log-file`` to that file; in the
 background otherwise to syslog (on most systems, the journal). Until the
 daemon is ready, errors go to stderr too, since whoever started it waits there
-for the reason (`godwit.daemon.lifecycle`).
+for the reason (`godwit.daemon.lifecycle`). Where there is no syslog, stderr is
+told once that there is no log.
+
+A log that cannot be written to is no reason to stop, and nobody is left to be
+told: the daemon turns `logging.raiseExceptions` off.
 
 The log file keeps its size limit without a second file and without opening
 anything again: the daemon may have given up the right to do either.
@@ -75,7 +79,25 @@ def level(options: Options) -> int:
     return logging.ERROR if options.quiet else logging.INFO
 
 
-def _lasting(options: Options) -> logging.Handler | None:
+def _is_heard(path: str) -> bool:
+    """Whether a syslog daemon has this socket. SysLogHandler itself tells nobody, since Python 3.11."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        return probe.connect_ex(path) == 0
+
+
+class _Starting(logging.Formatter):
+    """For stderr: until the daemon is ready, errors begin with the program's name, as those of the options do."""
+
+    def __init__(self, program: str) -> None:
+        super().__init__(FORMAT)
+        self.program: str | None = program
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{self.program}: {text}" if self.program and record.levelno >= logging.ERROR else text
+
+
+def _lasting(options: Options, stderr: logging.Formatter) -> logging.Handler | None:
     """The handler for after the start; None where there is nowhere to log."""
     handler: logging.Handler
     if options.log_file is not None:
@@ -87,12 +109,11 @@ def _lasting(options: Options) -> logging.Handler | None:
         return handler
     if options.foreground:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(FORMAT))
+        handler.setFormatter(stderr)
         return handler
-    try:
-        handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON, socket.SOCK_DGRAM)
-    except OSError:
+    if not _is_heard(SYSLOG):
         return None  # a container without syslog; --log-file is what works there
+    handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON, socket.SOCK_DGRAM)
     handler.setFormatter(logging.Formatter(f"godwit[%(process)d]: {FORMAT}"))
     return handler
 
@@ -107,13 +128,20 @@ class Log:
         # Of the libraries that we use, only what somebody should look at.
         self._root.setLevel(max(level(options), logging.WARNING))
         self._handlers: list[logging.Handler] = []
-        lasting = _lasting(options)
+        self._stderr = _Starting(options.dialect.value)
+        lasting = _lasting(options, self._stderr)
+        if lasting is None and not options.quiet:
+            print(  # noqa: T201  # there is no log to write it to
+                f"{options.dialect.value}: goes on without a log, since there is no syslog ({SYSLOG}):"
+                " give a file with --log-file",
+                file=sys.stderr,
+            )
         self._add(lasting or logging.NullHandler())
         self._starting: logging.Handler | None = None
         if options.log_file is not None or not options.foreground:
             self._starting = logging.StreamHandler(sys.stderr)
             self._starting.setLevel(logging.ERROR)
-            self._starting.setFormatter(logging.Formatter(FORMAT))
+            self._starting.setFormatter(self._stderr)
             self._add(self._starting)
 
     def _add(self, handler: logging.Handler) -> None:
@@ -122,6 +150,7 @@ class Log:
 
     def ready(self) -> None:
         """From now on nothing but the lasting log is written to."""
+        self._stderr.program = None
         if self._starting is not None:
             self._root.removeHandler(self._starting)
             self._handlers.remove(self._starting)

@@ -41,13 +41,14 @@ def run(options: Options) -> int:
     exits inside. Errors are written to the log, and until the daemon is ready
     to stderr.
     """
+    logging.raiseExceptions = False  # a log that is lost is no reason to print tracebacks (`godwit.daemon.log`)
     readiness = Readiness()
     if not options.foreground:
         readiness = lifecycle.background([] if options.fd is None else [options.fd])
     try:
         log = Log(options)
     except StartError as error:
-        print(f"godwit: {error}", file=sys.stderr)  # noqa: T201  # there is no log to write it to
+        print(f"{options.dialect.value}: {error}", file=sys.stderr)  # noqa: T201  # there is no log to write it to
         return 1
     try:
         asyncio.run(_run(options, readiness, log))
