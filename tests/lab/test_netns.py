@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from godwit.lab.errors import CommandError, LabError
-from godwit.lab.netns import Host, Namespace, Network, wait_until
+from godwit.lab.netns import Host, Namespace, Network, missing, wait_until
 
 RunAsNobody = Callable[[str], subprocess.CompletedProcess[str]]
 
@@ -72,6 +72,18 @@ def test_switch_takes_no_time(network: Network) -> None:
     network.switch("b")
     assert udp_answers(network, "b", False)
     assert time.monotonic() - started < 0.5
+
+
+def test_commands_are_found_in_sbin(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Debian has bridge(8), and the PATH of an ordinary user does not lead."""
+    monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")
+    assert missing() is None
+    assert os.environ["PATH"] == "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+    network.switch("b")
+    network.switch("a")
+    monkeypatch.setenv("PATH", "/sbin:/bin:/usr/sbin")
+    assert missing() is None
+    assert os.environ["PATH"] == "/sbin:/bin:/usr/sbin"
 
 
 def test_both_hosts_are_one_address(network: Network) -> None:

@@ -68,12 +68,22 @@ def _call(name: str, *args: int) -> None:
 # --- what this user may do --------------------------------------------------
 
 
+def _look_in_sbin() -> None:
+    """Have commands found where an ordinary user's PATH may not lead, by this process and those it starts.
+
+    Debian keeps ``bridge`` there, which works for everybody.
+    """
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    os.environ["PATH"] = os.pathsep.join([*folders, *(f for f in ("/usr/sbin", "/sbin") if f not in folders)])
+
+
 def missing() -> str | None:
     """Say what stands in the way of making namespaces here, or None.
 
     Needs the capabilities CAP_SYS_ADMIN and CAP_NET_ADMIN, in whatever user
     namespace this process is, and the commands of iproute2 and util-linux.
     """
+    _look_in_sbin()
     absent = [c for c in ("ip", "bridge", "nsenter") if shutil.which(c) is None]
     if absent:
         return f"commands not found: {', '.join(absent)} (Debian: apt-get install iproute2 util-linux)"
