@@ -36,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.description = "\n".join(f"{name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    given = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words:
+        parser.print_help(sys.stderr)
+        parser.exit(2, "\ngodwit: a command is needed\n")
+    given = parser.parse_args(words)
     module, _ = COMMANDS[given.command]
     status: int = importlib.import_module(module).main(given.arguments)
     return status
