@@ -73,7 +73,9 @@ def test_wrong_version(version: int, fd: Callable[[], int]) -> None:
     assert reader.wanted == 0
     assert reader.next_frame() == Frame(1, 1, b"", ())
     for _ in range(2):
-        with pytest.raises(ProtocolError, match=f"has version {version}, not 1") as raised:
+        with pytest.raises(
+            ProtocolError, match=f"has version {version}, not 1: does the other side speak vhost-user"
+        ) as raised:
             reader.next_frame()
         assert raised.value.fatal
     reader.feed(STREAM, [fd()])

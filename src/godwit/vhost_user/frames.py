@@ -164,7 +164,8 @@ class FrameReader:
 def _header_fault(request: int, flags: int, size: int) -> str:
     """Why the stream cannot be followed beyond this header; empty if it can."""
     if flags & VERSION_MASK != VERSION:
-        return f"request {request} has version {flags & VERSION_MASK}, not {VERSION}"
+        version = flags & VERSION_MASK
+        return f"request {request} has version {version}, not {VERSION}: does the other side speak vhost-user?"
     if flags & ~(VERSION_MASK | REPLY | NEED_REPLY):
         return f"request {request} has unknown flags {flags:#x}"
     if size > MAX_PAYLOAD:
