@@ -262,6 +262,22 @@ def test_without_a_back_end_it_fails(tmp_path: Path, start: Callable[..., Helper
     assert said.startswith(f"godwit repair: cannot connect to {missing}: No such file or directory (")
 
 
+def test_the_front_ends_socket_is_not_mistaken_for_it(
+    tmp_path: Path, listener: RepairListener, start: Callable[..., Helper]
+) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as front_ends:
+        front_ends.bind(str(path))
+        front_ends.listen()
+        front_ends.setblocking(False)
+        assert start(path).end() == (
+            1,
+            f"godwit repair: {path} is not the repair socket: did you mean {listener.path}?\n",
+        )
+        with pytest.raises(BlockingIOError):
+            front_ends.accept()
+
+
 def test_with_a_back_end_that_died_it_fails(tmp_path: Path, start: Callable[..., Helper]) -> None:
     path = str(tmp_path / "dead.repair")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as left:

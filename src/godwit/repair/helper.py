@@ -141,6 +141,9 @@ def _set_repair(fd: int, mode: Repair, number: int) -> None:
 def _connect(path: str) -> socket.socket:
     if os.path.isdir(path):
         return _wait_in(path)
+    if not path.endswith(SUFFIX) and os.path.exists(path + SUFFIX):
+        # Connected to, the front-end's socket would keep the guest waiting, and never send a thing.
+        raise HelperError(f"{path} is not the repair socket: did you mean {path}{SUFFIX}?")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.connect(path)
