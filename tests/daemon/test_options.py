@@ -229,6 +229,16 @@ def test_options_that_print(option: str, dialect: Dialect, expected: str, capsys
     assert re.match(expected, capsys.readouterr().out)
 
 
+def test_the_helps_examples_of_forwards_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], Dialect.GODWIT)
+    shown = capsys.readouterr().out.partition("\nSPEC, ")[2]
+    specs = re.findall(r"^  (\S+)  ", shown, re.MULTILINE)
+    assert len(specs) == 9
+    for spec in specs:
+        assert bool(parse([*SOCKET, "-t", spec], Dialect.GODWIT).tcp_ports) == (spec != "none")
+
+
 def test_capabilities_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(["--print-capabilities"], Dialect.PASST)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import socket
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -67,6 +68,7 @@ def weak(first: int, last: int, place: Place | None = None) -> Forward:
         ("192.0.2.1/all", [weak(1, 32767, Place(V4)), weak(61000, 65535, Place(V4))]),
         ("%eth0/all", [weak(1, 32767, Place(None, "eth0")), weak(61000, 65535, Place(None, "eth0"))]),
         ("~20000-20010", [weak(1, 19999), weak(20011, 32767), weak(61000, 65535)]),
+        ("all,~20000-20010", [weak(1, 19999), weak(20011, 32767), weak(61000, 65535)]),
         ("~22,~1-10,~61000-65535", [weak(11, 21), weak(23, 32767)]),
         ("80:10.0.2.15/8080", [Forward(80, 80, 8080, Place(), INNER)]),
         ("80-81,90:10.0.2.15/8080", [Forward(80, 81, 80), Forward(90, 90, 8080, Place(), INNER)]),
@@ -109,6 +111,13 @@ def test_good(spec: str, expected: list[Forward]) -> None:
         ("22,~22", "leave nothing to forward"),
         ("~1-65535", "leave nothing to forward"),
         ("all,22", "'all' is not a port"),
+        ("all,~22,23", "'all' is not a port"),
+        ("all,all", "'all' is not a port"),
+        ("127.0.0.1:2222:22", "the host's address stands before a slash: 127.0.0.1/2222:22"),
+        ("[::1]:2222:22", "the host's address stands before a slash: [::1]/2222:22"),
+        ("127.0.0.1:80", "the host's address stands before a slash: 127.0.0.1/80"),
+        ("3022-3030/3025", "the guest's ports stand behind a colon: 2222:22"),
+        ("22/tcp", "before a slash stands an address of the host"),
         ("auto", "is not for a guest"),
         ("192.0.2.1/none", "takes no address"),
         ("/22", "an address or %interface is missing"),
@@ -264,6 +273,19 @@ def test_in_all_a_port_taken_is_passed_over(listeners: list[Listener]) -> None:
 def test_the_reason_says_what_to_do(spec: str, advice: str) -> None:
     with pytest.raises(ForwardError, match=advice):
         open_listeners(parse_forwards(spec))
+
+
+def test_too_many_ports_for_the_limit_of_open_files() -> None:
+    before, before_fds = resource.getrlimit(resource.RLIMIT_NOFILE), descriptors()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        with pytest.raises(
+            ForwardError, match=r"each of the 300 ports .* takes one, and the limit \(ulimit -n\) is 256"
+        ):
+            open_listeners(parse_forwards("127.0.0.1/50000-50299", ephemeral=EPHEMERAL))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert descriptors() == before_fds
 
 
 def test_an_address_of_a_family_that_is_off() -> None:

@@ -250,8 +250,8 @@ TABLE: tuple[Row, ...] = (
     Row(("-S", "--search"), Kind.LIST, "search", "DOMAINS", _words, "a search list to announce; none for none"),
     Row(("-H", "--hostname"), Kind.VALUE, "hostname", "NAME", str, "the guest's host name"),
     Row(("--fqdn",), Kind.VALUE, "fqdn", "NAME", str, "the guest's full domain name"),
-    Row(("-t", "--tcp-ports"), Kind.LIST, "tcp_ports", "SPEC", str, "forward TCP ports to the guest"),
-    Row(("-u", "--udp-ports"), Kind.LIST, "udp_ports", "SPEC", str, "forward UDP ports to the guest"),
+    Row(("-t", "--tcp-ports"), Kind.LIST, "tcp_ports", "SPEC", str, "forward TCP ports to the guest: see below"),
+    Row(("-u", "--udp-ports"), Kind.LIST, "udp_ports", "SPEC", str, "not supported yet: accepted, without effect"),
     Row(("--no-map-gw",), Kind.OFF, "map_gw", help="do not map the gateway's address to the host's loopback"),
     Row(
         ("--map-host-loopback",),
@@ -331,9 +331,29 @@ def _add(parser: argparse.ArgumentParser, row: Row) -> None:
             )
 
 
+_SPECS = """\
+SPEC, which may be given more than once:
+  2222:22             port 2222 of the host to port 22 of the guest
+  127.0.0.1/2222:22   the same, listening on this address of the host alone
+  %eth0/2222:22       or on this interface
+  8000-8010           these ports, each to the same in the guest
+  8000-8010:80-90     or to others
+  80,443,8000-8010    several at once
+  all                 all ports that are free, but those that the host itself
+                      opens connections from (net.ipv4.ip_local_port_range)
+  all,~22,~6000-6063  and but these
+  none                no ports
+"""
+
+
 def parser(dialect: Dialect) -> argparse.ArgumentParser:
     """The parser that the table makes; ``--version`` and ``--print-capabilities`` end the process with status 0."""
-    made = _Parser(prog=dialect.value, description="A guest's network, over vhost-user.")
+    made = _Parser(
+        prog=dialect.value,
+        description="A guest's network, over vhost-user.",
+        epilog=_SPECS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for row in TABLE:
         _add(made, row)
     made.add_argument("--version", action="version", version=f"{dialect.value.split()[0]} {__version__}")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Port forwards from the host to the guest: the SPEC of ``-t`` and ``-u``, and their sockets.
 
-    SPEC   := none | [PLACE/] all | [PLACE/] item {, item}
+    SPEC   := none | [PLACE/] all {, ~first[-last]} | [PLACE/] item {, item}
     PLACE  := ADDR | [ADDR]%DEV            where the host listens
     item   := [~] first[-last] [:[ADDR/]to[-tolast]]
 
 ``~`` takes ports out of what the same SPEC forwards; a SPEC of nothing but
-these forwards all others. ``all``, alone or so implied, leaves out the ports
+these (``all`` may stand before them) forwards all others. ``all``, alone or so implied, leaves out the ports
 that the host hands out to its own connections (ephemeral), and a port of it
 that is taken is passed over. An IPv6 address may stand in brackets; behind a
 colon it must.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ DEFAULT_EPHEMERAL = (32768, 60999)  # the kernel's, where procfs does not say
 BACKLOG = 1024
 IFNAMSIZ = 16  # with its zero byte
 
+# As Docker writes it, ADDR:PORT:PORT; an address in brackets is one of IPv6.
+_COLON_FOR_SLASH = re.compile(r"([0-9]+(?:\.[0-9]+){3}|\[[0-9A-Fa-f:.]+\]):([0-9].*)")
 _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 
 
@@ -119,6 +122,8 @@ def _overlap(one: Forward, other: Forward) -> bool:
 
 
 def _parse_spec(text: str, ephemeral: tuple[int, int] | None) -> Iterator[Forward]:
+    if (misread := _COLON_FOR_SLASH.fullmatch(text)) is not None:
+        raise ForwardError(f"{text!r}: the host's address stands before a slash: {misread[1]}/{misread[2]}")
     head, slash, rest = text.partition("/")
     # A slash after a colon belongs to a target address: 80:10.0.0.1/80. In an
     # IPv6 address before the slash every colon has another one or brackets.
@@ -133,7 +138,10 @@ def _parse_spec(text: str, ephemeral: tuple[int, int] | None) -> Iterator[Forwar
         why = "takes no address or interface" if body == "none" else "is not for a guest; use 'all' or list the ports"
         raise ForwardError(f"{text!r}: {body!r} {why}")
     else:
-        items = [_parse_item(text, item) for item in body.split(",")]
+        words = body.split(",")
+        if words[0] == "all" and all(word.startswith("~") for word in words[1:]):
+            del words[0]  # what nothing but exceptions means by itself
+        items = [_parse_item(text, item) for item in words]
     excluded = [(first, last) for negative, first, last, _, _ in items if negative]
     chosen = [item[1:] for item in items if not item[0]]
     weak = not chosen
@@ -165,6 +173,11 @@ def _is_address(text: str) -> bool:
 
 
 def _parse_place(text: str, head: str) -> Place:
+    if _PORTS.fullmatch(head):
+        raise ForwardError(
+            f"{text!r}: before a slash stands an address of the host; the guest's ports stand behind a colon:"
+            " 2222:22, 8000-8010:9000-9010"
+        )
     address_text, percent, device = head.partition("%")
     address = _parse_address(text, address_text) if address_text else None
     if percent and not (0 < len(device) < IFNAMSIZ and re.fullmatch(r"[^\s/]+", device)):
@@ -260,10 +273,10 @@ def open_listeners(
                     fd = _open(one.place, port, kind, ipv4, ipv6)
                 except OSError as error:
                     if not one.weak:
-                        raise ForwardError(_reason(one.place, port, error)) from error
+                        raise ForwardError(_reason(one.place, port, error, forwards.ports)) from error
                     failure = error
                     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                        raise ForwardError(_reason(one.place, port, error)) from error
+                        raise ForwardError(_reason(one.place, port, error, forwards.ports)) from error
                     continue
                 opened.append(Listener(fd, port, one.to_first + port - one.first, one.to_address))
                 count += 1
@@ -272,7 +285,7 @@ def open_listeners(
                 weak[one.place] = before + count, failure or earlier
         for place, (count, failure) in weak.items():
             if not count and failure is not None:
-                raise ForwardError(f"of all ports not one can be listened on: {_reason(place, 0, failure)}")
+                raise ForwardError(f"of all ports not one can be listened on: {_reason(place, 0, failure, 0)}")
     except BaseException:
         close_listeners(opened)
         raise
@@ -319,8 +332,8 @@ def _bind(version: int, place: Place, port: int, kind: socket.SocketKind, *, bot
         return sock.detach()
 
 
-def _reason(place: Place, port: int, error: OSError) -> str:
-    """What failed and what to do about it."""
+def _reason(place: Place, port: int, error: OSError, ports: int) -> str:
+    """What failed, of so many ports, and what to do about it."""
     where = f"port {port}" if port else "the first port tried"
     if place.address is not None:
         where = f"{place.address} {where}"
@@ -331,7 +344,8 @@ def _reason(place: Place, port: int, error: OSError) -> str:
         errno.EADDRINUSE: "; another program has it",
         errno.EADDRNOTAVAIL: "; the host does not have this address",
         errno.ENODEV: "; there is no such interface",
-        errno.EMFILE: "; raise the limit of open files (ulimit -n) or forward fewer ports",
+        errno.EMFILE: f"; each of the {ports} ports to forward takes one, and the limit (ulimit -n) is"
+        f" {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}: raise it or forward fewer ports",
         errno.EPERM: "; binding to an interface needs Linux 5.7 or CAP_NET_RAW",
     }.get(error.errno or 0, "")
     return f"cannot listen on {where}: {error.strerror}{advice}"
