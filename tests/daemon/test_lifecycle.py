@@ -240,6 +240,29 @@ def test_users_that_do_not_exist(spec: str) -> None:
         lifecycle.user(spec)
 
 
+NO_PING = """
+import sys
+from godwit.daemon import lifecycle
+for allowed in sys.argv[1:]:
+    with open("/proc/sys/net/ipv4/ping_group_range", "w") as file:
+        file.write(allowed)
+    print(lifecycle.no_ping())
+"""
+
+
+def test_whether_pings_can_be_sent() -> None:
+    """In a network namespace: it has the setting to itself."""
+    unshare = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
+    done = subprocess.run(
+        [*unshare, sys.executable, "-c", NO_PING, "1 0", "0 0"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "the guest's pings get no answer: net.ipv4.ping_group_range leaves out group root (0);"
+        " sysctl -w net.ipv4.ping_group_range='0 2147483647' lets all in, --no-icmp does without",
+        "None",
+    ]
+
+
 def test_the_descriptor_limit_is_raised() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

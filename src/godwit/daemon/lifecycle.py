@@ -241,6 +241,30 @@ class User:
             raise StartError(f"cannot run as user {self.uid}, group {self.gid}: {error.strerror}") from error
 
 
+def no_ping() -> str | None:
+    """What keeps this process from sending pings, and what to do about it; None if it may.
+
+    The kernel's own default lets nobody (ip-sysctl, ping_group_range); it asks
+    for the group when a socket is made, so this is for after `User.assume`.
+    The setting holds for IPv6 as well.
+    """
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP).close()
+    except PermissionError:
+        group = os.getegid()
+        try:
+            name = f"{grp.getgrgid(group).gr_name} ({group})"
+        except KeyError:
+            name = str(group)
+        return (
+            f"the guest's pings get no answer: net.ipv4.ping_group_range leaves out group {name};"
+            f" sysctl -w net.ipv4.ping_group_range='0 2147483647' lets all in, --no-icmp does without"
+        )
+    except OSError:
+        pass  # a kernel without IPv4: nothing that a setting would change
+    return None
+
+
 def _user(name: str) -> pwd.struct_passwd | None:
     try:
         return pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)

@@ -110,6 +110,8 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
                 if owned is not None:
                     user.own(owned)
             user.assume()
+        if options.icmp and (why := lifecycle.no_ping()) is not None:
+            logger.warning("%s", why)
         if pid is not None:
             pid.write()
 
