@@ -181,6 +181,38 @@ def test_a_second_front_end_waits_for_the_first(place: Place) -> None:
             third.get_features()
 
 
+def said(process: subprocess.Popen[str]) -> list[str]:
+    """End a daemon in the foreground; what it has logged since it was ready."""
+    process.terminate()
+    _, rest = process.communicate(timeout=10)
+    return rest.splitlines()
+
+
+def test_that_a_second_front_end_waits_is_logged_once(place: Place) -> None:
+    process = place.start()
+    with FrontendClient.connect(place.socket) as first:
+        first.get_features()
+        with FrontendClient.connect(place.socket), FrontendClient.connect(place.socket):
+            for _ in range(3):
+                first.get_features()
+    waits = "another front-end has connected, and waits: one is served at a time"
+    assert [line for line in said(process) if "another" in line] == [waits]
+
+
+def test_that_a_front_end_says_nothing_is_logged_once(place: Place) -> None:
+    process = place.start()
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(place.socket))
+        time.sleep(6)
+    with FrontendClient.connect(place.socket) as front_end:
+        front_end.get_features()
+    logged = said(process)
+    assert [line for line in logged if "said nothing" in line] == [
+        "somebody has connected and said nothing for 5 s: no front-end is served until it does, or hangs up"
+    ]
+    assert "a front-end has connected" in logged
+
+
 def test_nonsense_ends_the_session_and_not_the_daemon(place: Place) -> None:
     process = place.start()
     with socket.socket(socket.AF_UNIX) as wild:

@@ -2,7 +2,7 @@
 """The daemon put together: a device, a socket for its front-end, a life cycle.
 
 One front-end at a time: while one is served, another waits in the socket's
-backlog. A connection that closes without a word is no front-end: another
+backlog, and the log says so once. A connection that closes without a word is no front-end: another
 start looked whether somebody listens (`godwit.daemon.lifecycle.listen`), and
 does not end a ``--one-off`` daemon.
 """
@@ -14,8 +14,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager
 
 from godwit import __version__
 from godwit.daemon import lifecycle
@@ -32,6 +32,7 @@ from godwit.vhost_user.aio import serve
 logger = logging.getLogger(__name__)
 
 _ACCEPT_AGAIN = 1.0  # seconds
+_SPEAKS_WITHIN = 5.0  # seconds; a front-end speaks at once
 
 
 def run(options: Options) -> int:
@@ -181,9 +182,26 @@ async def _sessions(
         with accepted:
             if not await _says_something(accepted):
                 continue
-            await _session(accepted, device)
+            with _watched(listener):
+                await _session(accepted, device)
         if options.one_off:
             return
+
+
+@contextmanager
+def _watched(listener: socket.socket) -> Iterator[None]:
+    """Log it, once, if somebody else connects meanwhile."""
+    loop = asyncio.get_running_loop()
+
+    def another() -> None:
+        loop.remove_reader(listener)
+        logger.warning("another front-end has connected, and waits: one is served at a time")
+
+    loop.add_reader(listener, another)
+    try:
+        yield
+    finally:
+        loop.remove_reader(listener)
 
 
 async def _session(connection: socket.socket, device: NetDevice) -> None:
@@ -198,9 +216,16 @@ async def _says_something(connection: socket.socket) -> bool:
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(connection, readable.set)
+    silent = loop.call_later(
+        _SPEAKS_WITHIN,
+        logger.warning,
+        "somebody has connected and said nothing for %g s: no front-end is served until it does, or hangs up",
+        _SPEAKS_WITHIN,
+    )
     try:
         await readable.wait()
     finally:
+        silent.cancel()
         loop.remove_reader(connection)
     try:
         return bool(connection.recv(1, socket.MSG_PEEK))
