@@ -218,6 +218,15 @@ def test_a_whole_session(acks: bool) -> None:
     os.close(kick)
 
 
+def test_each_request_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "godwit.vhost_user")
+    with serving(Recorder()) as (_, client):
+        begin(client)
+        client.set_vring_num(0, 8)
+    for name in ("SET_OWNER", "SET_PROTOCOL_FEATURES", "SET_FEATURES", "SET_VRING_NUM"):
+        assert len([record for record in caplog.messages if record.startswith(f"{name} ")]) == 1
+
+
 def test_the_device_says_no(caplog: pytest.LogCaptureFixture) -> None:
     with serving(Recorder()) as (_, client):
         begin(client)

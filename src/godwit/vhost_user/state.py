@@ -115,7 +115,8 @@ class SessionState:
         change = _CHANGES.get(row.request)
         if change is not None:
             change(self, payload)
-            log.debug("%s: %s", row.name, payload)
+            if not row.handler:  # what is a device's to do is logged by who has it done
+                log.debug("%s %s", row.name, payload)
 
     def _check_features(self, payload: Payload) -> None:
         assert isinstance(payload, U64)
