@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,28 @@ def test_examples_run() -> None:
     names: dict[str, object] = {"__name__": "example"}
     exec(compile(examples[0], "docs/migration.md", "exec"), names)
     assert "arriving" in names
+
+
+def test_the_vhost_user_examples_talk_to_each_other(tmp_path: Path) -> None:
+    """The back-end's as a program, as a reader would run it; the second time over the socket that the first left."""
+    path = str(tmp_path / "example.sock")
+    text = (ROOT / "docs" / "vhost-user.md").read_text().replace("/tmp/example.sock", path)
+    back_end, front_end = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "example.py").write_text(back_end)
+    for _ in range(2):
+        with subprocess.Popen([sys.executable, tmp_path / "example.py"], stderr=subprocess.PIPE, text=True) as process:
+            names: dict[str, object] = {"__name__": "example"}
+            end = time.monotonic() + 30
+            while True:
+                try:
+                    exec(compile(front_end, "docs/vhost-user.md", "exec"), names)
+                    break
+                except (FileNotFoundError, ConnectionRefusedError):
+                    assert time.monotonic() < end
+                    time.sleep(0.05)  # not there yet, or the first one's
+            _, said = process.communicate(timeout=30)
+        assert (process.returncode, said) == (0, "")
+        assert "backend" in names
 
 
 def test_error_table_is_complete() -> None:
