@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from godwit.daemon.options import Dialect, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = runpy.run_path(str(ROOT / "tools" / "docs.py"))
@@ -37,6 +40,18 @@ def test_examples_run() -> None:
     names: dict[str, object] = {"__name__": "example"}
     exec(compile(examples[0], "docs/migration.md", "exec"), names)
     assert "arriving" in names
+
+
+def test_the_readmes_command_lines_are_understood() -> None:
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace('"$godwit"', "godwit")
+    lines = re.findall(r"^ {4}.*\bgodwit serve (.*)$", text, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert parse(shlex.split(line), Dialect.GODWIT).vhost_user
+    specs = re.findall(r"^ {4}-t (\S+) ", text, re.MULTILINE)
+    assert len(specs) == 4
+    for spec in specs:
+        assert parse(["--socket", "/tmp/vm.sock", "-t", spec], Dialect.GODWIT).tcp_ports
 
 
 def test_the_vhost_user_examples_talk_to_each_other(tmp_path: Path) -> None:
