@@ -34,6 +34,9 @@ class Device(BaseDevice):
     async def start(self) -> None:
         """Nothing to open."""
 
+    def own(self, user: lifecycle.User) -> None:
+        """Nothing to hand over."""
+
     async def close(self) -> None:
         """Note when that was."""
         type(self).closed_at = time.monotonic()

@@ -223,6 +223,20 @@ def test_stopped_while_it_takes_the_guest_back(scenario: Scenario, load: Load) -
     assert "Traceback" not in source.messages()
 
 
+def test_connections_from_outside_that_are_lost_are_reset_on_both_sides() -> None:
+    """Also where the peer is idle, and the daemon listens on the very port."""
+    with Scenario(godwit_arguments=["--tcp-ports", str(PORT)]) as scenario:
+        scenario.guest.agent.listen(PORT)
+        echo = scenario.server.echo(scenario.network.a.address(False), PORT, IDLE)
+        scenario.backends["b"].kill_helper()
+        scenario.move()
+        peers = ["ss", "-Htn", "state", "established", "dport", f":{PORT}"]
+        wait_until(lambda: not scenario.network.server.run(*peers).stdout, "the peers to learn it", 15.0)
+        assert scenario.server.check(echo).failed == IDLE
+        another = scenario.server.echo(scenario.network.a.address(False), PORT, IDLE)
+        assert scenario.server.check(another).alive == IDLE
+
+
 @pytest.mark.parametrize("ipv6", [False, True])
 def test_connections_from_outside_move(ipv6: bool) -> None:
     """Forwarded ports: the listening sockets freeze too, and each side lets go of them when it is its turn."""

@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rate",
         type=int,
         metavar="BYTES",
-        help=f"bytes per second of each stream, 0 for no limit (default: 0; {QEMU_RATE} with --qemu)",
+        help=f"bytes per second of each stream, 0 for no limit (default: 0; {QEMU_RATE} with --qemu and with passt)",
     )
     parser.add_argument(
         "--source", choices=("godwit", "passt"), default="godwit", help="the program on host a (%(default)s)"
@@ -183,9 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    rate = options.rate if options.rate is not None else QEMU_RATE if options.qemu else 0
+    # passt at full speed may lose a stream when it is moved, also to another passt.
+    passt = "passt" in (options.source, options.target)
+    rate = options.rate if options.rate is not None else QEMU_RATE if options.qemu or passt else 0
     arguments: tuple[str, ...] = ()
-    if "passt" in (options.source, options.target) and options.source != options.target:
+    if passt and options.source != options.target:
         arguments = ("--virtio-features", "passt")
     moves: list[Move] = []
     with (

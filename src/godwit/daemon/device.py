@@ -19,6 +19,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 
+from godwit.daemon.lifecycle import User
 from godwit.daemon.linger import LINGER_SECONDS, Linger
 from godwit.daemon.mover import Mover
 from godwit.daemon.options import Options, VirtioFeatures
@@ -129,6 +130,11 @@ class NetDevice(BaseDevice):
         self._loop.add_reader(self._engine.rare_fileno(), self._answer_rare)
         if self._repair is not None:
             self._loop.add_reader(self._repair, self._helper_connects)
+
+    def own(self, user: User) -> None:
+        """Hand the listening sockets over to the user that we are about to be."""
+        for fd in self._engine.listeners():
+            os.fchown(fd, user.uid, user.gid)
 
     async def close(self) -> None:
         """Stop. Connections of the guest are reset, but those that moved away are left in silence, for their time."""

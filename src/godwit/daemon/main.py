@@ -110,6 +110,7 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             for owned in (path if listener is not None else None, repair_path):
                 if owned is not None:
                     user.own(owned)
+            device.own(user)
             user.assume()
         if options.icmp and (why := lifecycle.no_ping()) is not None:
             logger.warning("%s", why)

@@ -14,14 +14,16 @@ better off where it is.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import ipaddress
 import logging
 import os
+import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from godwit.daemon.linger import reclaim
@@ -68,6 +70,11 @@ class _Arrival:
 def _host_side(state: FlowState) -> Side:
     """The side of the remote peer."""
     return state.sides[0] if state.pif[0] == 1 else state.sides[1]
+
+
+def _flat(side: Side) -> tuple[bytes, int, bytes, int]:
+    """Our end, then the peer's."""
+    return side.our_addr, side.our_port, side.end_addr, side.end_port
 
 
 def _advice(error: OSError) -> str:
@@ -468,13 +475,29 @@ class Mover:
         if peers and delays:
             self._schedule(delays[0], functools.partial(self._knock_now, peers, delays[1:]))
 
+    @contextlib.contextmanager
+    def _shared(self, port: int) -> Iterator[bool]:
+        """For a moment, let a socket of ours have a port that is forwarded; whether it is."""
+        sockets = [socket.socket(fileno=fd) for fd in self._engine.listeners()]
+        ours = [sock for sock in sockets if sock.getsockname()[1] == port]
+        try:
+            for sock in ours:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            yield bool(ours)
+        finally:
+            for sock in ours:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+            for sock in sockets:
+                sock.detach()
+
     def _knock_now(self, peers: Sequence[Side], later: Sequence[float]) -> None:
         again: list[Side] = []
         failures: Counter[str] = Counter()
         for peer in peers:
             try:
-                if not sockstate.knock(peer.our_addr, peer.our_port, peer.end_addr, peer.end_port, self._scope):
-                    again.append(peer)
+                with self._shared(peer.our_port) as listens:
+                    if not sockstate.knock(*_flat(peer), self._scope, share=listens):
+                        again.append(peer)
             except OSError as error:
                 failures[str(error.strerror)] += 1
         for why, number in failures.items():

@@ -36,14 +36,15 @@ def freeze_listener(fd: int) -> None:
 def thaw_listener(fd: int) -> None:
     """Undo ``freeze_listener``."""
 
-def knock(our_addr: bytes, our_port: int, end_addr: bytes, end_port: int, scope: int) -> bool:
+def knock(our_addr: bytes, our_port: int, end_addr: bytes, end_port: int, scope: int, share: bool = False) -> bool:
     """Have the peer of a connection that is no more find that out; whether it has answered already.
 
     The peer, connected still, answers a SYN from the same port by saying where
     it is (RFC 5961, 4.2); this host knows no such connection and sends a reset
     with the number that the peer expects. The SYN's own socket is ended at once.
-    ``OSError``: none could be sent: the address is not this host's, or somebody
-    listens on the port (EADDRINUSE).
+    ``share``: from a port on which sockets of the same user listen that have
+    SO_REUSEPORT at the moment. ``OSError``: no SYN could be sent: the address is
+    not this host's, or somebody else listens on the port (EADDRINUSE).
     """
 
 def create(v6: bool) -> int:

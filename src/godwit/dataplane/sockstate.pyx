@@ -40,6 +40,7 @@ from godwit.dataplane.sys cimport (
     SO_OOBINLINE,
     SO_PEEK_OFF,
     SO_REUSEADDR,
+    SO_REUSEPORT,
     SO_SNDBUF,
     SOCK_CLOEXEC,
     SOCK_NONBLOCK,
@@ -450,7 +451,7 @@ def thaw_listener(int fd):
     check(sock_thaw(fd, False), "thawing a listening socket")
 
 
-def knock(bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, uint32_t scope):
+def knock(bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, uint32_t scope, bint share=False):
     """Have the peer of a connection that is no more find that out. See the .pyi."""
     cdef sockaddr_storage local, remote
     cdef socklen_t local_size = fill(&local, our_addr, our_port, scope)
@@ -463,6 +464,8 @@ def knock(bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, 
     cdef int fd = socket(local.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
     check(-errno if fd < 0 else 0, "socket")
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
+    if share:
+        setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &one, sizeof(one))
     if bind(fd, <sockaddr *>&local, local_size) != 0:
         error = errno
     elif connect(fd, <sockaddr *>&remote, remote_size) != 0 and errno != EINPROGRESS:

@@ -153,6 +153,7 @@ cdef extern from "<sys/socket.h>" nogil:
         SOL_SOCKET
         SO_ERROR
         SO_REUSEADDR
+        SO_REUSEPORT
         SO_KEEPALIVE
         SO_OOBINLINE
         SO_PEEK_OFF
