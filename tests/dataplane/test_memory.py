@@ -26,6 +26,7 @@ from .driver import (
     V4,
     Family,
     Guest,
+    Memory,
     Part,
     Piece,
     Ring,
@@ -34,6 +35,7 @@ from .driver import (
     other_frame,
     pattern,
     read_exactly,
+    wait_until,
 )
 
 MIB = 1 << 20
@@ -416,3 +418,28 @@ def test_flags_of_the_used_ring_are_logged(logged: Guest) -> None:
     assert bool(written) == (not logged.features & EVENT_IDX)
     assert written <= log.take()
     log.close()
+
+
+# ---- memory that is not shared
+
+
+def test_a_guest_whose_writes_are_not_seen(guest: Guest) -> None:
+    """It kicks its receive ring, and the ring in our copy of its memory stays as it was."""
+    assert not guest.engine.sees_nothing()
+    guest.rx.kick()
+    guest.barrier()
+    assert not guest.engine.sees_nothing()  # there are buffers
+    private = Memory(guest.memory.regions)  # all zero, as a copy that nobody writes to
+    try:
+        guest.engine.ring_stop(RX)
+        guest.engine.set_memory(private.table())
+        os.eventfd_read(guest.rx.kick_fd)
+        guest.start_ring(RX, 0)
+        guest.barrier()
+        assert not guest.engine.sees_nothing()  # not kicked yet
+        guest.rx.kick()
+        wait_until(guest.engine.sees_nothing)
+        guest.engine.set_memory(guest.memory.table())
+        assert not guest.engine.sees_nothing()
+    finally:
+        private.close()

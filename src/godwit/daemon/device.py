@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 # helper's, and some for the moment.
 _DESCRIPTORS_KEPT = 128
 
+_SHARED_MEMORY = "-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem"
+_LOOK_AFTER = 3.0  # seconds after the start of a ring
+
 _FEATURES_PASST = (
     Feature.VIRTIO_F_VERSION_1
     | Feature.VIRTIO_NET_F_MRG_RXBUF
@@ -66,7 +69,9 @@ def _refusals() -> Iterator[None]:
     """What the engine does not take becomes an answer to the front-end."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DeviceError(error.strerror or str(error)) from error
+    except ValueError as error:
         raise DeviceError(str(error)) from error
 
 
@@ -228,8 +233,12 @@ class NetDevice(BaseDevice):
 
     async def set_vring_addr(self, index: int, addr: VringAddr) -> None:
         """SET_VRING_ADDR."""
-        with _refusals():
+        try:
             self._engine.ring_addr(index, addr.flags, addr.descriptor, addr.used, addr.available, addr.log)
+        except OSError as error:
+            raise DeviceError(
+                f"ring {index} does not lie in memory that the front-end shares (start QEMU with {_SHARED_MEMORY})"
+            ) from error
 
     async def set_vring_base(self, index: int, base: int) -> None:
         """SET_VRING_BASE."""
@@ -251,7 +260,17 @@ class NetDevice(BaseDevice):
             self._engine.ring_kick(index, fd)
         if self._advertising is None:
             assert self._loop is not None  # since start()
+            self._loop.call_later(_LOOK_AFTER, self._look_at_memory)
             self._advertising = self._loop.call_later(ADVERTISE_INTERVAL, self._advertise)
+
+    def _look_at_memory(self) -> None:
+        """Nothing else tells of memory that is shared with us as a private copy: the network is dead, in silence."""
+        if self._engine.sees_nothing():
+            log.error(
+                "the guest has started its network, and nothing of what it writes is seen here: "
+                "its memory is not shared (start QEMU with %s)",
+                _SHARED_MEMORY,
+            )
 
     async def set_vring_call(self, index: int, fd: int | None) -> None:
         """SET_VRING_CALL."""

@@ -104,7 +104,7 @@ from godwit.dataplane.sys cimport (
     write,
 )
 from godwit.dataplane.tcp cimport tcp_abort, tcp_drop_socket, tcp_hurry, tcp_local_end, tcp_refuse_waiting, tcp_reset, tcp_resume
-from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, Queue, queue_map
+from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, RX, Queue, queue_map, queue_seen
 
 from godwit.dataplane.state import FlowState, Observed, Side
 
@@ -428,7 +428,7 @@ cdef class Engine:
             if q.used == NULL:
                 raise ValueError(f"ring {index} was started before its address was set")
             q.used_idx = q.published = (<uint16_t *>(q.used + 2))[0]
-            q.broken = False
+            q.broken = q.kicked = False
             q.started = True
 
     cdef _unwatch_kick(self, Queue *q):
@@ -481,6 +481,15 @@ cdef class Engine:
         """For each ring: (started, enabled, broken, next available entry, used index)."""
         return [(bool(self.p.queues[i].started), bool(self.p.queues[i].enabled), bool(self.p.queues[i].broken),
                  self.p.queues[i].last_avail, self.p.queues[i].used_idx) for i in range(QUEUES)]
+
+    def sees_nothing(self):
+        """Whether the guest says that it has put buffers into its receive ring, and there is none, ever.
+
+        So it is when its memory is a private copy of what we were given.
+        """
+        cdef Queue *q = &self.p.queues[RX]
+        with self.parked():
+            return bool(q.started and q.kicked and q.last_avail == 0 and q.avail != NULL and queue_seen(q) == 0)
 
     def detach(self):
         """The front-end is gone: rings, memory and log with it. Flows stay."""

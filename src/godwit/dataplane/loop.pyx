@@ -178,6 +178,7 @@ cdef int loop_run(Plane *p) noexcept nogil:
             if kind == WATCH_FLOW:
                 flow_event(p, data, events[i].events)
             elif kind == WATCH_KICK:
+                p.queues[<uint32_t>data].kicked = True
                 if <uint32_t>data == TX:
                     frames_from_guest(p)
                 # A kick of the receive ring: those that wait are served below.

@@ -37,6 +37,7 @@ cdef struct Queue:
     int call
     int err
     bint started            # between SET_VRING_KICK and GET_VRING_BASE
+    bint kicked             # since it was started
     bint enabled
     bint broken             # the guest broke a rule; stays so until the ring is started anew
 
