@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from godwit.daemon import linger
-from godwit.daemon.linger import Linger, reclaim
+from godwit.daemon.linger import Linger, lingerers, reclaim
 from godwit.dataplane import Side
 
 
@@ -57,11 +57,11 @@ def test_what_is_asked_for_goes_and_the_rest_stays(connections: list[Ends]) -> N
         lingering = Linger([ends.fd for ends in connections], lambda: told.append(len(lingering)))
         await lingering.listen()
         stranger = connections[1].side._replace(our_port=connections[1].side.our_port ^ 1)
-        await asyncio.to_thread(reclaim, [connections[0].side, connections[2].side, stranger])
+        await asyncio.to_thread(reclaim, [connections[0].side, connections[2].side, stranger], lingerers())
         assert [ends.open for ends in connections] == [False, True, False]
         assert told == [1]
         assert lingering.remaining > 9
-        await asyncio.to_thread(reclaim, [connections[0].side])  # again: nothing
+        await asyncio.to_thread(reclaim, [connections[0].side], lingerers())  # again: nothing
         lingering.close()
         assert not connections[1].open
         assert told == [1, 0]
@@ -80,19 +80,19 @@ def test_after_a_while_all_go(connections: list[Ends], monkeypatch: pytest.Monke
         assert all(ends.open for ends in connections)
         await asyncio.sleep(0.3)
         assert not any(ends.open for ends in connections)
-        assert linger._others() == []
+        assert lingerers() == []
 
     asyncio.run(run())
 
 
 AS_NOBODY = """
 import os, sys
-from godwit.daemon.linger import reclaim
+from godwit.daemon.linger import lingerers, reclaim
 from godwit.dataplane import Side
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
-reclaim([Side(*eval(sys.argv[1]))])
+reclaim([Side(*eval(sys.argv[1]))], lingerers())
 """
 
 
@@ -114,7 +114,7 @@ def test_a_request_that_makes_no_sense(connections: list[Ends]) -> None:
     async def run() -> None:
         lingering = Linger([ends.fd for ends in connections], lambda: None)
         await lingering.listen()
-        (name,) = linger._others()
+        (name,) = lingerers()
         for request in (b"", b"x", bytes(35), bytes(1000)):
             reader, writer = await asyncio.open_unix_connection(f"\0{name}")
             writer.write(request)
@@ -125,3 +125,36 @@ def test_a_request_that_makes_no_sense(connections: list[Ends]) -> None:
         lingering.close()
 
     asyncio.run(run())
+
+
+AS_NOBODY_LISTEN = """
+import os, socket, sys
+os.setgid(65534)
+os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind("\\0godwit-linger-stranger")
+    listening.listen()
+    print("listens", flush=True)
+    connection, _ = listening.accept()
+    print(len(connection.recv(100)))
+"""
+
+
+def test_a_stranger_is_told_nothing(connections: list[Ends]) -> None:
+    with subprocess.Popen([sys.executable, "-c", AS_NOBODY_LISTEN], stdout=subprocess.PIPE, text=True) as stranger:
+        assert stranger.stdout is not None
+        assert stranger.stdout.readline() == "listens\n"
+        assert reclaim([connections[0].side], lingerers()) == []
+        assert stranger.stdout.readline() == "0\n"
+    for ends in connections:
+        os.close(ends.fd)
+
+
+def test_who_does_not_answer_is_not_asked_again(connections: list[Ends]) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind("\0godwit-linger-silent")
+        silent.listen()
+        assert lingerers() == ["godwit-linger-silent"]
+        assert reclaim([connections[0].side], lingerers()) == []
+    for ends in connections:
+        os.close(ends.fd)

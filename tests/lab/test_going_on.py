@@ -165,6 +165,101 @@ def test_the_last_bytes_move_when_both_sides_have_closed(scenario: Scenario) -> 
         assert received == data
 
 
+def test_what_a_peer_left_behind_moves(scenario: Scenario) -> None:
+    """Both sides have closed, the peer knows nothing of it any more, and the guest reads slowly."""
+    data = random.randbytes(60_000)  # no more than the host's socket takes, more than the guest's
+    with scenario.network.server.enter():
+        listening = socket.create_server((scenario.server_address, 5999))
+    assert isinstance(scenario.guest, EmbeddedGuest)
+    with scenario.guest.space.enter():
+        ours = socket.socket()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+        ours.settimeout(10.0)
+        ours.connect((scenario.server_address, 5999))
+    peer, _ = listening.accept()
+    with listening, ours:
+        with peer:
+            ours.sendall(b"request")
+            ours.shutdown(socket.SHUT_WR)
+            assert peer.recv(100) == b"request"
+            assert peer.recv(100) == b""
+            peer.sendall(data)
+        wait_until(lambda: not states(scenario), "the peer to be done with it")
+        for _ in range(2):
+            scenario.move()
+        received = b""
+        while piece := ours.recv(65536):
+            received += piece
+        assert received == data
+
+
+def read_to_the_end(sock: socket.socket) -> None:
+    while sock.recv(100):
+        pass
+
+
+def states(scenario: Scenario) -> str:
+    """The connections of the server's that are not over."""
+    return scenario.network.server.run("ss", "-Htn", "sport", ":5999").stdout
+
+
+def test_the_last_bytes_are_sent_when_the_guest_is_gone(scenario: Scenario) -> None:
+    """Uploaded, closed, powered off: the kernel sends the rest."""
+    data = random.randbytes(50_000)
+    with scenario.network.server.enter():
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+        listening.bind((scenario.server_address, 5999))
+        listening.listen(1)
+    assert isinstance(scenario.guest, EmbeddedGuest)
+    guest = scenario.guest
+    with guest.space.enter():
+        ours = socket.create_connection((scenario.server_address, 5999), 5.0)
+    peer, _ = listening.accept()
+    with listening, peer:
+        peer.settimeout(20.0)
+        peer.shutdown(socket.SHUT_WR)
+        assert ours.recv(1) == b""
+        ours.sendall(data)
+        ours.close()
+        wait_until(lambda: not guest.space.run("ss", "-Htn").stdout, "the guest to be done with it")
+        guest.disconnect()
+        received = b""
+        while piece := peer.recv(65536):
+            received += piece
+        assert received == data
+
+
+@pytest.mark.parametrize("end", ["fin", "reset"])
+def test_an_end_that_comes_while_connections_wait_for_a_helper(scenario: Scenario, end: str) -> None:
+    """The guest is told when they go on."""
+    with scenario.network.server.enter():
+        listening = socket.create_server((scenario.server_address, 5999))
+    assert isinstance(scenario.guest, EmbeddedGuest)
+    with scenario.guest.space.enter():
+        ours = socket.create_connection((scenario.server_address, 5999), 5.0)
+    peer, _ = listening.accept()
+    with listening, ours, peer:
+        source = scenario.backends["a"]
+        attempt = saved(scenario)
+        source.kill_helper()
+        attempt.cancel()
+        wait_until(lambda: "stand still" in source.messages(), "the connection to be held")
+        peer.sendall(b"last words")
+        if end == "reset":
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()
+        time.sleep(0.5)
+        source.start_helper()
+        ours.settimeout(10.0)
+        if end == "fin":
+            assert ours.recv(100) == b"last words"
+            assert ours.recv(100) == b""
+        else:
+            with pytest.raises(ConnectionResetError):
+                read_to_the_end(ours)
+
+
 def test_a_reset_that_the_guest_could_not_be_told_of_is_told_where_it_goes(scenario: Scenario) -> None:
     """The peer resets between the stop of the rings and the save."""
     with scenario.network.server.enter():

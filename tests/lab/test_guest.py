@@ -71,6 +71,7 @@ def opened() -> Iterator[Callable[..., tuple[EmbeddedGuest, Card]]]:
 
     def make(path: str, **options: Any) -> tuple[EmbeddedGuest, Card]:
         guest = EmbeddedGuest(mtu=65520, **options)
+        guest.space.sysctl("net/ipv6/conf/all/disable_ipv6", "1")  # the kernel's own frames would be counted
         guest.connect(path)
         guest.configure(addr4=None, addr6=None)
         card = Card(guest)
@@ -315,8 +316,12 @@ def test_broken_rings_are_noticed(
     guest, card = opened(backends.start(device))
     card.exchange(3)
     device.spoil = spoil
-    card.send(9, 100)
-    wait_until(lambda: guest.mover.failure is not None, "the mover to notice")
+
+    def noticed() -> bool:
+        card.send(9, 100)  # it looks at a ring when there is something to do
+        return guest.mover.failure is not None
+
+    wait_until(noticed, "the mover to notice", interval=0.05)
     with pytest.raises(LabError, match=message):
         guest.check()
 

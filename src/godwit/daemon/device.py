@@ -102,7 +102,8 @@ class NetDevice(BaseDevice):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._advertising: asyncio.TimerHandle | None = None
         self._descriptors = MAX_FLOWS  # that flows may have, those that linger included
-        self._linger: Linger | None = None  # the sockets of the guest before this one
+        self._lingers: list[Linger] = []  # the sockets of guests that were here
+        self._rescuing = False
 
     # ---- life
 
@@ -151,18 +152,18 @@ class NetDevice(BaseDevice):
         for task in self._background:
             task.cancel()
         self._engine.close()
-        if self._linger is not None:
-            self._linger.leave_keeper()
-        self._end_linger()
+        for linger in self._lingers:
+            linger.leave_keeper()
+            linger.close()
 
     def _limit_flows(self) -> None:
         """A guest that opens flows without end shall be refused, before nothing else can be opened any more."""
-        self._engine.limit_flows(max(1, self._descriptors - (len(self._linger) if self._linger is not None else 0)))
+        self._engine.limit_flows(max(1, self._descriptors - sum(len(linger) for linger in self._lingers)))
 
     @property
     def lingering(self) -> float:
         """Seconds for which a process that is about to end had better wait, for connections that moved away."""
-        return 0.0 if self._linger is None else self._linger.remaining
+        return max((linger.remaining for linger in self._lingers), default=0.0)
 
     def _in_background(self, delay: float, work: Callable[[], None]) -> None:
         """Run blocking work in a thread of its own, after ``delay`` seconds. Called from any thread."""
@@ -180,11 +181,27 @@ class NetDevice(BaseDevice):
         self._loop.call_soon_threadsafe(begin)
 
     def _answer_rare(self) -> None:
-        if self._engine.has_found():
-            self._in_background(0, self._mover.rescue_found)
         for frame in self._engine.take_rare():
             for answer in self._responder.respond(frame):
                 self._engine.inject(answer)
+        self._rescue_found()  # after that: what is found meanwhile is told again
+
+    def _rescue_found(self) -> None:
+        if self._rescuing or not self._engine.has_found():
+            return
+        self._rescuing = True
+        self._in_background(0, self._rescue)
+
+    def _rescue(self) -> None:
+        assert self._loop is not None  # since start()
+        try:
+            self._mover.rescue_found()
+        finally:
+            self._loop.call_soon_threadsafe(self._rescued)
+
+    def _rescued(self) -> None:
+        self._rescuing = False
+        self._rescue_found()
 
     def _advertise(self) -> None:
         """Keep the guest's IPv6 route alive (RFC 4861, 6.2.4)."""
@@ -306,8 +323,6 @@ class NetDevice(BaseDevice):
             if direction is Direction.SAVE:
                 transfer.request(fd, Transfer.SOURCE, self._options.migrate_version)
             else:
-                # The connections may be coming back: their former sockets are in the way.
-                self._end_linger()
                 transfer.request(fd, Transfer.TARGET)
         except ValueError as error:
             raise DeviceError(str(error)) from error
@@ -382,16 +397,10 @@ class NetDevice(BaseDevice):
 
     async def _begin_linger(self, fds: list[int]) -> None:
         """Keep the sockets of moved connections for a while, frozen and in repair mode."""
-        self._end_linger()
+        self._lingers = [linger for linger in self._lingers if linger.remaining]
         if not fds:
             return
         log.info("%d connections have moved away; their sockets stay for %g s", len(fds), LINGER_SECONDS)
-        self._linger = Linger(fds, self._limit_flows)
+        self._lingers.append(Linger(fds, self._limit_flows))
         self._limit_flows()
-        await self._linger.listen()
-
-    def _end_linger(self) -> None:
-        if self._linger is not None:
-            self._linger.close()
-            self._linger = None
-            self._limit_flows()
+        await self._lingers[-1].listen()

@@ -39,7 +39,8 @@ _PREFIX = "godwit-linger-"
 _ENDS = struct.Struct("!16sH16sH")
 _COUNT = struct.Struct("!I")
 _CREDENTIALS = struct.Struct("3i")  # struct ucred, unix(7)
-_PATIENCE = 2.0  # seconds for one request
+_PATIENCE = 2.0  # seconds for the whole of a request to come
+_ANSWER = 0.5  # seconds for the answer; the guest stands still
 
 _numbers = itertools.count()
 
@@ -153,20 +154,32 @@ def _packed(address: str) -> bytes:
     return packed16(ipaddress.ip_address(address.partition("%")[0]))
 
 
-def reclaim(sides: Sequence[Side]) -> None:
-    """Have others on this host give up the sockets of connections that are about to be restored. Blocks, briefly."""
+def reclaim(sides: Sequence[Side], names: Sequence[str]) -> list[str]:
+    """Have those that linger give up the sockets of connections that are about to be restored.
+
+    Blocks, for a moment. Gives the names of those that answered: the others are
+    not worth asking again.
+    """
     request = b"".join(_ENDS.pack(side.our_addr, side.our_port, side.end_addr, side.end_port) for side in sides)
-    for name in _others():
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(_PATIENCE)
+    return [name for name in names if _ask(name, request)]
+
+
+def _ask(name: str, request: bytes) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(_ANSWER)
             sock.connect(f"\0{name}")
+            if not _is_ours(sock):
+                return False  # a stranger's, and the guest's connections are none of its business
             sock.sendall(request)
             sock.shutdown(socket.SHUT_WR)
-            sock.recv(_COUNT.size)
+            return len(sock.recv(_COUNT.size)) == _COUNT.size
+    except OSError:
+        return False
 
 
-def _others() -> list[str]:
-    """The names of those that linger in this network namespace."""
+def lingerers() -> list[str]:
+    """The names of those that linger in this network namespace, us among them."""
     with contextlib.suppress(OSError), open("/proc/self/net/unix") as table:
         # number, references, protocol, flags, type, state, inode, path; abstract names begin with @
         paths = {words[7] for line in table if len(words := line.split()) == 8}

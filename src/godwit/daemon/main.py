@@ -128,13 +128,15 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         readiness.declare()
 
         await _until(stop, _sessions(listener, connection, device, options))
-        logger.info("ends: %s", "stopped by a signal" if stop.is_set() else "the front-end has disconnected")
+        stopped = stop.is_set()
+        logger.info("ends: %s", "stopped by a signal" if stopped else "the front-end has disconnected")
         await names.aclose()
         if device.lingering:
             # Closed now, the connections that moved away would be reset by the next packet that still comes here.
             # Stopped before that, it leaves a process behind that does nothing else.
             logger.info("connections have moved away: stays silent for %.0f s more, or until stopped", device.lingering)
-            stop.clear()
+            if stopped:
+                stop.clear()  # the next signal is another one
             await _until(stop, asyncio.sleep(device.lingering))
 
 

@@ -23,10 +23,10 @@ import os
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from godwit.daemon.linger import reclaim
+from godwit.daemon.linger import lingerers, reclaim
 from godwit.daemon.rescue import Rescue
 from godwit.dataplane import Engine, FlowState, Observed, Side, SocketState, sockstate
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
@@ -34,6 +34,7 @@ from godwit.repair import Repair, RepairError, RepairListener, in_repair
 # TCP states as TCP_INFO gives them (the kernel's tcp_states.h).
 TCP_ESTABLISHED = 1
 TCP_FIN_WAIT1 = 4
+TCP_CLOSE = 7
 TCP_CLOSE_WAIT = 8
 TCP_LAST_ACK = 9
 TCP_CLOSING = 11
@@ -70,6 +71,18 @@ class _Arrival:
 def _host_side(state: FlowState) -> Side:
     """The side of the remote peer."""
     return state.sides[0] if state.pif[0] == 1 else state.sides[1]
+
+
+@contextlib.contextmanager
+def _shared(listening: Sequence[socket.socket]) -> Iterator[bool]:
+    """For a moment, let another socket of ours have the port of these; whether there are any."""
+    try:
+        for sock in listening:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        yield bool(listening)
+    finally:
+        for sock in listening:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
 
 
 def _flat(side: Side) -> tuple[bytes, int, bytes, int]:
@@ -137,6 +150,7 @@ class Mover:
         self._not_saved: set[int] = set()  # and of those, the ones that are not in the stream, or as lost
         self._frozen_listeners: list[int] = []
         self._arrivals: dict[int, _Arrival] = {}  # target: by flow
+        self._lingerers: list[str] = []  # target: who may have sockets of the flows that come
         self._room = 0  # target: bytes that send queues may still take
 
     # ---- both sides
@@ -239,7 +253,10 @@ class Mover:
         tcp_state = state.tcpi_state
         if to_sock and self._engine.flow_state(flow).events & EV_FIN_TO_SOCK:
             tcp_state = TCP_LAST_ACK if tcp_state == TCP_CLOSE_WAIT else TCP_FIN_WAIT1
-        if self._engine.peer_closed(flow):
+        if tcp_state == TCP_CLOSE:
+            # Both have closed and know it. What is left is for the guest to read; no FIN is due.
+            tcp_state = TCP_CLOSE_WAIT
+        elif self._engine.peer_closed(flow):
             tcp_state = {TCP_ESTABLISHED: TCP_CLOSE_WAIT}.get(tcp_state, TCP_LAST_ACK)
         return (
             state._replace(
@@ -263,7 +280,6 @@ class Mover:
             finally:
                 self._clear()
                 self._unpark()
-        self._schedule(HURRY_SECONDS, self._engine.calm)
 
     def _go_on(self) -> None:
         self.thaw_listeners()
@@ -311,6 +327,7 @@ class Mover:
         for flow in flows:
             self._thaw_socket(flow)
             self._engine.resume_flow(flow, watch=False)
+        self._schedule(HURRY_SECONDS, self._engine.calm)
 
     def linger(self) -> None:
         """Nothing to do: the thread stays parked and the sockets frozen."""
@@ -326,6 +343,9 @@ class Mover:
             try:
                 # What could not be saved the caller resets, for the peer's sake: in repair mode that would say nothing.
                 self._leave_repair([flow for flow in sorted(self._not_saved) if flow in self._in_repair])
+                for flow in self._frozen:
+                    if flow in self._not_saved or flow not in self._in_repair:
+                        self._engine.drop_flow_socket(flow)
                 moved = [flow for flow in self._frozen if flow in self._in_repair and flow not in self._not_saved]
                 return [self._engine.release_flow(flow) for flow in moved]
             finally:
@@ -350,7 +370,8 @@ class Mover:
         self._park()
         if not self._arrivals:
             self._room = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * QUEUES_SHARE)
-        reclaim([_host_side(state) for state in flows])
+            self._lingerers = lingerers()
+        self._lingerers = reclaim([_host_side(state) for state in flows], self._lingerers)
         ids = [self._place(state) for state in flows]
         ready = [flow for flow in ids if flow >= 0 and self._arrivals[flow].fd >= 0]
         done = 0
@@ -405,10 +426,10 @@ class Mover:
         except OSError as error:
             self._lose(flow, _advice(error))
             return
-        self._room -= len(sndq)
-        if self._room < 0:
+        if len(sndq) > self._room:
             self._lose(flow, "all send queues together are too large for this host")
             return
+        self._room -= len(sndq)
         arrival.socket = socket
         arrival.sndq = sndq
         if left_out:
@@ -475,31 +496,32 @@ class Mover:
         if peers and delays:
             self._schedule(delays[0], functools.partial(self._knock_now, peers, delays[1:]))
 
-    @contextlib.contextmanager
-    def _shared(self, port: int) -> Iterator[bool]:
-        """For a moment, let a socket of ours have a port that is forwarded; whether it is."""
-        sockets = [socket.socket(fileno=fd) for fd in self._engine.listeners()]
-        ours = [sock for sock in sockets if sock.getsockname()[1] == port]
-        try:
-            for sock in ours:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            yield bool(ours)
-        finally:
-            for sock in ours:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-            for sock in sockets:
+    def _listening(self, ports: Container[int]) -> dict[int, list[socket.socket]]:
+        """The listening sockets of these ports, by port. To be detached."""
+        found: dict[int, list[socket.socket]] = {}
+        for fd in self._engine.listeners():
+            sock = socket.socket(fileno=fd)
+            port = sock.getsockname()[1]
+            if port in ports:
+                found.setdefault(port, []).append(sock)
+            else:
                 sock.detach()
+        return found
 
     def _knock_now(self, peers: Sequence[Side], later: Sequence[float]) -> None:
         again: list[Side] = []
         failures: Counter[str] = Counter()
+        listening = self._listening({peer.our_port for peer in peers})
         for peer in peers:
             try:
-                with self._shared(peer.our_port) as listens:
-                    if not sockstate.knock(*_flat(peer), self._scope, share=listens):
+                with _shared(listening.get(peer.our_port, [])) as share:
+                    if not sockstate.knock(*_flat(peer), self._scope, share=share):
                         again.append(peer)
             except OSError as error:
                 failures[str(error.strerror)] += 1
+        for sockets in listening.values():
+            for sock in sockets:
+                sock.detach()
         for why, number in failures.items():
             log.warning("%d peers of lost connections will learn it only when they next send: %s", number, why)
         self._knock(again, later)

@@ -48,6 +48,7 @@ from godwit.dataplane.plane cimport (
     EV_FIN_TO_SOCK,
     EV_SYN_FROM_GUEST,
     FF_CONNECTING,
+    FF_DRAINING,
     FF_FIN_KNOWN,
     FF_FOUND,
     FF_FROM_GUEST,
@@ -789,7 +790,10 @@ cdef class Engine:
         cdef Flow *f = self.flow(index)
         self.p.now = clock_ms()
         f.flags &= ~(FF_HELD | FF_FOUND)
-        if watch and flow_watch(self.p, f) != 0:
+        if not watch:
+            # Watched anew, so that what came while it was held, and was passed over, is told again.
+            epoll_ctl(self.p.epfd, EPOLL_CTL_DEL, f.sock, NULL)
+        if flow_watch(self.p, f) != 0:
             tcp_reset(self.p, f)
             return
         tcp_resume(self.p, f)
@@ -821,7 +825,10 @@ cdef class Engine:
             self.p.flow_limit = min(most, self.p.max_flows)
 
     def close_flows(self):
-        """Close every flow: the guest is gone. TCP peers are reset, and those that wait to be accepted."""
+        """Close every flow: the guest is gone. TCP peers are reset, and those that wait to be accepted.
+
+        But for connections that the guest itself has closed: their last bytes still go.
+        """
         cdef uint32_t i
         cdef int j
         with self.parked():
@@ -829,8 +836,10 @@ cdef class Engine:
                 if self.p.listeners[j].fd >= 0:
                     tcp_refuse_waiting(&self.p.listeners[j])
             for i in range(self.p.used_flows):
-                if self.p.flows[i].kind == FLOW_TCP:
+                if self.p.flows[i].kind == FLOW_TCP and not self.p.flows[i].flags & FF_DRAINING:
                     tcp_abort(self.p, &self.p.flows[i])
+                elif self.p.flows[i].kind == FLOW_TCP:
+                    flow_close(self.p, &self.p.flows[i])    # the kernel sends what the guest has left
                 elif self.p.flows[i].kind == FLOW_UDP or self.p.flows[i].kind == FLOW_PING:
                     flow_close(self.p, &self.p.flows[i])
 

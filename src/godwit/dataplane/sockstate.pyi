@@ -53,9 +53,10 @@ def create(v6: bool) -> int:
 def dump(fd: int) -> tuple[SocketState, bytes, bytes]:
     """Save a connection that is frozen and in repair mode: its state, send queue and receive queue.
 
-    Changes nothing but SO_PEEK_OFF, which is -1 afterwards. EINVAL for a
-    connection that cannot move: not or no longer connected, or with an urgent
-    byte in the queue. ENOBUFS: a queue is larger than 64 MiB.
+    Changes nothing but SO_PEEK_OFF, which is -1 afterwards. One that both sides
+    have closed (CLOSE, 7) has a receive queue still. EINVAL for a connection
+    that cannot move: not connected, or with an urgent byte in the queue; one
+    that broke gives the error that broke it. ENOBUFS: a queue is larger than 64 MiB.
     """
 
 def restore(

@@ -36,6 +36,7 @@ from godwit.dataplane.sys cimport (
     SHUT_WR,
     SIOCINQ,
     SIOCOUTQ,
+    SO_ERROR,
     SO_KEEPALIVE,
     SO_OOBINLINE,
     SO_PEEK_OFF,
@@ -52,6 +53,7 @@ from godwit.dataplane.sys cimport (
     close,
     connect,
     errno,
+    getsockname,
     getsockopt,
     ioctl,
     poll,
@@ -132,6 +134,7 @@ cdef enum:
     ESTABLISHED = 1
     FIN_WAIT1 = 4
     FIN_WAIT2 = 5
+    CLOSED = 7
     CLOSE_WAIT = 8
     LAST_ACK = 9
     CLOSING = 11
@@ -205,7 +208,7 @@ cdef void sock_hurry(int fd, bint on) noexcept nogil:
 
 
 cdef bint fin_received(uint8_t state) noexcept nogil:
-    return state == CLOSE_WAIT or state == LAST_ACK or state == CLOSING
+    return state == CLOSE_WAIT or state == LAST_ACK or state == CLOSING or state == CLOSED
 
 
 cdef bint fin_sent(uint8_t state) noexcept nogil:
@@ -234,7 +237,8 @@ cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
     cdef tcp_repair_window window
     cdef socklen_t n = sizeof(info)
     cdef pollfd urgent
-    cdef int outq, notsent, inq, rc
+    cdef sockaddr_storage local
+    cdef int outq, notsent, inq, rc, error = 0
     queues[0] = NULL
     memset(s, 0, sizeof(SockState))
     # With an offset set, peeking in repair mode starts anywhere. Without the
@@ -247,7 +251,19 @@ cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
     s.tcpi_options = info.tcpi_options
     s.snd_ws = info.tcpi_snd_wscale
     s.rcv_ws = info.tcpi_rcv_wscale
-    if s.tcpi_state != ESTABLISHED and s.tcpi_state != CLOSE_WAIT and not fin_sent(s.tcpi_state):
+    if s.tcpi_state == CLOSED:
+        # Closed by both sides, with bytes to be read perhaps; or broken.
+        n = sizeof(error)
+        if getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &n) != 0:
+            return -errno
+        if error != 0:
+            return -error
+        n = sizeof(local)
+        if getsockname(fd, <sockaddr *>&local, &n) != 0:
+            return -errno
+        if (<sockaddr_in *>&local).sin_port == 0:   # sin6_port is at the same place
+            return -EINVAL      # it has never been connected
+    elif s.tcpi_state != ESTABLISHED and s.tcpi_state != CLOSE_WAIT and not fin_sent(s.tcpi_state):
         return -EINVAL
     # A peek ends before an urgent byte, and what comes after it would be lost.
     urgent.fd = fd
@@ -267,7 +283,7 @@ cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
     s.max_window = window.max_window
     s.rcv_wnd = window.rcv_wnd
     s.rcv_wup = window.rcv_wup
-    if s.tcpi_state == CLOSE_WAIT or s.tcpi_state == LAST_ACK:
+    if s.tcpi_state == CLOSE_WAIT or s.tcpi_state == LAST_ACK or s.tcpi_state == CLOSED:
         s.rcv_wnd += 1
         s.rcv_wup -= 1
     if ioctl(fd, SIOCOUTQ, &outq) != 0 or ioctl(fd, SIOCOUTQNSD, &notsent) != 0 or ioctl(fd, SIOCINQ, &inq) != 0:

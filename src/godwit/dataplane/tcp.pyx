@@ -752,7 +752,14 @@ cdef bint send_carried(Plane *p, Flow *f) noexcept nogil:
     return True
 
 
+cdef bint over_already(Flow *f) noexcept nogil:
+    """Both sides had closed before a migration, and the guest has still to read."""
+    return f.flags & FF_PEER_FIN and f.events & EV_FIN_TO_SOCK and not f.events & EV_FIN_ACKED
+
+
 cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil:
+    cdef int error = 0
+    cdef socklen_t n = sizeof(error)
     if f.sock < 0 or f.flags & FF_HELD:
         return
     if f.flags & FF_CONNECTING:
@@ -762,6 +769,11 @@ cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil:
                 return
         else:
             return
+    elif events & (EPOLLERR | EPOLLHUP) and over_already(f):
+        # The peer had closed, and knows nothing of a connection any more. What
+        # it sent before is in the queue still, and the error is none: taken.
+        getsockopt(f.sock, SOL_SOCKET, SO_ERROR, &error, &n)
+        f.flags |= FF_EOF
     elif events & EPOLLERR or (events & EPOLLHUP and not f.events & EV_FIN_TO_SOCK):
         # A reset from the peer, or a timeout in the kernel: nothing more can
         # be read or written.
@@ -803,7 +815,7 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
             arm_retransmit(p, f)
         return
     discard(p, f)
-    if in_flight(f) == 0 and not f.flags & FF_MORE:
+    if in_flight(f) == 0 and (not f.flags & FF_MORE or f.events & EV_FIN_ACKED):
         idle = p.now - f.last_active
         if idle >= KEEPALIVE_IDLE:
             if f.retries >= DATA_RETRIES:

@@ -15,6 +15,7 @@ from godwit.dataplane.plane cimport (
     EV_ESTABLISHED,
     EV_FIN_FROM_SOCK,
     EV_FIN_TO_GUEST,
+    EV_FIN_TO_SOCK,
     FF_ACK_DUE,
     FF_CONNECTING,
     FF_EOF,
@@ -276,8 +277,8 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
                     return 0
                 n = n if n > 0 else 0
                 rx_view(p, head, want)
-            if n < 0 and errno == EAGAIN and f.flags & FF_PEER_FIN:
-                n = 0
+            if n < 0 and f.flags & FF_PEER_FIN and (errno == EAGAIN or f.events & EV_FIN_TO_SOCK):
+                n = 0       # the end of the queue, or of a connection that both had closed, is the end
             if n < 0:
                 if errno == EAGAIN or errno == EINTR:
                     f.flags &= ~FF_MORE
