@@ -45,3 +45,11 @@ def test_godwit_to_passt_and_back(world: World) -> None:
     traffic.flowing()
     world.move("godwit", cut=True, arguments=LIKE_PASST)
     traffic.finish()
+
+
+def test_connections_end_well_at_passt(world: World) -> None:
+    """Behind the real passt, with what godwit has written: both ends have every byte, and each other's end."""
+    world.boot("godwit", arguments=LIKE_PASST)
+    traffic = Traffic(world, inbound=True)
+    world.move("passt", delay=0.2)
+    traffic.finish()

@@ -4,7 +4,7 @@
 
 case $1 in
 bound | renew)
-	ip addr flush dev "$interface" scope global 2>/dev/null
+	ip -4 addr flush dev "$interface" 2>/dev/null # IPv6 addresses are the routers' affair
 	ip addr add "$ip/${mask:-32}" dev "$interface"
 	test -n "$mtu" && ip link set "$interface" mtu "$mtu"
 	for gateway in $router; do
