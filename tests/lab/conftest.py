@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import godwit
+from godwit.lab.scenario import Load, Scenario
 from godwit.vhost_user import (
     BaseDevice,
     DeviceError,
@@ -31,6 +32,8 @@ from godwit.vhost_user import (
     VringFlag,
     serve,
 )
+
+from .moves import IDLE, RATE
 
 
 def _closed_ancestor(path: str) -> str | None:
@@ -400,3 +403,16 @@ def backends(tmp_path: Path) -> Iterator[Backends]:
 def loopback() -> type[Loopback]:
     """Return the class of the back-end that returns every frame."""
     return Loopback
+
+
+@pytest.fixture
+def scenario() -> Iterator[Scenario]:
+    """Two hosts, a server, and an embedded guest behind host a's back-end."""
+    with Scenario() as made:
+        yield made
+
+
+@pytest.fixture
+def load(scenario: Scenario) -> Load:
+    """Its connections: a download, an upload, and idle ones."""
+    return scenario.start_load(idle=IDLE, rate=RATE)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,39 +17,15 @@ from godwit.lab.netns import wait_until
 from godwit.lab.scenario import PORT, Load, Scenario
 from godwit.vhost_user import Direction, VhostUserError
 
+from .moves import IDLE, RATE, begin, connection, receive_all, saved, suspended, works_on
+
 GOLDEN = Path(__file__).parent.parent / "golden"
-IDLE = 5
-RATE = 30_000_000  # bytes per second of each stream: enough to be busy, not to fill all queues
 
 # What a stream of one flow and more is made of (docs/stream-v2.md).
 HEADER = 16
 OBSERVED = 42
 COUNT = 4
 FLOW = 112
-
-
-@pytest.fixture
-def scenario() -> Iterator[Scenario]:
-    with Scenario() as made:
-        yield made
-
-
-@pytest.fixture
-def load(scenario: Scenario) -> Load:
-    return scenario.start_load(idle=IDLE, rate=RATE)
-
-
-def begin(scenario: Scenario) -> Migration:
-    assert isinstance(scenario.guest, EmbeddedGuest)
-    return scenario.guest.migration(scenario.backends["b"].socket)
-
-
-def works_on(scenario: Scenario, load: Load) -> None:
-    """Nothing was lost, and both streams and the idle connections go on."""
-    load.wait_alive()
-    assert load.check_idle() == ""
-    for outcome in load.finish():
-        assert outcome.ok, f"{outcome}\n{scenario.messages()}"
 
 
 def then_moves(scenario: Scenario, load: Load) -> None:
@@ -74,18 +49,14 @@ def test_cancelled(scenario: Scenario, load: Load, steps: int) -> None:
 
 def test_called_off_long_after_it_completed(scenario: Scenario, load: Load) -> None:
     """The front-end said "completed", seconds passed, the target never ran: the source takes the guest back."""
-    attempt = begin(scenario)
-    for step in ("connect_target", "log_on", "suspend", "transfer"):
-        getattr(attempt, step)()
+    attempt = saved(scenario)
     time.sleep(2.5)  # the peers retransmit meanwhile, to nobody
     attempt.cancel()
     works_on(scenario, load)
 
 
 def test_target_killed_before_the_load(scenario: Scenario, load: Load) -> None:
-    attempt = begin(scenario)
-    for step in ("connect_target", "log_on", "suspend"):
-        getattr(attempt, step)()
+    attempt = suspended(scenario)
     scenario.backends["b"].kill()
     with pytest.raises((LabError, VhostUserError, OSError)):
         attempt.transfer()
@@ -94,9 +65,7 @@ def test_target_killed_before_the_load(scenario: Scenario, load: Load) -> None:
 
 
 def test_target_killed_after_the_load(scenario: Scenario, load: Load) -> None:
-    attempt = begin(scenario)
-    for step in ("connect_target", "log_on", "suspend", "transfer"):
-        getattr(attempt, step)()
+    attempt = saved(scenario)
     scenario.backends["b"].kill()
     attempt.cancel()
     then_moves(scenario, load)
@@ -110,9 +79,7 @@ def cuts() -> list[int]:
 
 @pytest.mark.parametrize("cut", cuts())
 def test_pipe_cut(scenario: Scenario, load: Load, cut: int) -> None:
-    attempt = begin(scenario)
-    for step in ("connect_target", "log_on", "suspend"):
-        getattr(attempt, step)()
+    attempt = suspended(scenario)
     stream = attempt.save()
     assert len(stream) > cuts()[-2]
     assert not attempt.load(stream[:cut])
@@ -123,9 +90,7 @@ def test_pipe_cut(scenario: Scenario, load: Load, cut: int) -> None:
 
 def test_source_reader_gone(scenario: Scenario, load: Load) -> None:
     """The front-end drops the source's pipe half-way: the save fails, the guest goes on."""
-    attempt = begin(scenario)
-    for step in ("connect_target", "log_on", "suspend"):
-        getattr(attempt, step)()
+    attempt = suspended(scenario)
     reading = attempt.source.state_pipe(Direction.SAVE)
     os.read(reading, 10)
     os.close(reading)
@@ -170,9 +135,7 @@ def connected(scenario: Scenario) -> list[str]:
 
 def test_helper_of_the_source_killed_in_pre_switchover(scenario: Scenario, load: Load) -> None:
     """The save fails, since it would cost the connections, and the guest goes on where it is."""
-    attempt = begin(scenario)
-    for step in ("connect_target", "log_on", "suspend"):
-        getattr(attempt, step)()
+    attempt = suspended(scenario)
     scenario.backends["a"].kill_helper()
     with pytest.raises(LabError):
         attempt.transfer()
@@ -184,9 +147,7 @@ def test_helper_of_the_source_killed_in_pre_switchover(scenario: Scenario, load:
 
 def test_helper_of_the_source_killed_after_the_save(scenario: Scenario, load: Load) -> None:
     """Called off then, the connections stand until another helper comes; the guest runs meanwhile."""
-    attempt = begin(scenario)
-    for step in ("connect_target", "log_on", "suspend", "transfer"):
-        getattr(attempt, step)()
+    attempt = saved(scenario)
     scenario.backends["a"].kill_helper()
     attempt.cancel()
     assert scenario.guest.agent.run("true") == ""
@@ -195,36 +156,21 @@ def test_helper_of_the_source_killed_after_the_save(scenario: Scenario, load: Lo
     works_on(scenario, load)
 
 
-def read_to_the_end(sock: socket.socket) -> None:
-    while sock.recv(100):
-        pass
-
-
 def test_a_connection_that_cannot_be_saved_is_reset_on_both_sides(scenario: Scenario, load: Load) -> None:
     """TCP_REPAIR knows nothing of urgent data; that connection goes, and no other."""
-    assert isinstance(scenario.guest, EmbeddedGuest)
-    with scenario.network.server.enter():
-        listening = socket.create_server((scenario.server_address, 5999))
-    with scenario.guest.space.enter():
-        ours = socket.create_connection((scenario.server_address, 5999), 5.0)
-    peer, _ = listening.accept()
-    with listening, ours, peer:
+    with connection(scenario) as (ours, peer):
         ours.sendall(b"before")
         assert peer.recv(6) == b"before"
-        attempt = begin(scenario)
-        for step in ("connect_target", "log_on", "suspend"):
-            getattr(attempt, step)()
+        attempt = suspended(scenario)
         peer.send(b"!", socket.MSG_OOB)
         time.sleep(0.1)
         attempt.transfer()
         attempt.switch_over()
         attempt.finish()
         scenario.network.switch("b")
-        ours.settimeout(5.0)
-        peer.settimeout(5.0)
         for end in (ours, peer):
             with pytest.raises(ConnectionResetError):
-                read_to_the_end(end)
+                receive_all(end)
     assert "cannot move" in scenario.backends["a"].messages()
     works_on(scenario, load)
 

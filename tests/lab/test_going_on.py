@@ -4,57 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import signal
 import socket
-import struct
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
-from godwit.lab.migration import Migration
 from godwit.lab.netns import wait_until
 from godwit.lab.scenario import PORT, Load, Scenario
 
-IDLE = 5
-RATE = 30_000_000  # bytes per second of each stream
-
-
-@pytest.fixture
-def scenario() -> Iterator[Scenario]:
-    with Scenario() as made:
-        yield made
-
-
-@pytest.fixture
-def load(scenario: Scenario) -> Load:
-    return scenario.start_load(idle=IDLE, rate=RATE)
-
-
-def saved(scenario: Scenario) -> Migration:
-    """A migration up to where the target has loaded."""
-    attempt = suspended(scenario)
-    attempt.transfer()
-    return attempt
-
-
-def suspended(scenario: Scenario) -> Migration:
-    assert isinstance(scenario.guest, EmbeddedGuest)
-    attempt = scenario.guest.migration(scenario.backends["b"].socket)
-    for step in ("connect_target", "log_on", "suspend"):
-        getattr(attempt, step)()
-    return attempt
-
-
-def works_on(scenario: Scenario, load: Load) -> None:
-    load.wait_alive()
-    assert load.check_idle() == ""
-    for outcome in load.finish():
-        assert outcome.ok, f"{outcome}\n{scenario.messages()}"
+from .moves import IDLE, OWN_PORT, RATE, close_with_reset, connection, receive_all, saved, suspended, works_on
 
 
 def test_an_announcement_at_the_source_changes_nothing(scenario: Scenario, load: Load) -> None:
@@ -140,144 +104,80 @@ def test_stopped_when_the_connections_have_moved(delay: float) -> None:
 
 def test_the_last_bytes_move_when_both_sides_have_closed(scenario: Scenario) -> None:
     """What the guest has been told is there is not left to a socket that no flow knows."""
-    data = random.randbytes(50_000)  # more than the peer takes, and no more than a socket does
-    with scenario.network.server.enter():
-        listening = socket.socket()
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
-        listening.bind((scenario.server_address, 5999))
-        listening.listen(1)
-    assert isinstance(scenario.guest, EmbeddedGuest)
-    with scenario.guest.space.enter():
-        ours = socket.create_connection((scenario.server_address, 5999), 5.0)
-    peer, _ = listening.accept()
-    with listening, peer:
-        peer.settimeout(20.0)
-        peer.shutdown(socket.SHUT_WR)
-        assert ours.recv(1) == b""
-        ours.sendall(data)
-        ours.close()
-        guest = scenario.guest
-        wait_until(lambda: not guest.space.run("ss", "-Htn").stdout, "the guest to be done with it")
+    with connection(scenario, server_room=20_000) as (ours, peer):
+        data = close_behind(scenario, ours, peer)
         scenario.move()
-        received = b""
-        while piece := peer.recv(65536):
-            received += piece
-        assert received == data
+        assert receive_all(peer) == data
+
+
+def close_behind(scenario: Scenario, ours: socket.socket, peer: socket.socket) -> bytes:
+    """Have the peer close, then the guest send more than the peer takes, close, and be done with it."""
+    data = random.randbytes(50_000)  # no more than a socket of the host's takes
+    peer.shutdown(socket.SHUT_WR)
+    assert ours.recv(1) == b""
+    ours.sendall(data)
+    ours.close()
+    assert isinstance(scenario.guest, EmbeddedGuest)
+    guest = scenario.guest
+    wait_until(lambda: not guest.space.run("ss", "-Htn").stdout, "the guest to be done with it")
+    return data
 
 
 def test_what_a_peer_left_behind_moves(scenario: Scenario) -> None:
     """Both sides have closed, the peer knows nothing of it any more, and the guest reads slowly."""
     data = random.randbytes(60_000)  # no more than the host's socket takes, more than the guest's
-    with scenario.network.server.enter():
-        listening = socket.create_server((scenario.server_address, 5999))
-    assert isinstance(scenario.guest, EmbeddedGuest)
-    with scenario.guest.space.enter():
-        ours = socket.socket()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
-        ours.settimeout(10.0)
-        ours.connect((scenario.server_address, 5999))
-    peer, _ = listening.accept()
-    with listening, ours:
-        with peer:
-            ours.sendall(b"request")
-            ours.shutdown(socket.SHUT_WR)
-            assert peer.recv(100) == b"request"
-            assert peer.recv(100) == b""
-            peer.sendall(data)
-        wait_until(lambda: not states(scenario), "the peer to be done with it")
+    with connection(scenario, guest_room=20_000) as (ours, peer):
+        ours.sendall(b"request")
+        ours.shutdown(socket.SHUT_WR)
+        assert receive_all(peer) == b"request"
+        peer.sendall(data)
+        peer.close()
+        server = scenario.network.server
+        wait_until(lambda: not server.run("ss", "-Htn", "sport", f":{OWN_PORT}").stdout, "the peer to be done with it")
         for _ in range(2):
             scenario.move()
-        received = b""
-        while piece := ours.recv(65536):
-            received += piece
-        assert received == data
-
-
-def read_to_the_end(sock: socket.socket) -> None:
-    while sock.recv(100):
-        pass
-
-
-def states(scenario: Scenario) -> str:
-    """The connections of the server's that are not over."""
-    return scenario.network.server.run("ss", "-Htn", "sport", ":5999").stdout
+        assert receive_all(ours) == data
 
 
 def test_the_last_bytes_are_sent_when_the_guest_is_gone(scenario: Scenario) -> None:
     """Uploaded, closed, powered off: the kernel sends the rest."""
-    data = random.randbytes(50_000)
-    with scenario.network.server.enter():
-        listening = socket.socket()
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
-        listening.bind((scenario.server_address, 5999))
-        listening.listen(1)
     assert isinstance(scenario.guest, EmbeddedGuest)
-    guest = scenario.guest
-    with guest.space.enter():
-        ours = socket.create_connection((scenario.server_address, 5999), 5.0)
-    peer, _ = listening.accept()
-    with listening, peer:
-        peer.settimeout(20.0)
-        peer.shutdown(socket.SHUT_WR)
-        assert ours.recv(1) == b""
-        ours.sendall(data)
-        ours.close()
-        wait_until(lambda: not guest.space.run("ss", "-Htn").stdout, "the guest to be done with it")
-        guest.disconnect()
-        received = b""
-        while piece := peer.recv(65536):
-            received += piece
-        assert received == data
+    with connection(scenario, server_room=20_000) as (ours, peer):
+        data = close_behind(scenario, ours, peer)
+        scenario.guest.disconnect()
+        assert receive_all(peer) == data
 
 
 @pytest.mark.parametrize("end", ["fin", "reset"])
 def test_an_end_that_comes_while_connections_wait_for_a_helper(scenario: Scenario, end: str) -> None:
     """The guest is told when they go on."""
-    with scenario.network.server.enter():
-        listening = socket.create_server((scenario.server_address, 5999))
-    assert isinstance(scenario.guest, EmbeddedGuest)
-    with scenario.guest.space.enter():
-        ours = socket.create_connection((scenario.server_address, 5999), 5.0)
-    peer, _ = listening.accept()
-    with listening, ours, peer:
+    with connection(scenario) as (ours, peer):
         source = scenario.backends["a"]
         attempt = saved(scenario)
         source.kill_helper()
         attempt.cancel()
         wait_until(lambda: "stand still" in source.messages(), "the connection to be held")
         peer.sendall(b"last words")
-        if end == "reset":
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        peer.close()
+        (peer.close if end == "fin" else functools.partial(close_with_reset, peer))()
         time.sleep(0.5)
         source.start_helper()
-        ours.settimeout(10.0)
         if end == "fin":
-            assert ours.recv(100) == b"last words"
-            assert ours.recv(100) == b""
+            assert receive_all(ours) == b"last words"
         else:
             with pytest.raises(ConnectionResetError):
-                read_to_the_end(ours)
+                receive_all(ours)
 
 
 def test_a_reset_that_the_guest_could_not_be_told_of_is_told_where_it_goes(scenario: Scenario) -> None:
     """The peer resets between the stop of the rings and the save."""
-    with scenario.network.server.enter():
-        listening = socket.create_server((scenario.server_address, 5999))
-    assert isinstance(scenario.guest, EmbeddedGuest)
-    with scenario.guest.space.enter():
-        ours = socket.create_connection((scenario.server_address, 5999), 5.0)
-    peer, _ = listening.accept()
-    with listening, ours:
+    with connection(scenario) as (ours, peer):
         attempt = suspended(scenario)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        peer.close()
+        close_with_reset(peer)
         time.sleep(0.2)
         attempt.transfer()
         attempt.switch_over()
         attempt.finish()
         scenario.network.switch("b")
-        ours.settimeout(5.0)
         with pytest.raises(ConnectionResetError):
             ours.recv(1)
 

@@ -22,6 +22,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ log = logging.getLogger(__name__)
 # How long after a move the kernel retransmits without ever longer waits: the
 # network may be switched late. Below the 13 s in which it would give up.
 HURRY_SECONDS = 8.0
+
+# How often, and for how long after a helper has not answered, the sockets of
+# running flows are looked at: it may set their repair mode when it wakes up.
+LOOK_EVERY = 1.0
+LOOK_SECONDS = 60.0
 
 # When the peers of lost connections are told, in seconds after the commit: the
 # network may be switched late, and until then they cannot hear it from here.
@@ -280,6 +286,7 @@ class Mover:
             finally:
                 self._clear()
                 self._unpark()
+        self._watch()
 
     def _go_on(self) -> None:
         self.thaw_listeners()
@@ -290,11 +297,29 @@ class Mover:
         self._resume(flow for flow in self._frozen if flow not in stuck)
 
     def rescue_found(self) -> None:
-        """See to flows that the data plane has found in repair mode while the guest runs."""
+        """See to flows whose sockets are in repair mode while the guest runs.
+
+        Where one was found all are looked at: one at which nothing arrives any
+        more, since the helper has locked it too, gives no sign.
+        """
         with self._lock:
-            found = [flow for flow in self._engine.take_found() if flow not in self._frozen]
+            self._engine.take_found()
+            if self._parked:
+                return  # a migration is under way, and looks for itself when it goes on
             with self._engine.parked():
-                self._rescue.hold(found)
+                sockets = {flow: self._engine.flow_socket(flow)[0] for flow in self._engine.tcp_flows()}
+                found = [flow for flow, fd in sockets.items() if fd >= 0 and in_repair(fd)]
+                self._rescue.hold([flow for flow in found if not self._rescue.holds(flow)])
+
+    def _watch(self) -> None:
+        """For a while after a helper has not answered, look at the sockets now and then."""
+        hung_at = None if self._repair is None else self._repair.hung_at
+        if hung_at is not None and time.monotonic() < hung_at + LOOK_SECONDS:
+            self._schedule(LOOK_EVERY, self._look)
+
+    def _look(self) -> None:
+        self.rescue_found()
+        self._watch()
 
     def _is_in_repair(self, flow: int) -> bool:
         return in_repair(self._engine.flow_socket(flow)[0])
@@ -458,6 +483,7 @@ class Mover:
             self._arrivals.clear()
             self._unpark()
         self._schedule(HURRY_SECONDS, self._engine.calm)
+        self._watch()
 
     def _let_go(self) -> None:
         for flow, arrival in self._arrivals.items():

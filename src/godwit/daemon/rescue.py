@@ -82,6 +82,10 @@ class Rescue:
             self._waiting = True
             self._schedule(0, self._wait)
 
+    def holds(self, flow: int) -> bool:
+        """Whether the flow is held."""
+        return flow in self._living()
+
     def release(self, flows: Iterable[int]) -> None:
         """Others see to these flows now: they move."""
         for flow in flows:

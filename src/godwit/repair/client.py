@@ -62,6 +62,8 @@ class RepairClient:
         self._lock = threading.Lock()
         self._closed = False
         self._retired = False
+        #: It was asked for something and has not answered in time. It may do that yet.
+        self.hung = False
         pid, uid, _ = _PEERCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
         #: For the log: process id and user.
         self.peer = f"pid {pid}, uid {uid}"
@@ -125,6 +127,7 @@ class RepairClient:
             send_request(self._sock, mode, fds)
             answer = self._sock.recv(1)
         except TimeoutError:
+            self.hung = True
             raise RepairError(f"the repair helper has not answered for {self._timeout:g} s") from None
         except OSError as error:
             raise RepairError(f"the repair helper is gone: {error.strerror}") from error
@@ -194,6 +197,8 @@ class RepairListener:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._client: RepairClient | None = None
+        #: When a helper has last not answered (time.monotonic()). It may do yet what it was asked.
+        self.hung_at: float | None = None
         #: A helper has connected, at some time.
         self.ever_connected = False
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -260,6 +265,8 @@ class RepairListener:
                 return
             except RepairError as error:
                 failure = error
+                if client.hung:
+                    self.hung_at = time.monotonic()
                 done += error.done
                 doubtful = max(doubtful, done + error.uncertain)
                 log.warning("%s", error)
