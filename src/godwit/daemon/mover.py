@@ -392,7 +392,8 @@ class Mover:
 
     def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
         """Flows in the table, with frozen sockets in repair mode where they can be had."""
-        self._park()
+        with self._lock:
+            self._park()  # from here on nobody looks for sockets in repair mode but us
         if not self._arrivals:
             self._room = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * QUEUES_SHARE)
             self._lingerers = lingerers()
