@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 
 from godwit.dataplane.state import Side
 from godwit.net.config import packed16
+from godwit.repair.client import peer_of
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,6 @@ LINGER_SECONDS = 10.0
 _PREFIX = "godwit-linger-"
 _ENDS = struct.Struct("!16sH16sH")
 _COUNT = struct.Struct("!I")
-_CREDENTIALS = struct.Struct("3i")  # struct ucred, unix(7)
 _PATIENCE = 2.0  # seconds for the whole of a request to come
 _ANSWER = 0.5  # seconds for the answer; the guest stands still
 
@@ -134,7 +134,7 @@ class Linger:
 
 
 def _is_ours(sock: socket.socket) -> bool:
-    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    _, uid = peer_of(sock)
     return uid in (os.geteuid(), 0)
 
 

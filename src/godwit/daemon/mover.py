@@ -114,12 +114,6 @@ def _text(address: bytes) -> str:
     return str(found.ipv4_mapped or found)
 
 
-def is_loopback(address: bytes) -> bool:
-    """Whether an address of 16 bytes is of the host itself alone."""
-    found = ipaddress.IPv6Address(address)
-    return (found.ipv4_mapped or found).is_loopback
-
-
 class Mover:
     """``godwit.net.state.FlowMover`` on an engine.
 
@@ -237,7 +231,7 @@ class Mover:
         """The socket and its queues; None: it cannot move."""
         if flow not in self._in_repair:
             return None
-        if is_loopback(_host_side(self._engine.flow_state(flow)).end_addr):
+        if self._is_local(flow):
             self.give_up(flow, "its peer is on this host, and does not move with it")
             return None
         fd, _v6 = self._engine.flow_socket(flow)
@@ -247,6 +241,9 @@ class Mover:
             self.give_up(flow, str(error))
             return None
         return self._whole(flow, state, sndq, rcvq)
+
+    def _is_local(self, flow: int) -> bool:
+        return self._engine.flow_is_local(flow)
 
     def give_up(self, flow: int, why: str) -> None:
         """The flow is not in the stream, or as lost: it is reset when the guest has moved."""
@@ -292,7 +289,7 @@ class Mover:
         self.thaw_listeners()
         # The socket itself says whether it is in repair mode: a helper that failed may have come to any point.
         self._leave_repair([flow for flow in self._frozen if self._is_in_repair(flow)])
-        stuck = [flow for flow in self._frozen if self._is_in_repair(flow)]
+        stuck = {flow for flow in self._frozen if self._is_in_repair(flow)}
         self._rescue.hold(stuck)
         self._resume(flow for flow in self._frozen if flow not in stuck)
 
@@ -308,8 +305,8 @@ class Mover:
                 return  # a migration is under way, and looks for itself when it goes on
             with self._engine.parked():
                 sockets = {flow: self._engine.flow_socket(flow)[0] for flow in self._engine.tcp_flows()}
-                found = [flow for flow, fd in sockets.items() if fd >= 0 and in_repair(fd)]
-                self._rescue.hold([flow for flow in found if not self._rescue.holds(flow)])
+                found = {flow for flow, fd in sockets.items() if fd >= 0 and in_repair(fd)}
+                self._rescue.hold(found - self._rescue.held())
 
     def _watch(self) -> None:
         """For a while after a helper has not answered, look at the sockets now and then."""
@@ -509,13 +506,13 @@ class Mover:
         for flow in good[done:]:
             self._lose(flow, "no repair helper")
         lost = {flow: arrival for flow, arrival in self._arrivals.items() if arrival.lost}
+        peers = [_host_side(arrival.state) for flow, arrival in lost.items() if not self._is_local(flow)]
         for flow in lost:
             self._engine.reset_flow(flow)
         log.info("%d connections go on here, %d were lost", len(self._arrivals) - len(lost), len(lost))
         for why, number in Counter(arrival.lost for arrival in lost.values()).items():
             example = next(arrival for arrival in lost.values() if arrival.lost == why)
             log.error("%d connections are lost (%s and so on): %s", number, _ends(example.state), why)
-        peers = [side for arrival in lost.values() if not is_loopback((side := _host_side(arrival.state)).end_addr)]
         self._knock(peers, KNOCKS)
 
     def _knock(self, peers: Sequence[Side], delays: Sequence[float]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from godwit.dataplane import Engine
@@ -67,7 +67,7 @@ class Rescue:
         self._held: dict[int, _Held] = {}
         self._waiting = False
 
-    def hold(self, flows: Sequence[int]) -> None:
+    def hold(self, flows: Collection[int]) -> None:
         """Hold flows until a helper comes. The data plane is parked."""
         if not flows:
             return
@@ -82,9 +82,9 @@ class Rescue:
             self._waiting = True
             self._schedule(0, self._wait)
 
-    def holds(self, flow: int) -> bool:
-        """Whether the flow is held."""
-        return flow in self._living()
+    def held(self) -> set[int]:
+        """The flows that are held."""
+        return set(self._living())
 
     def release(self, flows: Iterable[int]) -> None:
         """Others see to these flows now: they move."""
@@ -120,13 +120,13 @@ class Rescue:
     def _let_go(self) -> None:
         """Resume what is out of repair mode; reset what has waited long enough."""
         living = self._living()
-        free = [flow for flow, fd in living.items() if not in_repair(fd)]
+        free = {flow for flow, fd in living.items() if not in_repair(fd)}
         self._resume(free)
         now = time.monotonic()
         late = [flow for flow in living if flow not in free and self._held[flow].deadline <= now]
         for flow in late:
             self._engine.reset_flow(flow)
-        gone = {*free, *late}
+        gone = free.union(late)
         self._held = {flow: self._held[flow] for flow in living if flow not in gone}
         if free:
             log.info("%d connections go on", len(free))

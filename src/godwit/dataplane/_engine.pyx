@@ -30,7 +30,7 @@ from godwit.dataplane.flow cimport (
     flows_init,
     watch_data,
 )
-from godwit.dataplane.host cimport is_v4
+from godwit.dataplane.host cimport is_loopback, is_v4
 from godwit.dataplane.loop cimport clock_ms, loop_run, loop_wake
 from godwit.dataplane.memory cimport (
     memory_add,
@@ -659,6 +659,10 @@ cdef class Engine:
         """(descriptor or -1, whether it is an IPv6 socket) of a TCP flow."""
         cdef Flow *f = self.flow(index)
         return f.sock, not is_v4(f.remote_addr)
+
+    def flow_is_local(self, uint32_t index):
+        """Whether the peer of a TCP flow is this host itself, on its loopback."""
+        return is_loopback(self.flow(index).remote_addr)
 
     def flow_generation(self, uint32_t index):
         """With the index, the name of a flow for as long as the engine lives; None: there is no such TCP flow."""

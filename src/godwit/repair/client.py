@@ -64,7 +64,7 @@ class RepairClient:
         self._retired = False
         #: It was asked for something and has not answered in time. It may do that yet.
         self.hung = False
-        pid, uid, _ = _PEERCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
+        pid, uid = peer_of(sock)
         #: For the log: process id and user.
         self.peer = f"pid {pid}, uid {uid}"
 
@@ -161,6 +161,12 @@ class RepairClient:
             self._sock.close()
         finally:
             self._lock.release()
+
+
+def peer_of(sock: socket.socket) -> tuple[int, int]:
+    """Process id and user of the other end of a UNIX socket."""
+    pid, uid, _ = _PEERCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
+    return pid, uid
 
 
 def in_repair(fd: int) -> bool:
