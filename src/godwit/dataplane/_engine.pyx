@@ -555,6 +555,8 @@ cdef class Engine:
         cdef epoll_event ev
         os.set_blocking(fd, False)
         with self.parked():
+            if self.p.spare < 0:
+                self.p.spare = eventfd(0, EFD_CLOEXEC)  # now, while there are descriptors (see refuse_one())
             for i in range(self.p.listener_count):
                 if self.p.listeners[i].fd < 0:
                     break
