@@ -135,7 +135,6 @@ BAD: list[tuple[str, str]] = [
     ("-D resolver", "is no IPv4 or IPv6 address"),
     ("-t 0", "--tcp-ports: '0': port 0 is out of range"),
     ("-t auto", "is not for a guest"),
-    ("-t 80:192.0.2.1/80", "a target address is not supported yet"),
     ("--freebind", "--freebind: not supported yet"),
     ("-u 1-", "--udp-ports: .* is not a port"),
     ("-F 3", "--socket and --fd exclude each other"),

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from scapy.layers.inet import ICMP, IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6
+from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6, IPv6ExtHdrFragment
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
@@ -40,6 +40,7 @@ TIMEOUT = 10.0  # seconds; nothing that is waited for takes long, except on a ma
 
 # Feature bits: virtio 1.3, 5.1.3 and 6; the vhost-user specification.
 CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6 = (1 << n for n in (0, 1, 7, 8, 11, 12))
+GUEST_USO4, GUEST_USO6, HOST_USO = (1 << n for n in (54, 55, 56))
 MRG_RXBUF, LOG_ALL, EVENT_IDX, PROTOCOL_FEATURES, VERSION_1 = (1 << n for n in (15, 26, 29, 30, 32))
 FULL = (
     CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6
@@ -49,7 +50,7 @@ PLAIN = MRG_RXBUF | PROTOCOL_FEATURES | VERSION_1  # what passt offers
 
 F_NEXT, F_WRITE, F_INDIRECT = 1, 2, 4  # virtio 1.3, 2.7.5
 NEEDS_CSUM = 1
-GSO_NONE, GSO_TCPV4, GSO_TCPV6 = 0, 1, 4
+GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4 = 0, 1, 4, 5
 
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 
@@ -312,6 +313,16 @@ class Ring:
         return bool(readable)
 
 
+class Fragment(NamedTuple):
+    """Of a datagram: where it belongs, in bytes, and whether others follow."""
+
+    ident: int
+    offset: int
+    more: bool
+    proto: int
+    data: bytes
+
+
 class Frame:
     """A frame that came out, taken apart; the constructor checks it."""
 
@@ -327,6 +338,7 @@ class Frame:
         self.raw = raw[self.header_size :]
         self.ether: Any = Ether(self.raw)
         self.payload = b""
+        self.fragment: Fragment | None = None
         if self.raw[12:14] in (b"\x08\x00", b"\x86\xdd"):
             self._check(features)
 
@@ -343,6 +355,16 @@ class Frame:
             assert ip.plen == len(raw) - 40
             pseudo, proto, size = raw[8:40], ip.nh, 40
         above = raw[size:]
+        if IP in e and (ip.frag or ip.flags.MF):
+            assert not ip.flags.DF
+            self.fragment = Fragment(ip.id, ip.frag * 8, bool(ip.flags.MF), proto, above)
+        elif proto == 44:
+            inner = e[IPv6ExtHdrFragment]
+            self.fragment = Fragment(inner.id, inner.offset * 8, bool(inner.m), inner.nh, above[8:])
+        if self.fragment is not None:
+            assert self.flags == self.gso == 0
+            assert not self.fragment.more or len(self.fragment.data) % 8 == 0
+            return
         where = {6: 16, 17: 6, 58: 2, 1: 2}[proto]
         pseudo += struct.pack("!IHBB", len(above), 0, 0, proto)
         if proto == 1:
@@ -363,9 +385,14 @@ class Frame:
         else:
             self.payload = above[8:]
         if self.gso:
-            assert self.gso == (GSO_TCPV4 if size == 20 else GSO_TCPV6)
-            assert features & (GUEST_TSO4 if size == 20 else GUEST_TSO6)
-            assert self.hdr_len == 14 + size + 20
+            if UDP in e:
+                assert self.gso == GSO_UDP_L4
+                assert features & (GUEST_USO4 if size == 20 else GUEST_USO6)
+                assert self.hdr_len == 14 + size + 8
+            else:
+                assert self.gso == (GSO_TCPV4 if size == 20 else GSO_TCPV6)
+                assert features & (GUEST_TSO4 if size == 20 else GUEST_TSO6)
+                assert self.hdr_len == 14 + size + 20
             assert len(self.payload) > self.gso_size > 0
         elif TCP in e:
             assert self.gso_size == 0

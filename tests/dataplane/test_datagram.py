@@ -93,7 +93,8 @@ def sizes(family: Family) -> list[int]:
 
 
 def test_sizes_from_the_guest(guest: Guest, family: Family, peer: Peer) -> None:
-    for size in sizes(family):
+    loopback = 65536 - 48  # what it takes in one piece, and IPv6 is not cut up on the way
+    for size in (min(size, loopback) if family.v6 else size for size in sizes(family)):
         data = pattern(size, size)
         guest.send(guest.udp(family, 5000, peer.port, data))
         assert peer.read() == data
@@ -114,7 +115,7 @@ def test_sizes_from_the_guest(guest: Guest, family: Family, peer: Peer) -> None:
     ],
 )
 def test_sizes_to_the_guest(features: int, rx: tuple[tuple[int, ...], ...], family: Family, peer: Peer) -> None:
-    with Guest(features, rx=rx, num=2048) as guest:
+    with Guest(features, rx=rx, num=2048, mtu=0) as guest:
         meet(guest, peer)
         for size in sizes(family):
             data = pattern(size, size)
@@ -130,8 +131,8 @@ def test_sizes_to_the_guest(features: int, rx: tuple[tuple[int, ...], ...], fami
 
 
 def test_buffers_of_one_ethernet_frame_each(family: Family, peer: Peer) -> None:
-    """What is larger is dropped, and what comes after it is not held up."""
-    with Guest(SINGLE, rx=((ETHERNET,),) * 8) as guest:
+    """What is larger is dropped where the guest was told no MTU, and what comes after it is not held up."""
+    with Guest(SINGLE, rx=((ETHERNET,),) * 8, mtu=0) as guest:
         meet(guest, peer)
         most = 1500 - family.ip_size - 8
         for size in (0, 100, most, most + 1, 2048, 9000, 60000, most, 1):
@@ -176,7 +177,7 @@ def test_buffers_that_come_while_the_ring_is_looked_at(family: Family, peer: Pee
 
 
 def test_datagram_too_large_for_what_the_ring_has(family: Family, peer: Peer) -> None:
-    with Guest(rx=((2048,),) * 4) as guest:
+    with Guest(rx=((2048,),) * 4, mtu=0) as guest:
         meet(guest, peer)
         peer.write(pattern(60000))
         peer.write(b"small")
@@ -224,7 +225,8 @@ def test_flows_are_told_apart(guest: Guest, family: Family) -> None:
                 own = struct.unpack("!H", peer.read())[0]
                 seen[peer.port, own] = peer.guest
                 peer.write(struct.pack("!H", own))
-        assert len(set(seen.values())) == 4
+        # One port of the host's for each of the guest's, whoever it talks to (RFC 4787, 4.1).
+        assert seen[one.port, 5000] == seen[two.port, 5000] != seen[one.port, 5001] == seen[two.port, 5001]
         for _ in range(4):
             frame = guest.receive(is_udp)
             assert frame.payload == struct.pack("!H", frame.ether[UDP].dport)
@@ -233,6 +235,7 @@ def test_flows_are_told_apart(guest: Guest, family: Family) -> None:
         with Peer(family) as stranger:
             stranger.sock.sendto(b"x", seen[one.port, 5000])
             assert guest.look(is_udp, 0.05) is None
+            assert guest.drops("no_flow") == 1
 
 
 def test_refused_datagram_does_no_harm(guest: Guest, family: Family) -> None:
@@ -281,7 +284,7 @@ def test_lengths_that_contradict(guest: Guest, family: Family, peer: Peer) -> No
 
 
 def test_extension_headers(guest: Guest) -> None:
-    """Those that a router passes over are passed over; a fragment is no datagram."""
+    """Those that a router passes over are passed over."""
     with Peer(V6) as peer:
         datagram = bytes(guest.udp(V6, 5000, peer.port, b"hello"))[54:]
         options = bytes([60, 0, 1, 4, 0, 0, 0, 0]) + bytes([17, 1, 1, 12]) + bytes(12)
@@ -291,15 +294,11 @@ def test_extension_headers(guest: Guest) -> None:
         for raw, reason in (
             (bytes([17, 255]) + bytes(6) + datagram, "malformed"),  # longer than the packet
             (bytes([0, 0]) + bytes(2), "short"),
-            (bytes([44, 0]) + bytes(6) + bytes([17, 0, 0, 1, 0, 0, 0, 0]) + datagram, "fragment"),
             (bytes([0, 0, 1, 4, 0, 0, 0, 0]) * 9 + datagram, "protocol"),  # too many
         ):
             before = guest.drops(reason)
             guest.send(ip / Raw(raw))
             assert guest.drops(reason) == before + 1
-        guest.send(guest.udp(V4, 5000, peer.port, b"x", frag=1))
-        guest.send(guest.udp(V4, 5000, peer.port, b"x", flags="MF"))
-        assert guest.drops("fragment") == 3
         assert peer.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
         assert not select.select([peer.sock], [], [], 0)[0]
 
@@ -310,7 +309,7 @@ def test_extension_headers(guest: Guest) -> None:
 @pytest.fixture(params=[FULL, PLAIN], ids=["full", "plain"])
 def pinging(request: pytest.FixtureRequest) -> Iterator[Guest]:
     """A guest in a network of its own, for there it may ping (ping_group_range)."""
-    with Namespace("dataplane") as space, space.enter(), Guest(request.param) as guest:
+    with Namespace("dataplane") as space, space.enter(), Guest(request.param, mtu=0) as guest:
         yield guest
 
 
@@ -320,7 +319,7 @@ def ident(frame: Frame, family: Family) -> tuple[int, int]:
 
 
 def test_ping(pinging: Guest, family: Family) -> None:
-    most = 65535 - 8 - (0 if family.v6 else 20)
+    most = 65536 - 48 if family.v6 else 65535 - 28  # the first is what the loopback takes in one piece
     for seq, size in enumerate((0, 1, 56, 1472, 2033, 2040, 2041, 2048, 9001, most - 1, most)):
         pinging.send(pinging.echo(family, 77, seq, pattern(size)))
         frame = pinging.receive(is_echo_reply)
@@ -357,7 +356,7 @@ def test_reply_into_parts(family: Family, parts: tuple[int, ...]) -> None:
 
 def test_other_messages_go_nowhere(pinging: Guest, family: Family) -> None:
     message = ICMPv6EchoRequest if family.v6 else ICMP
-    for kind in (1, 2, 3, 4, 129 if family.v6 else 0):
+    for kind in (5, 10, 11, 4, 129 if family.v6 else 0):
         frame = pinging.ip(family) / message(type=kind, code=0) / Raw(bytes(30))
         pinging.send(frame)
     assert pinging.drops("protocol") == 5

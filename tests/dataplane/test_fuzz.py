@@ -300,7 +300,7 @@ def test_buffers_of_random_sizes(seed: int, features: int, family: Family) -> No
     """Not a byte beside a buffer is written, and what is in the buffers is right, however they are cut."""
     rng = random.Random(seed)
     with (
-        Guest(features, regions=(REGION,), num=512, rx=()) as guest,
+        Guest(features, regions=(REGION,), num=512, rx=(), mtu=65520) as guest,
         socket.socket(family.af, socket.SOCK_DGRAM) as peer,
     ):
         peer.bind((family.loopback, 0))

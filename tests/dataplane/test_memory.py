@@ -73,7 +73,7 @@ def test_frame_from_the_guest_straddles_regions(split: Guest, before: int) -> No
 @pytest.mark.parametrize("before", [1, 12, 13, 30, 100])
 @pytest.mark.parametrize("features", [FULL, PLAIN], ids=["full", "plain"])
 def test_buffer_for_the_guest_straddles_regions(before: int, features: int) -> None:
-    with Guest(features, regions=SPLIT, rx=()) as guest:
+    with Guest(features, regions=SPLIT, rx=(), mtu=65520) as guest:
         guest.hand_out([Part(EDGE - before, 4 * PAGE, write=True)])
         guest.refill = False
         frame = other_frame(1500)
@@ -315,7 +315,7 @@ def logged(request: pytest.FixtureRequest) -> Iterator[Guest]:
     with (
         Namespace("dataplane") as space,
         space.enter(),
-        Guest(features, regions=(REGION,), rx=((700, 1348),) * 120, log=True) as guest,
+        Guest(features, regions=(REGION,), rx=((700, 1348),) * 120, log=True, mtu=65520) as guest,
     ):
         guest.refill = False
         yield guest

@@ -300,6 +300,7 @@ def test_connection_from_outside_to_a_guest_without_an_address(guest: Guest, fam
     """There is nobody to ask: the peer hears of it at once."""
     if seen:
         guest.send(guest.udp(family, 5000, 5000, b"x"))
+        guest.receive(lambda frame: TCP not in frame.ether)  # that is refused
     guest.configure(**{"addr6" if family.v6 else "addr4": None})
     server = Server(family)
     guest.engine.listen(server.sock.detach(), 80)

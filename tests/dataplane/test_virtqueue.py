@@ -478,7 +478,7 @@ def test_a_stream_into_any_buffers(features: int, rx: tuple[tuple[int, ...], ...
 
 def test_indirect_both_ways(family: Family) -> None:
     """As Linux's driver does it, when the ring is short."""
-    with Guest(num=16, rx=()) as guest:
+    with Guest(num=16, rx=(), mtu=0) as guest:
         for _ in range(8):
             parts = [Part(guest.memory.take(size), size, write=True) for size in (12, 1000, 3000)]
             guest.rx_buffers[guest.rx.add(parts, indirect=True)] = parts

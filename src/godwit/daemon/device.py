@@ -17,6 +17,7 @@ import contextlib
 import logging
 import os
 import resource
+import socket
 from collections.abc import Callable, Iterator
 
 from godwit.daemon.lifecycle import User
@@ -28,7 +29,7 @@ from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State
 from godwit.net import state
 from godwit.net.config import NetConfig, packed16
-from godwit.net.forward import open_listeners
+from godwit.net.forward import Listener, open_listeners
 from godwit.net.ndp import ADVERTISE_INTERVAL
 from godwit.net.records import MAX_FLOWS
 from godwit.net.responder import Responder
@@ -61,6 +62,9 @@ _FEATURES_FULL = (
     | Feature.VIRTIO_NET_F_HOST_TSO6
     | Feature.VIRTIO_NET_F_GUEST_TSO4
     | Feature.VIRTIO_NET_F_GUEST_TSO6
+    | Feature.VIRTIO_NET_F_HOST_USO
+    | Feature.VIRTIO_NET_F_GUEST_USO4
+    | Feature.VIRTIO_NET_F_GUEST_USO6
 )
 
 
@@ -115,7 +119,10 @@ class NetDevice(BaseDevice):
             our_mac=config.our_mac,
             addr4=None if config.addr4 is None else packed16(config.addr4),
             addr6=None if config.addr6 is None else packed16(config.addr6),
+            our4=bytes(16) if config.gateway4 is None else packed16(config.gateway4),
             our_ll=packed16(config.our_link_local),
+            broadcast4=bytes(16) if config.network4 is None else packed16(config.network4.broadcast_address),
+            ifindex4=config.scope4,
             ifindex=config.scope6,
             mtu=config.mtu,
             maps=[(row.guest, row.port, row.host, row.scope) for row in config.rewrites()],
@@ -127,7 +134,15 @@ class NetDevice(BaseDevice):
             for listener in open_listeners(
                 self._options.tcp_ports, ipv4=config.addr4 is not None, ipv6=config.addr6 is not None
             ):
-                self._engine.listen(listener.fd, listener.to_port)
+                self._listen(listener)
+        if self._options.udp:
+            for listener in open_listeners(
+                self._options.udp_ports,
+                kind=socket.SOCK_DGRAM,
+                ipv4=config.addr4 is not None,
+                ipv6=config.addr6 is not None,
+            ):
+                self._listen(listener)
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if most != resource.RLIM_INFINITY:
             self._descriptors = most - len(os.listdir("/proc/self/fd")) - _DESCRIPTORS_KEPT
@@ -136,6 +151,10 @@ class NetDevice(BaseDevice):
         self._loop.add_reader(self._engine.rare_fileno(), self._answer_rare)
         if self._repair is not None:
             self._loop.add_reader(self._repair, self._helper_connects)
+
+    def _listen(self, listener: Listener) -> None:
+        to = None if listener.to_address is None else packed16(listener.to_address)
+        self._engine.listen(listener.fd, listener.to_port, to)
 
     def own(self, user: User) -> None:
         """Hand the listening sockets over to the user that we are about to be."""

@@ -99,9 +99,6 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         config = await asyncio.to_thread(read_host, options.net)
         for warning in config.warnings:
             logger.warning("%s", warning)
-        if options.udp_ports:
-            # Front-ends pass it as a matter of course, so it is no reason not to start.
-            logger.warning("--udp-ports is not supported yet: UDP reaches the guest only in answer to its own")
         device = NetDevice(config, options, repair)
         stack.push_async_callback(device.close)
         await device.start()

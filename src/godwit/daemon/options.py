@@ -251,7 +251,7 @@ TABLE: tuple[Row, ...] = (
     Row(("-H", "--hostname"), Kind.VALUE, "hostname", "NAME", str, "the guest's host name"),
     Row(("--fqdn",), Kind.VALUE, "fqdn", "NAME", str, "the guest's full domain name"),
     Row(("-t", "--tcp-ports"), Kind.LIST, "tcp_ports", "SPEC", str, "forward TCP ports to the guest: see below"),
-    Row(("-u", "--udp-ports"), Kind.LIST, "udp_ports", "SPEC", str, "not supported yet: accepted, without effect"),
+    Row(("-u", "--udp-ports"), Kind.LIST, "udp_ports", "SPEC", str, "forward UDP ports, in the same way"),
     Row(("--no-map-gw",), Kind.OFF, "map_gw", help="do not map the gateway's address to the host's loopback"),
     Row(
         ("--map-host-loopback",),
@@ -424,8 +424,6 @@ def _cross_check(options: Options) -> None:
         raise OptionError("-4 and -6 exclude each other")
     if options.quiet and (options.debug or options.trace):
         raise OptionError("--quiet and --debug exclude each other")
-    if any(one.to_address is not None for one in options.tcp_ports.ranges):
-        raise OptionError("--tcp-ports: a target address is not supported yet, only the guest itself")
     if options.log_file and options.log_file == options.pid:
         raise OptionError("--log-file and --pid name the same file")
 

@@ -30,7 +30,7 @@ from godwit.dataplane.flow cimport (
     flows_init,
     watch_data,
 )
-from godwit.dataplane.host cimport is_loopback, is_v4
+from godwit.dataplane.host cimport get_sockaddr, is_loopback, is_unspecified, is_v4
 from godwit.dataplane.loop cimport clock_ms, loop_run, loop_wake
 from godwit.dataplane.memory cimport (
     memory_add,
@@ -50,18 +50,21 @@ from godwit.dataplane.plane cimport (
     FF_CONNECTING,
     FF_DRAINING,
     FF_FIN_KNOWN,
+    FF_FORWARD,
     FF_FOUND,
     FF_FROM_GUEST,
     FF_HELD,
     FF_HURRY,
     FF_PEER_FIN,
     FF_RESET_DUE,
+    FF_TAKES_V4,
     FF_V6,
     FLOW_FREE,
     FLOW_DEAD,
     FLOW_PING,
     FLOW_TCP,
     FLOW_UDP,
+    FLOW_UDP_PORT,
     MAX_MAPS,
     NONE,
     RARE_FRAME,
@@ -72,8 +75,10 @@ from godwit.dataplane.plane cimport (
     Plane,
     RareFrame,
 )
+from godwit.dataplane.reassembly cimport reassembly_free, reassembly_init
 from godwit.dataplane.sys cimport (
     AF_INET,
+    AF_INET6,
     EFD_CLOEXEC,
     EFD_NONBLOCK,
     EINVAL,
@@ -83,8 +88,13 @@ from godwit.dataplane.sys cimport (
     EPOLL_CTL_DEL,
     EPOLLET,
     EPOLLIN,
+    IPPROTO_IPV6,
+    IPV6_V6ONLY,
+    SO_BINDTODEVICE,
     SO_PEEK_OFF,
+    SO_TYPE,
     SOCK_CLOEXEC,
+    SOCK_DGRAM,
     SOCK_STREAM,
     SOL_SOCKET,
     close,
@@ -93,6 +103,8 @@ from godwit.dataplane.sys cimport (
     epoll_event,
     errno,
     eventfd,
+    getsockname,
+    getsockopt,
     load32_acquire,
     read,
     sem_init,
@@ -100,11 +112,16 @@ from godwit.dataplane.sys cimport (
     sem_post,
     sem_wait,
     setsockopt,
+    sockaddr,
+    sockaddr_storage,
     socket,
+    socklen_t,
     store32_release,
     write,
 )
 from godwit.dataplane.tcp cimport tcp_abort, tcp_drop_socket, tcp_hurry, tcp_local_end, tcp_refuse_waiting, tcp_reset, tcp_resume
+from godwit.dataplane.udp cimport PORT_FORWARDED, PORT_FORWARDED_AT, udp_prepare
+from godwit.dataplane.udp_to_guest cimport udp_free, udp_init
 from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, RX, Queue, queue_map, queue_seen
 
 from godwit.dataplane.state import FlowState, Observed, Side
@@ -119,6 +136,9 @@ cdef enum:
     F_EVENT_IDX = 29
     F_PROTOCOL_FEATURES = 30
     F_VERSION_1 = 32
+    F_GUEST_USO4 = 54
+    F_GUEST_USO6 = 55
+    F_HOST_USO = 56
     VRING_F_LOG = 1     # vhost_vring_addr.flags
     PIF_HOST = 1
     PIF_GUEST = 2
@@ -172,11 +192,14 @@ cdef class Engine:
         self.p.flow_limit = max_flows
         self.p.vnet_size = 12
         self.p.send.flow = NONE
+        self.p.udp_out.port = NONE
         for i in range(QUEUES):
             self.p.queues[i].kick = self.p.queues[i].call = self.p.queues[i].err = -1
         sem_init(&self.p.parked, 0, 0)
         sem_init(&self.p.resume, 0, 0)
         check(flows_init(self.p, max_flows), "flow table")
+        check(udp_init(self.p), "memory for datagrams")
+        check(reassembly_init(self.p), "memory for fragments")
 
     def __init__(self, max_flows=131072):
         cdef epoll_event ev
@@ -208,6 +231,8 @@ cdef class Engine:
                 close(self.p.listeners[i].fd)
         free(self.p.listeners)
         flows_free(self.p)
+        udp_free(self.p)
+        reassembly_free(self.p)
         for fd in (self.p.epfd, self.p.wake, self.p.rare_event, self.p.spare):
             if fd >= 0:
                 close(fd)
@@ -274,12 +299,20 @@ cdef class Engine:
     # ---- configuration
 
     def configure(self, *, bytes our_mac, bytes addr4=None, bytes addr6=None, bytes our_ll=bytes(16),
+                  bytes our4=bytes(16), bytes broadcast4=bytes(16), bytes outbound4=bytes(16),
+                  bytes outbound6=bytes(16), str outbound_if4="", str outbound_if6="", uint32_t ifindex4=0,
                   uint32_t ifindex=0, uint16_t mtu=0, maps=(), bint tcp=True, bint udp=True,
                   bint icmp=True):
-        """Say who the guest is and what it may reach.
+        """Say who the guest is and what it may reach. May be called again at any time.
 
         ``addr4`` and ``addr6`` are 16 bytes (v4-mapped), None without that
-        family. ``maps`` lists (address as the guest names it, port or 0 for any,
+        family; ``our4`` and ``our_ll`` the router as the guest knows it.
+        ``broadcast4`` is that of the guest's subnet. ``outbound...``: the
+        address and the interface that the guest's own connections and
+        datagrams leave from; zeros and "" leave that to the host's routes.
+        ``ifindex4`` and ``ifindex`` are the interfaces (of IPv4 and of IPv6)
+        for multicast, limited broadcast and link-local addresses.
+        ``maps`` lists (address as the guest names it, port or 0 for any,
         address as the host knows it, its scope or 0), 16 bytes each address.
         """
         maps = list(maps)
@@ -291,7 +324,14 @@ cdef class Engine:
             self.p.config.has_v6 = addr6 is not None
             copy_bytes(self.p.config.addr4, addr4 or bytes(16), 16, "IPv4 address")
             copy_bytes(self.p.config.addr6, addr6 or bytes(16), 16, "IPv6 address")
+            copy_bytes(self.p.config.our4, our4, 16, "router's address")
             copy_bytes(self.p.config.our_ll, our_ll, 16, "link-local address")
+            copy_bytes(self.p.config.broadcast4, broadcast4, 16, "broadcast address")
+            copy_bytes(self.p.config.outbound4, outbound4, 16, "outbound address")
+            copy_bytes(self.p.config.outbound6, outbound6, 16, "outbound address")
+            copy_bytes(self.p.config.outbound_if4, os.fsencode(outbound_if4)[:15].ljust(16, b"\0"), 16, "interface")
+            copy_bytes(self.p.config.outbound_if6, os.fsencode(outbound_if6)[:15].ljust(16, b"\0"), 16, "interface")
+            self.p.config.ifindex4 = ifindex4
             self.p.config.ifindex = ifindex
             self.p.config.mtu = mtu
             self.p.config.no_tcp = not tcp
@@ -321,6 +361,9 @@ cdef class Engine:
             self.p.guest_csum = features >> F_GUEST_CSUM & 1
             self.p.guest_tso4 = features >> F_GUEST_TSO4 & 1
             self.p.guest_tso6 = features >> F_GUEST_TSO6 & 1
+            self.p.guest_uso4 = features >> F_GUEST_USO4 & 1
+            self.p.guest_uso6 = features >> F_GUEST_USO6 & 1
+            self.p.host_uso = features >> F_HOST_USO & 1
             self.p.mem.log_all = features >> F_LOG_ALL & 1
             for i in range(QUEUES):
                 self.p.queues[i].event_idx = features >> F_EVENT_IDX & 1
@@ -548,15 +591,24 @@ cdef class Engine:
 
     # ---- listeners
 
-    def listen(self, int fd, uint16_t guest_port):
-        """Connections to this listening socket go to a port of the guest's."""
-        cdef int i
+    def listen(self, int fd, uint16_t guest_port, bytes guest_addr=None):
+        """What comes to this socket goes to a port of the guest's: connections, or datagrams if it is one of UDP.
+
+        ``guest_addr`` (16 bytes): to this address behind the guest's MAC
+        address, not to the guest's own.
+        """
+        cdef int i, kind = 0
+        cdef socklen_t n = sizeof(kind)
         cdef Listener *grown
         cdef epoll_event ev
         os.set_blocking(fd, False)
         with self.parked():
             if self.p.spare < 0:
                 self.p.spare = eventfd(0, EFD_CLOEXEC)  # now, while there are descriptors (see refuse_one())
+            check(-errno if getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &n) != 0 else 0, "listening socket")
+            if kind == SOCK_DGRAM:
+                self._forward(fd, guest_port, guest_addr or bytes(16))
+                return
             for i in range(self.p.listener_count):
                 if self.p.listeners[i].fd < 0:
                     break
@@ -571,14 +623,51 @@ cdef class Engine:
                     free(self.p.listeners)
                     self.p.listeners = grown
                 self.p.listener_count += 1
+            copy_bytes(self.p.listeners[i].guest_addr, guest_addr or bytes(16), 16, "address")
             self.p.listeners[i].fd = fd
             self.p.listeners[i].guest_port = guest_port
             ev.events = EPOLLIN
             ev.data.u64 = watch_data(WATCH_LISTENER, 0, i)
             check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, fd, &ev) != 0 else 0, "listening socket")
 
+    cdef _forward(self, int fd, uint16_t guest_port, bytes guest_addr):
+        """A forwarded UDP port."""
+        cdef sockaddr_storage addr
+        cdef socklen_t n = sizeof(addr)
+        cdef uint8_t bound[16]
+        cdef uint8_t ignored[16]
+        cdef uint8_t *nobody = ignored
+        cdef char device[16]
+        cdef socklen_t device_size = sizeof(device)
+        cdef int only = 1
+        cdef socklen_t only_size = sizeof(only)
+        cdef uint16_t port
+        cdef Flow *f
+        cdef bint v6, wild
+        check(-errno if getsockname(fd, <sockaddr *>&addr, &n) != 0 else 0, "UDP socket")
+        get_sockaddr(&addr, bound, &port)
+        v6 = addr.ss_family == AF_INET6
+        if v6:
+            getsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &only_size)
+        if getsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, device, &device_size) != 0:
+            device_size = 0
+        # What the guest itself sends from the port leaves through a socket that anyone can be reached from.
+        wild = is_unspecified(bound) and device_size == 0 and not any(guest_addr)
+        copy_bytes(bound, guest_addr, 16, "address")
+        memset(nobody, 0, 16)
+        limit, self.p.flow_limit = self.p.flow_limit, 0xFFFFFFFF
+        f = flow_new(self.p, FLOW_UDP_PORT, bound, guest_port, nobody, PORT_FORWARDED if wild else PORT_FORWARDED_AT)
+        self.p.flow_limit = limit
+        if f == NULL:
+            raise ValueError("the flow table is full")
+        self.p.open_sockets -= 1    # it was there before the limit was set
+        f.flags = FF_FORWARD | (FF_V6 if v6 else 0) | (FF_TAKES_V4 if not v6 or not only else 0)
+        f.sock = fd
+        udp_prepare(fd, v6, not v6 or not only, True)
+        check(flow_watch(self.p, f), "UDP socket")
+
     def listeners(self):
-        """The descriptors of the listening sockets."""
+        """The descriptors of the listening sockets, those of forwarded UDP ports not among them."""
         return [self.p.listeners[i].fd for i in range(self.p.listener_count) if self.p.listeners[i].fd >= 0]
 
     # ---- what there is
@@ -822,11 +911,11 @@ cdef class Engine:
         flow_close(self.p, self.flow(index))
 
     def is_full(self):
-        """Whether there are as many flows as limit_flows() allows."""
-        return self.p.open_flows >= self.p.flow_limit
+        """Whether flows have as many sockets as limit_flows() allows."""
+        return self.p.open_sockets >= self.p.flow_limit
 
     def limit_flows(self, uint32_t most):
-        """Refuse new flows while there are so many; each takes a descriptor."""
+        """Refuse new flows while they have so many sockets: each takes a descriptor."""
         with self.parked():
             self.p.flow_limit = min(most, self.p.max_flows)
 

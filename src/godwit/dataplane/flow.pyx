@@ -5,11 +5,14 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.plane cimport (
+    FF_FORWARD,
     FF_RING_WAIT,
     FF_TOUCHED,
     FLOW_DEAD,
     FLOW_FREE,
     FLOW_TCP,
+    FLOW_UDP,
+    FLOW_UDP_PORT,
     NONE,
     Carry,
     Flow,
@@ -141,7 +144,7 @@ cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t
                     const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
     cdef uint32_t i, b, generation
     cdef Flow *f
-    if p.open_flows >= p.flow_limit:
+    if kind != FLOW_UDP and p.open_sockets >= p.flow_limit:
         return NULL
     if p.free_head != NONE:
         i = p.free_head
@@ -166,9 +169,19 @@ cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t
     b = bucket(p, kind, guest_addr, guest_port, our_addr, our_port)
     f.hash_next = p.buckets[b]
     p.buckets[b] = i + 1
-    p.open_flows += 1
-    p.counters.flows_opened += 1
+    count(p, f, 1)
+    if kind != FLOW_UDP_PORT:
+        p.counters.flows_opened += 1
     return f
+
+
+cdef void count(Plane *p, Flow *f, int change) noexcept nogil:
+    if f.kind != FLOW_UDP_PORT:
+        p.open_flows += change
+    if f.kind == FLOW_UDP:
+        p.open_peers += change
+    elif not f.flags & FF_FORWARD:
+        p.open_sockets += change
 
 
 cdef int flow_watch(Plane *p, Flow *f) noexcept nogil:
@@ -188,6 +201,7 @@ cdef int flow_watch(Plane *p, Flow *f) noexcept nogil:
 cdef void flow_close(Plane *p, Flow *f) noexcept nogil:
     cdef uint32_t i = flow_index(p, f)
     cdef uint32_t *at
+    cdef Flow *port
     if f.kind == FLOW_DEAD or f.kind == FLOW_FREE:
         return
     at = &p.buckets[bucket(p, f.kind, f.guest_addr, f.guest_port, f.our_addr, f.our_port)]
@@ -207,7 +221,15 @@ cdef void flow_close(Plane *p, Flow *f) noexcept nogil:
         p.send.flow = NONE
         p.send.count = 0
         p.send.bytes = 0
-    p.open_flows -= 1
+    if p.udp_out.port == i:
+        p.udp_out.port = NONE
+        p.udp_out.count = p.udp_out.iovs = 0
+    count(p, f, -1)
+    if f.kind == FLOW_UDP:
+        port = &p.flows[f.port]
+        port.peers -= 1
+        if port.peers == 0 and not port.flags & FF_FORWARD:
+            flow_close(p, port)
     f.kind = FLOW_DEAD
     if not f.flags & FF_TOUCHED:
         flow_release(p, f)

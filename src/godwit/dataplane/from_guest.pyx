@@ -3,11 +3,10 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
-from godwit.dataplane.datagram cimport ping_from_guest, udp_from_guest
 from godwit.dataplane.host cimport is_link_local6, is_v4, map_v4
+from godwit.dataplane.icmp cimport error_from_guest, ping_from_guest
 from godwit.dataplane.packet cimport Packet
 from godwit.dataplane.plane cimport (
-    DROP_FRAGMENT,
     DROP_MALFORMED,
     DROP_PROTOCOL,
     DROP_RARE_FULL,
@@ -24,19 +23,22 @@ from godwit.dataplane.plane cimport (
     RareFrame,
     drop,
 )
+from godwit.dataplane.reassembly cimport fragment_in
 from godwit.dataplane.sys cimport (
     IPPROTO_ICMP,
     IPPROTO_ICMPV6,
     IPPROTO_TCP,
     IPPROTO_UDP,
     be16,
+    be32,
     iovec,
     load32_acquire,
     store32_release,
     write,
 )
 from godwit.dataplane.tcp cimport tcp_from_guest, tcp_send_pending
-from godwit.dataplane.to_guest cimport IPV4_HLEN, IPV6_HLEN
+from godwit.dataplane.to_guest cimport IPV4_HLEN, IPV6_HLEN, VNET_GSO_UDP_L4
+from godwit.dataplane.udp cimport udp_flush, udp_from_guest
 from godwit.dataplane.virtqueue cimport (
     MAX_CHAIN,
     TX,
@@ -65,6 +67,8 @@ cdef enum:
     DHCP_SERVER = 67
     DHCPV6_SERVER = 547
     ICMP_ECHO = 8
+    ICMP_UNREACHABLE = 3
+    ICMPV6_UNREACHABLE = 1
     ICMPV6_ECHO = 128
     ICMPV6_ROUTER_SOLICITATION = 133
     ICMPV6_NEIGHBOUR_ADVERTISEMENT = 136
@@ -106,9 +110,14 @@ cdef int parse_ipv4(Plane *p, Packet *k, const uint8_t *ip, uint32_t room) noexc
     total = be16(ip + 2)
     if ip[0] >> 4 != 4 or size < IPV4_HLEN or total < size or total > k.size - ETH_HLEN:
         return DROP_MALFORMED + 1
-    if be16(ip + 6) & 0x3FFF:
-        return DROP_FRAGMENT + 1
     k.v6 = False
+    k.tos = ip[1]
+    k.ttl = ip[8]
+    k.dont_fragment = ip[6] & 0x40 != 0
+    k.more = ip[6] & 0x20 != 0
+    k.offset = (be16(ip + 6) & 0x1FFF) << 3
+    k.fragment = k.more or k.offset != 0
+    k.ident = be16(ip + 4)
     k.proto = ip[9]
     k.l4 = ETH_HLEN + size
     k.l4_size = total - size
@@ -128,9 +137,24 @@ cdef int parse_ipv6(Plane *p, Packet *k, const uint8_t *ip, uint32_t room) noexc
         return DROP_MALFORMED + 1
     total += IPV6_HLEN
     following = ip[6]
+    k.tos = <uint8_t>(be16(ip) >> 4)
+    k.ttl = ip[7]
+    k.dont_fragment = True
+    k.fragment = False
     for i in range(MAX_EXTENSIONS):
         if following == IPV6_FRAGMENT:
-            return DROP_FRAGMENT + 1
+            if at + 8 > total or at + 8 > room:
+                return DROP_SHORT + 1
+            # What is above it is looked at when it is whole.
+            following = ip[at]
+            k.offset = be16(ip + at + 2) & 0xFFF8
+            k.more = ip[at + 3] & 1 != 0
+            k.ident = be32(ip + at + 4)
+            # One alone is no fragment to anybody (RFC 6946).
+            k.fragment = k.more or k.offset != 0
+            k.dont_fragment = False
+            at += 8
+            break
         if following != IPV6_HOP_BY_HOP and following != IPV6_ROUTING and following != IPV6_DESTINATION:
             break
         if at + 8 > total or at + 8 > room:
@@ -183,12 +207,42 @@ cdef bint is_multicast(Packet *k) noexcept nogil:
     return k.daddr[12] >= 224
 
 
+cdef void above_ip(Plane *p, Packet *k) noexcept nogil:
+    """A packet that is whole, to the protocol that it is of."""
+    cdef const uint8_t *l4 = k.header + k.l4
+    cdef uint16_t port
+    # The whole header above IP is in the copy, or is not there at all.
+    if k.l4 + (L4_ROOM if k.l4_size > L4_ROOM else k.l4_size) > HEADERS:
+        drop(p, DROP_MALFORMED)
+    elif k.proto == IPPROTO_TCP and not p.config.no_tcp:
+        if is_multicast(k):
+            drop(p, DROP_UNREACHABLE)
+            return
+        tcp_from_guest(p, k)
+    elif k.proto == IPPROTO_UDP and not p.config.no_udp:
+        port = be16(l4 + 2) if k.l4_size >= 8 else 0
+        if port == (DHCPV6_SERVER if k.v6 else DHCP_SERVER):
+            rare(p, k)
+        else:
+            udp_from_guest(p, k)
+    elif k.proto == (IPPROTO_ICMPV6 if k.v6 else IPPROTO_ICMP) and k.l4_size >= 8:
+        if k.v6 and ICMPV6_ROUTER_SOLICITATION <= l4[0] <= ICMPV6_NEIGHBOUR_ADVERTISEMENT:
+            rare(p, k)
+        elif l4[0] == (ICMPV6_ECHO if k.v6 else ICMP_ECHO) and not is_multicast(k) and not p.config.no_icmp:
+            ping_from_guest(p, k)
+        elif l4[0] == (ICMPV6_UNREACHABLE if k.v6 else ICMP_UNREACHABLE):
+            error_from_guest(p, k)
+        else:
+            drop(p, DROP_PROTOCOL)
+    else:
+        drop(p, DROP_PROTOCOL)
+
+
 cdef void frame(Plane *p, Packet *k) noexcept nogil:
     """One Ethernet frame, its first bytes in k.header."""
     cdef const uint8_t *e = k.header
-    cdef const uint8_t *l4
     cdef uint32_t have = k.size if k.size < HEADERS else HEADERS
-    cdef uint16_t kind, port
+    cdef uint16_t kind
     cdef int reason
     if k.size < ETH_HLEN:
         drop(p, DROP_SHORT)
@@ -217,31 +271,27 @@ cdef void frame(Plane *p, Packet *k) noexcept nogil:
     if (k.v6 and (is_v4(k.saddr) or is_v4(k.daddr))) or not observe(p, k):
         drop(p, DROP_SOURCE)
         return
-    # The whole header above IP is in the copy, or is not there at all.
-    if k.l4 + (L4_ROOM if k.l4_size > L4_ROOM else k.l4_size) > HEADERS:
-        drop(p, DROP_MALFORMED)
-        return
-    l4 = k.header + k.l4
-    if k.proto == IPPROTO_TCP and not p.config.no_tcp:
-        if is_multicast(k):
-            drop(p, DROP_UNREACHABLE)
-            return
-        tcp_from_guest(p, k)
-    elif k.proto == IPPROTO_UDP and not p.config.no_udp:
-        port = be16(l4 + 2) if k.l4_size >= 8 else 0
-        if port == (DHCPV6_SERVER if k.v6 else DHCP_SERVER) or is_multicast(k):
-            rare(p, k)
-        else:
-            udp_from_guest(p, k)
-    elif k.proto == (IPPROTO_ICMPV6 if k.v6 else IPPROTO_ICMP) and k.l4_size >= 8:
-        if k.v6 and ICMPV6_ROUTER_SOLICITATION <= l4[0] <= ICMPV6_NEIGHBOUR_ADVERTISEMENT:
-            rare(p, k)
-        elif l4[0] == (ICMPV6_ECHO if k.v6 else ICMP_ECHO) and not is_multicast(k) and not p.config.no_icmp:
-            ping_from_guest(p, k)
-        else:
-            drop(p, DROP_PROTOCOL)
-    else:
-        drop(p, DROP_PROTOCOL)
+    if not k.fragment:
+        above_ip(p, k)
+    elif fragment_in(p, k):
+        above_ip(p, k)
+        # Its payload lies where the next one will be put together.
+        tcp_send_pending(p)
+        udp_flush(p)
+
+
+cdef uint16_t gso_size(Plane *p, Chain *c) noexcept nogil:
+    """Of a UDP frame that is to be cut up (virtio 1.3, 5.1.6.2); 0 if it is not."""
+    cdef uint8_t h[6]
+    cdef size_t at = 0, part
+    cdef int i
+    for i in range(c.count):
+        if at == sizeof(h):
+            break
+        part = c.iov[i].iov_len if c.iov[i].iov_len < sizeof(h) - at else sizeof(h) - at
+        memcpy(h + at, c.iov[i].iov_base, part)
+        at += part
+    return h[4] | <uint16_t>h[5] << 8 if h[1] == VNET_GSO_UDP_L4 else 0
 
 
 cdef bint chain_to_packet(Plane *p, Chain *c, Packet *k) noexcept nogil:
@@ -256,6 +306,7 @@ cdef bint chain_to_packet(Plane *p, Chain *c, Packet *k) noexcept nogil:
     k.count = c.count
     k.skip = p.vnet_size
     k.payload = k.payload_size = 0
+    k.gso = gso_size(p, c) if p.host_uso else 0
     want = k.size if k.size < HEADERS else HEADERS
     for i in range(c.count):
         if at == want:
@@ -312,4 +363,5 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
         p.again = True
     # Payload still refers to the guest's buffers: send it before they go back.
     tcp_send_pending(p)
+    udp_flush(p)
     queue_publish(q, &p.mem)

@@ -25,5 +25,12 @@ cdef bint to_host(Plane *p, const uint8_t *guest, uint16_t port, uint8_t *host) 
 # The guest's name for a peer. False: the guest has no way to name it.
 cdef bint to_guest_name(Plane *p, const uint8_t *host, uint16_t port, uint8_t *guest) noexcept nogil
 
+# The guest's address for a peer to reach: see host.pyx.
+cdef const uint8_t *guest_side(Plane *p, const uint8_t *remote) noexcept nogil
+
 cdef socklen_t put_sockaddr(Plane *p, sockaddr_storage *out, const uint8_t *addr, uint16_t port) noexcept nogil
+# The same for an IPv6 socket, whatever the address: of IPv4 as v4-mapped.
+cdef socklen_t put_sockaddr6(sockaddr_storage *out, const uint8_t *addr, uint16_t port, uint32_t scope) noexcept nogil
+# Where the guest's own connections and datagrams leave from, if that was said. Not 0: errno says why not.
+cdef int bind_outbound(Plane *p, int fd, bint v4) noexcept nogil
 cdef void get_sockaddr(const sockaddr_storage *at, uint8_t *addr, uint16_t *port) noexcept nogil

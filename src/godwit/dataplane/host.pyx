@@ -7,13 +7,23 @@ from godwit.dataplane.plane cimport AddrMap, Plane
 from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
+    IP_BIND_ADDRESS_NO_PORT,
+    IPPROTO_IP,
+    SO_BINDTODEVICE,
+    SOL_SOCKET,
     be16,
+    bind,
     put16,
+    setsockopt,
+    sockaddr,
     sockaddr_in,
     sockaddr_in6,
     sockaddr_storage,
     socklen_t,
 )
+
+cdef enum:
+    IF_NAME = 16    # an interface's name with its zero byte (linux/if.h)
 
 
 cdef void map_v4(uint8_t *out, const uint8_t *four) noexcept nogil:
@@ -84,6 +94,24 @@ cdef bint to_guest_name(Plane *p, const uint8_t *host, uint16_t port, uint8_t *g
     return False
 
 
+cdef const uint8_t *guest_side(Plane *p, const uint8_t *remote) noexcept nogil:
+    """The guest's address for a peer: as it was last seen to use it, else as it was told.
+
+    The unspecified address where it has none, or not that family (any more).
+    """
+    if is_v4(remote):
+        if p.seen4[10] and p.config.has_v4:
+            return p.seen4
+        return p.config.addr4
+    if not p.config.has_v6:
+        return p.config.addr6
+    if is_link_local6(remote):
+        return p.seen6_ll
+    if p.seen6[0]:
+        return p.seen6
+    return p.config.addr6
+
+
 cdef socklen_t put_sockaddr(Plane *p, sockaddr_storage *out, const uint8_t *addr, uint16_t port) noexcept nogil:
     cdef sockaddr_in *a4
     cdef sockaddr_in6 *a6
@@ -106,6 +134,35 @@ cdef socklen_t put_sockaddr(Plane *p, sockaddr_storage *out, const uint8_t *addr
             if p.config.maps[i].scope and memcmp(p.config.maps[i].host, addr, 16) == 0:
                 a6.sin6_scope_id = p.config.maps[i].scope
     return sizeof(sockaddr_in6)
+
+
+cdef socklen_t put_sockaddr6(sockaddr_storage *out, const uint8_t *addr, uint16_t port, uint32_t scope) noexcept nogil:
+    cdef sockaddr_in6 *a6 = <sockaddr_in6 *>out
+    memset(a6, 0, sizeof(sockaddr_in6))
+    a6.sin6_family = AF_INET6
+    put16(&a6.sin6_port, port)
+    memcpy(&a6.sin6_addr, addr, 16)
+    a6.sin6_scope_id = scope
+    return sizeof(sockaddr_in6)
+
+
+cdef int bind_outbound(Plane *p, int fd, bint v4) noexcept nogil:
+    cdef sockaddr_storage addr
+    cdef const uint8_t *source = p.config.outbound6
+    cdef const uint8_t *device = p.config.outbound_if6
+    cdef socklen_t n
+    cdef int one = 1
+    if v4:
+        source = p.config.outbound4
+        device = p.config.outbound_if4
+    if device[0] and setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, device, IF_NAME) != 0:
+        return -1
+    if is_unspecified(source):
+        return 0
+    # The port is chosen when the peer is known: else each could be used once, whoever the peers are.
+    setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one))
+    n = put_sockaddr(p, &addr, source, 0)
+    return bind(fd, <sockaddr *>&addr, n)
 
 
 cdef void get_sockaddr(const sockaddr_storage *at, uint8_t *addr, uint16_t *port) noexcept nogil:

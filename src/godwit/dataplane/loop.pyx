@@ -10,24 +10,26 @@ it is let go.
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from godwit.dataplane.datagram cimport datagram_from_sock, datagram_timer
 from godwit.dataplane.flow cimport (
     WATCH_FLOW,
     WATCH_KICK,
     WATCH_LISTENER,
     WATCH_WAKE,
+    flow_close,
     flow_due,
     flow_release,
     flow_unwait,
     timeout_ms,
 )
 from godwit.dataplane.from_guest cimport frames_from_guest
+from godwit.dataplane.icmp cimport errors_from_sock, ping_from_sock
 from godwit.dataplane.plane cimport (
     FF_RING_WAIT,
     FF_TOUCHED,
     FLOW_DEAD,
-    FLOW_FREE,
+    FLOW_PING,
     FLOW_TCP,
+    FLOW_UDP_PORT,
     NONE,
     RARE_SLOTS,
     Flow,
@@ -37,6 +39,7 @@ from godwit.dataplane.plane cimport (
 from godwit.dataplane.sys cimport (
     CLOCK_MONOTONIC,
     EINTR,
+    EPOLLERR,
     clock_gettime,
     epoll_event,
     epoll_wait,
@@ -51,6 +54,7 @@ from godwit.dataplane.sys cimport (
 )
 from godwit.dataplane.tcp cimport tcp_accept, tcp_from_sock, tcp_settle, tcp_timer
 from godwit.dataplane.to_guest cimport frame_to_guest
+from godwit.dataplane.udp_to_guest cimport udp_from_sock
 from godwit.dataplane.virtqueue cimport (
     RX,
     TX,
@@ -102,6 +106,13 @@ cdef void settle(Plane *p) noexcept nogil:
             tcp_settle(p, f)
 
 
+cdef void datagrams_from_sock(Plane *p, Flow *f) noexcept nogil:
+    if f.kind == FLOW_UDP_PORT:
+        udp_from_sock(p, f)
+    elif f.kind == FLOW_PING:
+        ping_from_sock(p, f)
+
+
 cdef void serve_ring_waiters(Plane *p) noexcept nogil:
     """Each flow that waits for receive buffers gets a turn, in order."""
     cdef uint32_t last = p.ring_wait_tail, i
@@ -115,7 +126,7 @@ cdef void serve_ring_waiters(Plane *p) noexcept nogil:
         if f.kind == FLOW_TCP:
             tcp_settle(p, f)
         else:
-            datagram_from_sock(p, f)
+            datagrams_from_sock(p, f)
         # One that got nothing waits again, at the end: so will the others.
         if i == last or f.flags & FF_RING_WAIT:
             return
@@ -132,8 +143,10 @@ cdef void flow_event(Plane *p, uint64_t data, uint32_t events) noexcept nogil:
         return
     if f.kind == FLOW_TCP:
         tcp_from_sock(p, f, events)
-    elif f.kind != FLOW_DEAD and f.kind != FLOW_FREE:
-        datagram_from_sock(p, f)
+        return
+    if f.sock >= 0 and events & EPOLLERR:
+        errors_from_sock(p, f)
+    datagrams_from_sock(p, f)
 
 
 cdef void finish_turn(Plane *p) noexcept nogil:
@@ -195,7 +208,7 @@ cdef int loop_run(Plane *p) noexcept nogil:
             if f.kind == FLOW_TCP:
                 tcp_timer(p, f)
             else:
-                datagram_timer(p, f)
+                flow_close(p, f)    # nothing was heard of it for so long
             f = flow_due(p)
         settle(p)
         finish_turn(p)

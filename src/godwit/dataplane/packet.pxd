@@ -15,6 +15,14 @@ cdef struct Packet:
     uint32_t l4_size            # its size as IP says, at most what is there
     uint8_t saddr[16]
     uint8_t daddr[16]
+    uint8_t ttl                 # hop limit
+    uint8_t tos                 # traffic class
+    bint dont_fragment          # of IPv4, and what was never a fragment of IPv6
+    bint fragment               # one, with the next three:
+    bint more                   # others follow
+    uint32_t offset             # in what was above IP, bytes
+    uint32_t ident
+    uint16_t gso                # not 0: a UDP frame to be cut up into datagrams of so many bytes
     # after the header of TCP, UDP or ICMP
     uint32_t payload            # offset in the frame
     uint32_t payload_size

@@ -8,18 +8,24 @@ thread does so while that thread is parked (see ``loop.pyx``).
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from godwit.dataplane.memory cimport Memory
-from godwit.dataplane.sys cimport iovec, sem_t
+from godwit.dataplane.sys cimport iovec, mmsghdr, sem_t, sockaddr_in6
 from godwit.dataplane.virtqueue cimport MAX_CHAIN, QUEUES, Chain, Queue
 
 cdef enum:
     NONE = 0xFFFFFFFFU      # no flow: end of a list, no place in the heap
-    MAX_MAPS = 8
+    MAX_MAPS = 32
     RARE_SLOTS = 64
     RARE_FRAME = 2048       # bytes; rare frames (ARP, DHCP, NDP) are small
     ETH_HLEN = 14
     HEADERS = 256           # vnet, Ethernet, IP with extensions, TCP with options
     MAX_FRAME = 14 + 40 + 65535    # Ethernet, IPv6, and the longest payload that it can state
     MAX_RX_CHAINS = 1024    # a 64 KiB frame in the smallest buffers that a guest would use
+    PARTIALS = 16
+    PARTIAL_SIZE = 65536
+    UDP_OUT = 64            # messages handed to the kernel in one call
+    UDP_IN = 32             # and taken from it
+    UDP_CONTROL = 128       # bytes of control messages with each
+    UDP_SLOT = 65536        # bytes of one message taken in: several datagrams, where the kernel joins them
 
 # Why a frame from either side went nowhere. Names in DROP_NAMES, flow.pyx.
 cdef enum Drop:
@@ -41,7 +47,8 @@ cdef enum Drop:
 cdef enum FlowKind:
     FLOW_FREE = 0
     FLOW_TCP
-    FLOW_UDP
+    FLOW_UDP                # a peer of a port of the guest's; has no socket
+    FLOW_UDP_PORT           # a port of the guest's: the socket that its peers share (udp.pyx)
     FLOW_PING
     FLOW_DEAD               # closed, its slot is released once nothing refers to it
 
@@ -77,6 +84,12 @@ cdef enum FlowFlag:
     FF_PEER_FIN = 0x20000   # the peer's FIN came before a migration: the socket does not know of it
     FF_HURRY = 0x40000      # the kernel retransmits every second, for the time after a move
     FF_WINDOW_LOW = 0x10000 # "writable" from the socket is worth a window update
+    FF_FORWARD = 0x80000    # UDP port: a forwarded one, open until the engine ends
+    FF_ANY_PEER = 0x100000  # UDP port: datagrams from anyone are for the guest
+    FF_TAKES_V4 = 0x200000  # UDP port: an IPv6 socket that has IPv4 as well
+    FF_DONT_FRAGMENT = 0x400000 # the socket's datagrams leave unfragmented, or not at all
+    FF_NO_GSO = 0x800000    # UDP port: the kernel refused to cut up a large datagram
+    FF_ANSWERED = 0x1000000 # UDP: the guest has sent to this peer
 
 # Bytes that a socket's buffers did not take: of a flow that has migrated, or
 # of a guest that was promised more room than there was.
@@ -129,6 +142,13 @@ cdef struct Flow:
     uint8_t dup_acks
     Carry *carry_to_guest   # before what the socket has; NULL: none, the usual
     Carry *carry_to_sock    # before what the guest sends
+    # UDP and ping
+    uint32_t port           # UDP: the index of its FLOW_UDP_PORT
+    uint32_t peers          # UDP port: how many flows have it
+    uint32_t scope          # interface of a link-local peer
+    uint16_t ping_seq       # of the last request
+    uint8_t ttl             # what the socket was last told; 0: nothing
+    uint8_t tos
 
 cdef struct AddrMap:
     uint8_t guest[16]       # as the guest names it
@@ -139,7 +159,7 @@ cdef struct AddrMap:
 cdef struct Listener:
     int fd
     uint16_t guest_port
-    bint v6
+    uint8_t guest_addr[16]  # unspecified: the guest's own
 
 cdef struct RareFrame:
     uint32_t size
@@ -163,8 +183,15 @@ cdef struct Config:
     bint no_icmp
     uint8_t addr4[16]       # the guest's, v4-mapped
     uint8_t addr6[16]
-    uint8_t our_ll[16]      # our link-local address: the router as the guest sees it
-    uint32_t ifindex        # scope of link-local peers
+    uint8_t our4[16]        # the router as the guest sees it
+    uint8_t our_ll[16]
+    uint8_t broadcast4[16]  # of the guest's subnet
+    uint8_t outbound4[16]   # where its connections and datagrams leave from; unspecified: as the host routes
+    uint8_t outbound6[16]
+    uint8_t outbound_if4[16]    # and through which interface, its name; empty: as the host routes
+    uint8_t outbound_if6[16]
+    uint32_t ifindex4       # interface of multicast and limited broadcast
+    uint32_t ifindex        # scope of link-local peers, and the same for IPv6
     uint16_t mtu
     int map_count
     AddrMap maps[MAX_MAPS]
@@ -175,6 +202,55 @@ cdef struct Send:
     int count
     uint32_t bytes
     iovec iov[MAX_CHAIN]
+
+# Datagrams of one UDP port for the host, handed over in one sendmmsg.
+cdef struct UdpOut:
+    uint32_t port
+    int count
+    int iovs
+    uint32_t flows[UDP_OUT]     # whose each message is
+    uint32_t sizes[UDP_OUT]     # bytes
+    uint16_t segments[UDP_OUT]  # datagrams in the message
+    uint16_t segment[UDP_OUT]   # bytes of each but the last
+    mmsghdr msgs[UDP_OUT]
+    sockaddr_in6 names[UDP_OUT]
+    uint64_t control[UDP_OUT][16]
+    iovec iov[MAX_CHAIN]
+
+# Datagrams of one UDP port that were taken from the kernel for the guest.
+cdef struct UdpIn:
+    uint32_t port           # NONE: there are none
+    uint32_t generation
+    int count
+    int next                # the first that is still to be delivered
+    uint32_t at             # bytes of it that were
+    uint32_t done           # and of the datagram there, which goes in fragments (datagram.pxd)
+    uint32_t ident
+    mmsghdr msgs[UDP_IN]
+    iovec iov[UDP_IN]
+    sockaddr_in6 names[UDP_IN]
+    uint64_t control[UDP_IN][16]
+    uint8_t *data           # UDP_IN slots
+
+# A datagram of the guest's that comes in fragments (reassembly.pyx).
+cdef struct Partial:
+    bint used
+    bint v6
+    uint8_t proto
+    uint32_t ident
+    uint8_t saddr[16]
+    uint8_t daddr[16]
+    uint64_t since              # ms
+    uint32_t size               # of the whole payload above IP; 0: the last fragment has not come
+    uint32_t have               # bytes
+    uint32_t header_size        # 0: the first fragment has not come
+    uint8_t header[HEADERS]     # Ethernet and IP, of the first fragment
+    uint64_t map[128]           # one bit for each 8 bytes that have come
+    uint8_t *data               # PARTIAL_SIZE bytes
+
+cdef struct Fragments:
+    Partial partials[PARTIALS]
+    iovec iov[2]
 
 # Receive buffers picked for one frame to the guest.
 cdef struct RxBuf:
@@ -206,6 +282,9 @@ cdef struct Plane:
     bint guest_csum             # the guest takes frames without a checksum
     bint guest_tso4
     bint guest_tso6
+    bint guest_uso4             # the guest cuts up large UDP frames itself
+    bint guest_uso6
+    bint host_uso               # and may send such frames
     Config config
     # what the guest was seen to use
     uint8_t seen4[16]
@@ -214,9 +293,11 @@ cdef struct Plane:
     # flows
     Flow *flows
     uint32_t max_flows
-    uint32_t flow_limit         # of open flows: descriptors may be fewer than slots
+    uint32_t flow_limit         # of open_sockets: descriptors may be fewer than slots
     uint32_t used_flows         # slots ever used
     uint32_t open_flows
+    uint32_t open_peers         # of those the UDP ones
+    uint32_t open_sockets       # of flows and UDP ports, forwarded ones not counted: what flow_limit limits
     uint32_t free_head
     uint32_t *buckets
     uint32_t bucket_mask
@@ -245,12 +326,20 @@ cdef struct Plane:
     RareRing up
     RareRing down
     Send send
+    UdpOut udp_out
+    UdpIn udp_in
+    Fragments fragments
+    uint32_t fragment_ident     # of the last datagram that the guest got in fragments
     Chain chain
     RxBuf rx
     Counters counters
-    uint8_t scratch[65536]      # what of a datagram does not fit the buffers first picked
+    uint8_t scratch[65536]      # a ping's answer, an error's message
 
 
 cdef inline void drop(Plane *p, int reason) noexcept nogil:
     """Count a frame that goes nowhere."""
     p.counters.drops[reason] += 1
+
+cdef inline void drop_all(Plane *p, int reason, int count) noexcept nogil:
+    """Count several."""
+    p.counters.drops[reason] += count

@@ -23,6 +23,10 @@ cdef extern from "<errno.h>" nogil:
         ECONNREFUSED
         EACCES
         EPERM
+        EIO
+        EMSGSIZE
+        ENETUNREACH
+        EHOSTUNREACH
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -130,6 +134,18 @@ cdef extern from "<sys/socket.h>" nogil:
         void *msg_control
         size_t msg_controllen
         int msg_flags
+    cdef struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+    cdef struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
+    cmsghdr *CMSG_FIRSTHDR(msghdr *msg)
+    cmsghdr *CMSG_NXTHDR(msghdr *msg, cmsghdr *c)
+    uint8_t *CMSG_DATA(cmsghdr *c)
+    size_t CMSG_LEN(size_t n)
+    size_t CMSG_SPACE(size_t n)
     int socket(int domain, int type, int protocol)
     int bind(int fd, const sockaddr *addr, socklen_t n)
     int connect(int fd, const sockaddr *addr, socklen_t n)
@@ -143,6 +159,8 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void *buf, size_t n, int flags)
     ssize_t sendmsg(int fd, const msghdr *msg, int flags)
     ssize_t recvmsg(int fd, msghdr *msg, int flags)
+    int sendmmsg(int fd, mmsghdr *msgs, unsigned int n, int flags)
+    int recvmmsg(int fd, mmsghdr *msgs, unsigned int n, int flags, timespec *timeout)
     enum:
         AF_INET
         AF_INET6
@@ -151,6 +169,8 @@ cdef extern from "<sys/socket.h>" nogil:
         SOCK_NONBLOCK
         SOCK_CLOEXEC
         SOL_SOCKET
+        SO_BINDTODEVICE
+        SO_BROADCAST
         SO_ERROR
         SO_REUSEADDR
         SO_REUSEPORT
@@ -158,8 +178,10 @@ cdef extern from "<sys/socket.h>" nogil:
         SO_OOBINLINE
         SO_PEEK_OFF
         SO_SNDBUF
+        SO_TYPE
         SHUT_WR
         MSG_DONTWAIT
+        MSG_ERRQUEUE
         MSG_NOSIGNAL
         MSG_PEEK
         MSG_TRUNC
@@ -188,8 +210,59 @@ cdef extern from "<netinet/in.h>" nogil:
         IPPROTO_UDP
         IPPROTO_ICMP
         IPPROTO_ICMPV6
+        IPPROTO_IP
         IPPROTO_IPV6
+        IP_BIND_ADDRESS_NO_PORT
+        IP_MTU_DISCOVER
+        IP_MULTICAST_TTL
+        IP_PKTINFO
+        IP_PMTUDISC_DO
+        IP_PMTUDISC_DONT
+        IP_RECVERR
+        IP_RECVTOS
+        IP_TOS
+        IP_TTL
+        IPV6_MTU_DISCOVER
+        IPV6_MULTICAST_HOPS
+        IPV6_PKTINFO
+        IPV6_PMTUDISC_DO
+        IPV6_PMTUDISC_WANT
+        IPV6_RECVERR
+        IPV6_RECVPKTINFO
+        IPV6_RECVTCLASS
+        IPV6_TCLASS
+        IPV6_UNICAST_HOPS
         IPV6_V6ONLY
+    cdef struct in_pktinfo:
+        int ipi_ifindex
+        in_addr ipi_spec_dst
+        in_addr ipi_addr
+    cdef struct in6_pktinfo:
+        in6_addr ipi6_addr
+        unsigned int ipi6_ifindex
+
+cdef extern from "<linux/udp.h>" nogil:
+    enum:
+        UDP_GRO
+        UDP_SEGMENT
+
+# ip(7), "IP_RECVERR". The header uses struct timespec without saying where it is from.
+cdef extern from *:
+    """
+    #include <time.h>
+    #include <linux/errqueue.h>
+    """
+    cdef struct sock_extended_err:
+        uint32_t ee_errno
+        uint8_t ee_origin
+        uint8_t ee_type
+        uint8_t ee_code
+        uint32_t ee_info
+    sockaddr *SO_EE_OFFENDER(sock_extended_err *e) nogil
+    enum:
+        SO_EE_ORIGIN_LOCAL
+        SO_EE_ORIGIN_ICMP
+        SO_EE_ORIGIN_ICMP6
 
 cdef extern from *:
     """

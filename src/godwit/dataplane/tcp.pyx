@@ -41,7 +41,17 @@ from godwit.dataplane.flow cimport (
     flow_watch,
     keyed_hash,
 )
-from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_unspecified, is_v4, put_sockaddr, to_guest_name, to_host
+from godwit.dataplane.host cimport (
+    bind_outbound,
+    get_sockaddr,
+    guest_side,
+    is_loopback,
+    is_unspecified,
+    is_v4,
+    put_sockaddr,
+    to_guest_name,
+    to_host,
+)
 from godwit.dataplane.packet cimport Packet, packet_payload
 from godwit.dataplane.plane cimport (
     DROP_MALFORMED,
@@ -328,7 +338,7 @@ cdef void open_from_guest(Plane *p, Packet *k, const uint8_t *t, uint32_t size) 
     f.window = be16(t + 14)
     f.seq_to_guest = f.seq_max_to_guest = f.seq_ack_from_guest = initial_seq(p, f)
     f.sock = stream_socket(p, not is_v4(host))
-    if f.sock < 0:
+    if f.sock < 0 or (not is_loopback(host) and bind_outbound(p, f.sock, is_v4(host)) != 0):
         drop(p, DROP_NO_SOCKET)
         tcp_reset(p, f)
         return
@@ -369,24 +379,6 @@ cdef void connected(Plane *p, Flow *f) noexcept nogil:
 
 
 # ---- opened from outside
-
-cdef const uint8_t *guest_side(Plane *p, const uint8_t *remote) noexcept nogil:
-    """The guest's address for a peer: as it was last seen to use it, else as it was told.
-
-    The unspecified address where it has none, or not that family (any more).
-    """
-    if is_v4(remote):
-        if p.seen4[10] and p.config.has_v4:
-            return p.seen4
-        return p.config.addr4
-    if not p.config.has_v6:
-        return p.config.addr6
-    if is_link_local6(remote):
-        return p.seen6_ll
-    if p.seen6[0]:
-        return p.seen6
-    return p.config.addr6
-
 
 cdef void tcp_refuse_waiting(Listener *listener) noexcept nogil:
     cdef int s
@@ -434,8 +426,10 @@ cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil:
             return
         get_sockaddr(&addr, remote, &port)
         guest = guest_side(p, remote)
+        if not is_unspecified(listener.guest_addr):
+            guest = listener.guest_addr
         f = NULL
-        if (not is_unspecified(guest) and to_guest_name(p, remote, port, name)
+        if (not is_unspecified(guest) and is_v4(guest) == is_v4(remote) and to_guest_name(p, remote, port, name)
                 and flow_find(p, FLOW_TCP, guest, listener.guest_port, name, port) == NULL):
             f = flow_new(p, FLOW_TCP, guest, listener.guest_port, name, port)
             if f == NULL:

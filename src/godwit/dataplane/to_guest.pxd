@@ -12,6 +12,7 @@ cdef enum:
     VNET_GSO_NONE = 0
     VNET_GSO_TCPV4 = 1
     VNET_GSO_TCPV6 = 4
+    VNET_GSO_UDP_L4 = 5     # virtio 1.3
     IPV4_HLEN = 20
     IPV6_HLEN = 40
     # the longest headers that we write: vnet 12, Ethernet 14, IPv6 40, TCP 20 + 40 of options

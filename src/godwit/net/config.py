@@ -115,7 +115,8 @@ class NetConfig:
 
     interface4: str = ""
     interface6: str = ""
-    scope6: int = 0  # index of interface6, for link-local destinations
+    scope4: int = 0  # index of interface4, for multicast
+    scope6: int = 0  # index of interface6, for that and for link-local destinations
     mtu: int = MAX_MTU  # told to the guest; 0: nothing is told
     our_mac: bytes = OUR_MAC
     guest_mac: bytes | None = None  # learned from its frames
@@ -273,6 +274,7 @@ def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork) -> list[
     if link is None:
         return []
     config.interface4 = link.name
+    config.scope4 = link.index
     return [link.mtu]
 
 

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""ICMP and ICMPv6: echo through ping sockets, and errors either way."""
+
+from godwit.dataplane.packet cimport Packet
+from godwit.dataplane.plane cimport Flow, Plane
+from godwit.dataplane.sys cimport iovec
+
+cdef void ping_from_guest(Plane *p, Packet *k) noexcept nogil
+cdef void ping_from_sock(Plane *p, Flow *f) noexcept nogil
+# What a socket's error queue has (of a UDP port or a ping) goes to the guest.
+cdef void errors_from_sock(Plane *p, Flow *f) noexcept nogil
+# The kernel refused a datagram of the guest's, with this error number.
+cdef void unreachable_to_guest(Plane *p, Flow *f, int why, const iovec *iov, int count) noexcept nogil
+# The guest says that it cannot take a datagram.
+cdef void error_from_guest(Plane *p, Packet *k) noexcept nogil

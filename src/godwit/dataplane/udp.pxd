@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""UDP: one socket for each port of the guest's, shared by all its peers (RFC 4787)."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+
+from godwit.dataplane.packet cimport Packet
+from godwit.dataplane.plane cimport Flow, Plane
+
+# What tells UDP ports of the same number apart in the flow table, in `our_port`.
+cdef enum PortClass:
+    PORT_OWN = 0            # opened when the guest first sent from it
+    PORT_LOOPBACK           # the same, for what the host's loopback is to get
+    PORT_FORWARDED          # on every address: what the guest sends from this port leaves through it
+    PORT_FORWARDED_AT       # on one address or interface
+
+cdef void udp_from_guest(Plane *p, Packet *k) noexcept nogil
+# Hand the datagrams over that wait in p.udp_out; they still refer to the guest's buffers.
+cdef void udp_flush(Plane *p) noexcept nogil
+# Set up a socket's options for UDP either way; `forwarded`: tell where each datagram was sent to.
+cdef void udp_prepare(int fd, bint v6, bint v4, bint forwarded) noexcept nogil
+
+# The flow of a datagram (or of an error about one) between a port and a peer
+# of the host's side; NULL: there is none.
+cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote_port) noexcept nogil
+# A new one. NULL: the table is full.
+cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, uint16_t guest_port,
+                        const uint8_t *our_addr, uint16_t our_port) noexcept nogil
+# The flow was used: it lives for so much longer.
+cdef void udp_used(Plane *p, Flow *f) noexcept nogil

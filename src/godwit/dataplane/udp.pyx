@@ -1,0 +1,516 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""UDP from the guest, and the ports that both directions share.
+
+Theory of operation. Each port that the guest sends from is one socket on the
+host, whoever it sends to: so all peers see the same source port, which is what
+programs that make peers of each other count on (RFC 4787, 4.1: endpoint-
+independent mapping). A forwarded port is such a socket too, only that it is
+there before the guest. Both are a Flow of the kind FLOW_UDP_PORT: it has the
+socket, its events and its place in the queue for receive buffers.
+
+Who the guest talks to through a port is a FLOW_UDP, without a socket: how the
+guest names the peer, how the host does, and until when it is remembered. What
+comes from anyone else is dropped (RFC 4787, 5: address and port-dependent
+filtering), but for forwarded ports and for those that the guest has sent a
+multicast or a broadcast from, to which any address may answer. The last flow
+of a port that is not forwarded closes it.
+
+Datagrams are collected while a batch of frames is worked on, and leave in one
+sendmmsg per port. Those of one size to one peer are joined to a single
+message, which the kernel, or the network card, cuts up again (UDP_SEGMENT):
+on the wire they are what the guest sent.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
+
+from godwit.dataplane.flow cimport flow_close, flow_deadline, flow_find, flow_index, flow_new, flow_watch
+from godwit.dataplane.host cimport (
+    bind_outbound,
+    guest_side,
+    is_link_local6,
+    is_loopback,
+    is_unspecified,
+    is_v4,
+    put_sockaddr,
+    put_sockaddr6,
+    to_guest_name,
+    to_host,
+)
+from godwit.dataplane.icmp cimport unreachable_to_guest
+from godwit.dataplane.packet cimport Packet, packet_payload
+from godwit.dataplane.plane cimport (
+    DROP_MALFORMED,
+    DROP_NO_SOCKET,
+    DROP_SEND,
+    DROP_SHORT,
+    DROP_TABLE_FULL,
+    DROP_UNREACHABLE,
+    FF_ANSWERED,
+    FF_ANY_PEER,
+    FF_DONT_FRAGMENT,
+    FF_FORWARD,
+    FF_FROM_GUEST,
+    FF_NO_GSO,
+    FF_TAKES_V4,
+    FF_V6,
+    FLOW_UDP,
+    FLOW_UDP_PORT,
+    NONE,
+    UDP_OUT,
+    AddrMap,
+    Flow,
+    Plane,
+    UdpOut,
+    drop,
+    drop_all,
+)
+from godwit.dataplane.sys cimport (
+    AF_INET,
+    AF_INET6,
+    EAGAIN,
+    EINTR,
+    EINVAL,
+    EIO,
+    EMSGSIZE,
+    ENOBUFS,
+    CMSG_DATA,
+    CMSG_LEN,
+    CMSG_SPACE,
+    IP_MTU_DISCOVER,
+    IP_MULTICAST_TTL,
+    IP_PKTINFO,
+    IP_PMTUDISC_DO,
+    IP_PMTUDISC_DONT,
+    IP_RECVERR,
+    IP_RECVTOS,
+    IP_TOS,
+    IP_TTL,
+    IPPROTO_IP,
+    IPPROTO_IPV6,
+    IPPROTO_UDP,
+    IPV6_MTU_DISCOVER,
+    IPV6_MULTICAST_HOPS,
+    IPV6_PKTINFO,
+    IPV6_PMTUDISC_DO,
+    IPV6_PMTUDISC_WANT,
+    IPV6_RECVERR,
+    IPV6_RECVPKTINFO,
+    IPV6_RECVTCLASS,
+    IPV6_TCLASS,
+    IPV6_UNICAST_HOPS,
+    IPV6_V6ONLY,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    SO_BROADCAST,
+    SOCK_CLOEXEC,
+    SOCK_DGRAM,
+    SOCK_NONBLOCK,
+    SOL_SOCKET,
+    UDP_GRO,
+    UDP_SEGMENT,
+    be16,
+    cmsghdr,
+    errno,
+    in6_pktinfo,
+    in_pktinfo,
+    iovec,
+    msghdr,
+    sendmmsg,
+    sendmsg,
+    setsockopt,
+    sockaddr_storage,
+    socket,
+)
+from godwit.dataplane.virtqueue cimport MAX_CHAIN
+
+cdef enum:
+    UDP_HLEN = 8
+    DNS = 53
+    # ms. RFC 4787, 4.3: at least two minutes; for a service of a well-known
+    # port it may be less, and a resolver asks from a new port each time.
+    TIMEOUT = 180000
+    TIMEOUT_DNS = 20000
+    TIMEOUT_UNANSWERED = 30000  # opened from outside, and the guest has said nothing
+    MAX_SEGMENTS = 64           # of one message, in every kernel that can do it (UDP_MAX_SEGMENTS)
+    MAX_JOINED = 64000          # bytes of one message
+
+cdef uint8_t NOBODY[16]   # zeros
+
+
+# ---- ports and peers
+
+cdef void set_option(int fd, int level, int option, int value) noexcept nogil:
+    setsockopt(fd, level, option, &value, sizeof(value))
+
+
+cdef void udp_prepare(int fd, bint v6, bint v4, bint forwarded) noexcept nogil:
+    # What one kernel does not know, it does without.
+    set_option(fd, IPPROTO_UDP, UDP_GRO, 1)
+    if v4:
+        set_option(fd, SOL_SOCKET, SO_BROADCAST, 1)
+        set_option(fd, IPPROTO_IP, IP_RECVERR, 1)
+        set_option(fd, IPPROTO_IP, IP_RECVTOS, 1)
+        if forwarded and not v6:
+            set_option(fd, IPPROTO_IP, IP_PKTINFO, 1)
+    if v6:
+        set_option(fd, IPPROTO_IPV6, IPV6_RECVERR, 1)
+        set_option(fd, IPPROTO_IPV6, IPV6_RECVTCLASS, 1)
+        if forwarded:
+            set_option(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
+
+
+cdef Flow *open_port(Plane *p, Packet *k, uint16_t guest_port, bint v4, int port_class) noexcept nogil:
+    cdef Flow *f = flow_new(p, FLOW_UDP_PORT, k.saddr, guest_port, NOBODY, <uint16_t>port_class)
+    if f == NULL:
+        drop(p, DROP_TABLE_FULL)
+        return NULL
+    f.flags = FF_FROM_GUEST | (0 if v4 else FF_V6)
+    f.sock = socket(AF_INET if v4 else AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP)
+    if f.sock >= 0:
+        if not v4:
+            set_option(f.sock, IPPROTO_IPV6, IPV6_V6ONLY, 1)
+        udp_prepare(f.sock, not v4, v4, False)
+    if (f.sock < 0 or (port_class != PORT_LOOPBACK and bind_outbound(p, f.sock, v4) != 0)
+            or flow_watch(p, f) != 0):
+        drop(p, DROP_NO_SOCKET)
+        flow_close(p, f)
+        return NULL
+    return f
+
+
+cdef Flow *port_for(Plane *p, Packet *k, uint16_t guest_port, const uint8_t *host) noexcept nogil:
+    """The port through which a datagram to `host` leaves; opened if need be. NULL: none to be had."""
+    cdef bint v4 = is_v4(host)
+    cdef int port_class = PORT_LOOPBACK if is_loopback(host) else PORT_OWN
+    cdef Flow *f = flow_find(p, FLOW_UDP_PORT, NOBODY, guest_port, NOBODY, PORT_FORWARDED)
+    if f != NULL and f.flags & (FF_TAKES_V4 if v4 else FF_V6):
+        return f
+    f = flow_find(p, FLOW_UDP_PORT, k.saddr, guest_port, NOBODY, <uint16_t>port_class)
+    return f if f != NULL else open_port(p, k, guest_port, v4, port_class)
+
+
+cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote_port) noexcept nogil:
+    cdef uint8_t name[16]
+    cdef uint32_t own = flow_index(p, port)
+    cdef const uint8_t *guest = port.guest_addr
+    cdef AddrMap *m
+    cdef Flow *f
+    cdef int i
+    if is_unspecified(guest):
+        guest = guest_side(p, remote)
+    if to_guest_name(p, remote, remote_port, name):
+        f = flow_find(p, FLOW_UDP, guest, port.guest_port, name, remote_port)
+        if f != NULL and f.port == own:
+            return f
+    # Several names of the guest's may lead to the one address of the host's.
+    for i in range(p.config.map_count):
+        m = &p.config.maps[i]
+        if (m.port == 0 or m.port == remote_port) and memcmp(m.host, remote, 16) == 0:
+            f = flow_find(p, FLOW_UDP, guest, port.guest_port, m.guest, remote_port)
+            if f != NULL and f.port == own:
+                return f
+    f = flow_find(p, FLOW_UDP, guest, port.guest_port, remote, remote_port)
+    return f if f != NULL and f.port == own else NULL
+
+
+cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, uint16_t guest_port,
+                        const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
+    cdef Flow *f
+    # They take no descriptor, but a place in the table: TCP shall always find
+    # one, and so shall the guest, whatever comes in from outside.
+    if p.open_peers >= (p.max_flows >> 2 if port.flags & FF_FORWARD else p.max_flows >> 1):
+        return NULL
+    f = flow_new(p, FLOW_UDP, guest_addr, guest_port, our_addr, our_port)
+    if f == NULL:
+        return NULL
+    f.port = flow_index(p, port)
+    port.peers += 1
+    return f
+
+
+cdef void udp_used(Plane *p, Flow *f) noexcept nogil:
+    cdef uint64_t timeout = TIMEOUT
+    if not f.flags & FF_ANSWERED:
+        timeout = TIMEOUT_UNANSWERED
+    elif f.our_port == DNS:
+        timeout = TIMEOUT_DNS
+    f.last_active = p.now
+    flow_deadline(p, f, p.now + timeout)
+
+
+cdef bint to_many(Plane *p, const uint8_t *addr) noexcept nogil:
+    """Whether it is a multicast or broadcast address: others than it will answer."""
+    if not is_v4(addr):
+        return addr[0] == 0xFF
+    return addr[12] >= 224 or memcmp(addr, p.config.broadcast4, 16) == 0
+
+
+cdef Flow *flow_of(Plane *p, Packet *k, uint16_t guest_port, uint16_t our_port) noexcept nogil:
+    cdef Flow *f = flow_find(p, FLOW_UDP, k.saddr, guest_port, k.daddr, our_port)
+    cdef Flow *port
+    cdef uint8_t host[16]
+    if f != NULL:
+        return f
+    if not to_host(p, k.daddr, our_port, host):
+        drop(p, DROP_UNREACHABLE)
+        return NULL
+    port = port_for(p, k, guest_port, host)
+    if port == NULL:
+        return NULL
+    f = udp_add_peer(p, port, k.saddr, guest_port, k.daddr, our_port)
+    if f == NULL:
+        drop(p, DROP_TABLE_FULL)
+        if port.peers == 0 and not port.flags & FF_FORWARD:
+            flow_close(p, port)
+        return NULL
+    f.flags = FF_FROM_GUEST | (FF_V6 if k.v6 else 0)
+    memcpy(f.remote_addr, host, 16)
+    f.remote_port = our_port
+    f.scope = p.config.ifindex if is_link_local6(host) else 0
+    if port.flags & FF_FORWARD:
+        memcpy(f.local_addr, &p.config.outbound4[0] if is_v4(host) else &p.config.outbound6[0], 16)
+        if is_loopback(host):
+            memset(f.local_addr, 0, 16)
+    if to_many(p, host):
+        port.flags |= FF_ANY_PEER
+    return f
+
+
+# ---- messages for the host
+
+cdef void mark(Plane *p, Flow *port, Packet *k, bint v4) noexcept nogil:
+    """Have what follows leave as the guest's datagram came: hop limit, traffic class, may it be fragmented."""
+    cdef bint whole = k.dont_fragment
+    if port.ttl != k.ttl:
+        udp_flush(p)
+        port.ttl = k.ttl
+        if v4:
+            set_option(port.sock, IPPROTO_IP, IP_TTL, k.ttl)
+            set_option(port.sock, IPPROTO_IP, IP_MULTICAST_TTL, k.ttl)
+        if port.flags & FF_V6:
+            set_option(port.sock, IPPROTO_IPV6, IPV6_UNICAST_HOPS, k.ttl)
+            set_option(port.sock, IPPROTO_IPV6, IPV6_MULTICAST_HOPS, k.ttl)
+    if port.tos != k.tos:
+        udp_flush(p)
+        port.tos = k.tos
+        if v4:
+            set_option(port.sock, IPPROTO_IP, IP_TOS, k.tos)
+        if port.flags & FF_V6:
+            set_option(port.sock, IPPROTO_IPV6, IPV6_TCLASS, k.tos)
+    if (port.flags & FF_DONT_FRAGMENT != 0) != whole:
+        udp_flush(p)
+        port.flags ^= FF_DONT_FRAGMENT
+        if v4:
+            set_option(port.sock, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DO if whole else IP_PMTUDISC_DONT)
+        if port.flags & FF_V6:
+            set_option(port.sock, IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_PMTUDISC_DO if whole else IPV6_PMTUDISC_WANT)
+
+
+cdef cmsghdr *control(UdpOut *o, int i, int level, int kind, size_t size) noexcept nogil:
+    """Append a control message of `size` bytes to message i."""
+    cdef msghdr *m = &o.msgs[i].msg_hdr
+    cdef cmsghdr *c = <cmsghdr *>(<uint8_t *>o.control[i] + m.msg_controllen)
+    m.msg_control = o.control[i]
+    m.msg_controllen += CMSG_SPACE(size)
+    memset(c, 0, CMSG_SPACE(size))
+    c.cmsg_len = CMSG_LEN(size)
+    c.cmsg_level = level
+    c.cmsg_type = kind
+    return c
+
+
+cdef void put_source(Plane *p, UdpOut *o, int i, Flow *port, Flow *f) noexcept nogil:
+    """Say which address and interface a message leaves from, where that is not the route's to say."""
+    cdef in_pktinfo *info4
+    cdef in6_pktinfo *info6
+    cdef bint v4 = is_v4(f.remote_addr)
+    cdef bint many = to_many(p, f.remote_addr)
+    cdef uint32_t index = 0
+    if many:
+        index = p.config.ifindex4 if v4 else p.config.ifindex
+    if is_unspecified(f.local_addr) and index == 0:
+        return
+    if port.flags & FF_V6:
+        info6 = <in6_pktinfo *>CMSG_DATA(control(o, i, IPPROTO_IPV6, IPV6_PKTINFO, sizeof(in6_pktinfo)))
+        memcpy(&info6.ipi6_addr, f.local_addr, 16)
+        info6.ipi6_ifindex = index
+    else:
+        info4 = <in_pktinfo *>CMSG_DATA(control(o, i, IPPROTO_IP, IP_PKTINFO, sizeof(in_pktinfo)))
+        memcpy(&info4.ipi_spec_dst, f.local_addr + 12, 4)
+        info4.ipi_ifindex = index
+
+
+cdef void put_segment(UdpOut *o, int i) noexcept nogil:
+    """Have the kernel cut message i up."""
+    cdef cmsghdr *c
+    if o.segments[i] > 1:
+        c = control(o, i, IPPROTO_UDP, UDP_SEGMENT, sizeof(uint16_t))
+        memcpy(CMSG_DATA(c), &o.segment[i], sizeof(uint16_t))
+
+
+cdef bint joins(UdpOut *o, Flow *port, uint32_t flow, uint32_t size) noexcept nogil:
+    """Whether a datagram can be one more segment of the last message."""
+    cdef int i = o.count - 1
+    if i < 0 or o.flows[i] != flow or size == 0 or port.flags & FF_NO_GSO:
+        return False
+    # The first that is shorter than the others is the last.
+    return (size <= o.segment[i] and o.sizes[i] == <uint32_t>o.segment[i] * o.segments[i]
+            and o.segments[i] < MAX_SEGMENTS and o.sizes[i] + size <= MAX_JOINED)
+
+
+cdef void collect(Plane *p, Flow *port, Flow *f, Packet *k) noexcept nogil:
+    """Add a datagram to those that leave at the end of the batch."""
+    cdef UdpOut *o = &p.udp_out
+    cdef uint32_t own = flow_index(p, port), flow = flow_index(p, f)
+    cdef bint v4 = is_v4(f.remote_addr)
+    cdef msghdr *m
+    cdef int n, i
+    if o.port != own:
+        udp_flush(p)
+        o.port = own
+    mark(p, port, k, v4)
+    n = packet_payload(k, 0, k.payload_size, o.iov + o.iovs, MAX_CHAIN - o.iovs)
+    if n < 0 or o.count == UDP_OUT:
+        udp_flush(p)
+        n = packet_payload(k, 0, k.payload_size, o.iov, MAX_CHAIN)
+    o.port = own    # a flush has forgotten it
+    if n < 0:
+        drop(p, DROP_MALFORMED)
+        return
+    if k.gso == 0 and joins(o, port, flow, k.payload_size):
+        i = o.count - 1
+        o.msgs[i].msg_hdr.msg_iovlen += n
+        o.sizes[i] += k.payload_size
+        o.segments[i] += 1
+        o.iovs += n
+        return
+    i = o.count
+    memset(&o.msgs[i], 0, sizeof(o.msgs[i]))
+    m = &o.msgs[i].msg_hdr
+    m.msg_iov = o.iov + o.iovs
+    m.msg_iovlen = n
+    m.msg_name = &o.names[i]
+    if port.flags & FF_V6:
+        m.msg_namelen = put_sockaddr6(<sockaddr_storage *>&o.names[i], f.remote_addr, f.remote_port, f.scope)
+    else:
+        m.msg_namelen = put_sockaddr(p, <sockaddr_storage *>&o.names[i], f.remote_addr, f.remote_port)
+    o.flows[i] = flow
+    o.sizes[i] = k.payload_size
+    o.segment[i] = <uint16_t>k.payload_size
+    o.segments[i] = 1
+    if k.gso and k.gso < k.payload_size:
+        o.segment[i] = k.gso
+        o.segments[i] = <uint16_t>((k.payload_size + k.gso - 1) // k.gso)
+    put_source(p, o, i, port, f)
+    o.iovs += n
+    o.count += 1
+
+
+cdef int send_apart(Plane *p, Flow *port, int i) noexcept nogil:
+    """Send the segments of message i one by one; how many went."""
+    cdef UdpOut *o = &p.udp_out
+    cdef msghdr m = o.msgs[i].msg_hdr
+    cdef iovec part[64]
+    cdef iovec *from_ = o.msgs[i].msg_hdr.msg_iov
+    cdef size_t have = o.msgs[i].msg_hdr.msg_iovlen, at = 0, take
+    cdef uint32_t left = o.sizes[i], want
+    cdef int n, sent = 0
+    # Without the last control message, which asks for the cut.
+    m.msg_controllen -= CMSG_SPACE(sizeof(uint16_t))
+    m.msg_iov = part
+    while left:
+        want = o.segment[i] if o.segment[i] < left else left
+        left -= want
+        n = 0
+        while want:
+            if n == 64 or have == 0:
+                return sent     # a datagram in more than 64 scraps: nobody sends such
+            take = from_.iov_len - at
+            if take > want:
+                take = want
+            part[n].iov_base = <uint8_t *>from_.iov_base + at
+            part[n].iov_len = take
+            n += 1
+            want -= <uint32_t>take
+            at += take
+            if at == from_.iov_len:
+                from_ += 1
+                have -= 1
+                at = 0
+        m.msg_iovlen = n
+        if sendmsg(port.sock, &m, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0:
+            sent += 1
+        elif errno == EMSGSIZE and port.flags & FF_DONT_FRAGMENT:
+            return sent         # the others would fare the same, and the guest is told once
+        elif sendmsg(port.sock, &m, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0:
+            sent += 1           # the error was that of an earlier datagram
+    return sent
+
+
+cdef void refused(Plane *p, Flow *port, int i, int why) noexcept nogil:
+    """The kernel does not take message i, for a reason that is its own."""
+    cdef UdpOut *o = &p.udp_out
+    cdef int sent
+    if o.segments[i] > 1 and (why == EINVAL or why == EIO or why == EMSGSIZE):
+        # Larger than the way allows, or an interface that cannot: as they were, then.
+        if why != EMSGSIZE:
+            port.flags |= FF_NO_GSO
+        sent = send_apart(p, port, i)
+        drop_all(p, DROP_SEND, o.segments[i] - sent)
+        return
+    drop_all(p, DROP_SEND, o.segments[i])
+    if why != EAGAIN and why != ENOBUFS and why != EMSGSIZE:   # of that the error queue tells (icmp.pyx)
+        unreachable_to_guest(p, &p.flows[o.flows[i]], why, o.msgs[i].msg_hdr.msg_iov,
+                             <int>o.msgs[i].msg_hdr.msg_iovlen)
+
+
+cdef void udp_flush(Plane *p) noexcept nogil:
+    cdef UdpOut *o = &p.udp_out
+    cdef Flow *port
+    cdef int i, n, why
+    cdef bint again = False
+    if o.port == NONE:
+        return
+    port = &p.flows[o.port]
+    for i in range(o.count):
+        put_segment(o, i)
+    i = 0
+    while i < o.count:
+        n = sendmmsg(port.sock, o.msgs + i, o.count - i, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n > 0:
+            i += n
+            again = False
+            continue
+        why = errno
+        if why == EINTR:
+            continue
+        if why != EAGAIN and not again:
+            again = True    # it may be an earlier datagram's error, which a call reports once
+            continue
+        refused(p, port, i, why)
+        i += 1
+        again = False
+    o.port = NONE
+    o.count = o.iovs = 0
+
+
+cdef void udp_from_guest(Plane *p, Packet *k) noexcept nogil:
+    cdef const uint8_t *u = k.header + k.l4
+    cdef uint16_t size
+    cdef Flow *f
+    if k.l4_size < UDP_HLEN:
+        drop(p, DROP_SHORT)
+        return
+    size = be16(u + 4)
+    if size < UDP_HLEN or size > k.l4_size or be16(u + 2) == 0:
+        drop(p, DROP_MALFORMED)
+        return
+    k.payload = k.l4 + UDP_HLEN
+    k.payload_size = size - UDP_HLEN
+    f = flow_of(p, k, be16(u), be16(u + 2))
+    if f == NULL:
+        return
+    f.flags |= FF_ANSWERED
+    udp_used(p, f)
+    collect(p, &p.flows[f.port], f, k)

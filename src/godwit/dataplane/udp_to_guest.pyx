@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""UDP from the host's sockets to the guest.
+
+Theory of operation. A port's socket is read with recvmmsg, many messages at
+once; where the kernel has joined datagrams of one sender (UDP_GRO) a message
+is several of them, which the guest gets as one frame if it can cut that up
+itself (VIRTIO_NET_F_GUEST_USO), else one by one. Messages lie in memory of our
+own first: their sizes are not known before, and one copy of a datagram costs
+much less than a call of the kernel's for each.
+
+What the guest's ring has no room for stays *in hand* (p.udp_in) until it has;
+there is one such batch, and while it is in hand no other is taken in. So
+little is taken from a socket before the guest can have it, and what overflows
+is the socket's own queue, where the kernel drops the newest.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.string cimport memcmp, memcpy, memset
+
+from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest
+from godwit.dataplane.flow cimport flow_close, flow_find, flow_index, flow_wait_ring
+from godwit.dataplane.host cimport get_sockaddr, guest_side, is_link_local6, is_unspecified, is_v4, map_v4, to_guest_name
+from godwit.dataplane.plane cimport (
+    DROP_NO_FLOW,
+    DROP_UNREACHABLE,
+    FF_ANY_PEER,
+    FF_FORWARD,
+    FF_V6,
+    FLOW_UDP,
+    NONE,
+    UDP_CONTROL,
+    UDP_IN,
+    UDP_SLOT,
+    Flow,
+    Plane,
+    UdpIn,
+    drop,
+)
+from godwit.dataplane.sys cimport (
+    CMSG_DATA,
+    CMSG_FIRSTHDR,
+    CMSG_NXTHDR,
+    EAGAIN,
+    EINTR,
+    ENOMEM,
+    IP_PKTINFO,
+    IP_TOS,
+    IPPROTO_IP,
+    IPPROTO_IPV6,
+    IPPROTO_UDP,
+    IPV6_PKTINFO,
+    IPV6_TCLASS,
+    MAP_ANONYMOUS,
+    MAP_FAILED,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    MSG_DONTWAIT,
+    PROT_READ,
+    PROT_WRITE,
+    UDP_GRO,
+    cmsghdr,
+    errno,
+    in6_pktinfo,
+    in_pktinfo,
+    mmap,
+    mmsghdr,
+    msghdr,
+    munmap,
+    put16,
+    recvmmsg,
+    sockaddr_in6,
+    sockaddr_storage,
+)
+from godwit.dataplane.udp cimport udp_add_peer, udp_peer, udp_used
+from godwit.dataplane.virtqueue cimport RX, queue_active, queue_pending
+
+cdef enum:
+    UDP_HLEN = 8
+    UDP_CSUM = 6        # offset of the checksum
+    ROUNDS = 4          # batches of one socket before the others have their turn
+    ERRORS = 64         # of earlier datagrams, in a row: each is reported by one call
+
+# What control messages said about a message.
+cdef struct Seen:
+    uint8_t tos
+    uint32_t segment        # bytes; 0: it is one datagram
+    uint8_t local_addr[16]  # where it was sent to; unspecified: not said
+
+
+cdef int udp_init(Plane *p) noexcept nogil:
+    cdef UdpIn *u = &p.udp_in
+    cdef int i
+    u.port = NONE
+    u.data = <uint8_t *>mmap(NULL, <size_t>UDP_IN * UDP_SLOT, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if u.data == MAP_FAILED:
+        u.data = NULL
+        return -ENOMEM
+    for i in range(UDP_IN):
+        u.iov[i].iov_base = u.data + i * UDP_SLOT
+        u.iov[i].iov_len = UDP_SLOT
+    return 0
+
+
+cdef void udp_free(Plane *p) noexcept nogil:
+    if p.udp_in.data != NULL:
+        munmap(p.udp_in.data, <size_t>UDP_IN * UDP_SLOT)
+        p.udp_in.data = NULL
+
+
+cdef int take_in(Plane *p, Flow *port, int most) noexcept nogil:
+    """Take messages from a port's socket in hand; how many, 0 if there are none."""
+    cdef UdpIn *u = &p.udp_in
+    cdef msghdr *m
+    cdef int i, n
+    for i in range(most):
+        m = &u.msgs[i].msg_hdr
+        m.msg_name = &u.names[i]
+        m.msg_namelen = sizeof(sockaddr_in6)
+        m.msg_iov = &u.iov[i]
+        m.msg_iovlen = 1
+        m.msg_control = u.control[i]
+        m.msg_controllen = UDP_CONTROL
+    for i in range(ERRORS):
+        n = recvmmsg(port.sock, u.msgs, most, MSG_DONTWAIT, NULL)
+        if n > 0:
+            u.port = flow_index(p, port)
+            u.generation = port.generation
+            u.count = n
+            u.next = 0
+            u.at = u.done = 0
+            return n
+        if n == 0 or errno == EAGAIN:
+            return 0
+        # Else it was an earlier datagram's error, which the error queue tells of, or a signal.
+    return 0
+
+
+cdef void look_at_control(msghdr *m, Seen *seen) noexcept nogil:
+    cdef cmsghdr *c = CMSG_FIRSTHDR(m)
+    cdef int value
+    memset(seen, 0, sizeof(Seen))
+    while c != NULL:
+        if c.cmsg_level == IPPROTO_UDP and c.cmsg_type == UDP_GRO:
+            memcpy(&value, CMSG_DATA(c), sizeof(int))
+            seen.segment = <uint32_t>value
+        elif c.cmsg_level == IPPROTO_IP and c.cmsg_type == IP_TOS:
+            seen.tos = CMSG_DATA(c)[0]
+        elif c.cmsg_level == IPPROTO_IPV6 and c.cmsg_type == IPV6_TCLASS:
+            memcpy(&value, CMSG_DATA(c), sizeof(int))
+            seen.tos = <uint8_t>value
+        elif c.cmsg_level == IPPROTO_IP and c.cmsg_type == IP_PKTINFO:
+            map_v4(seen.local_addr, <const uint8_t *>&(<in_pktinfo *>CMSG_DATA(c)).ipi_spec_dst)
+        elif c.cmsg_level == IPPROTO_IPV6 and c.cmsg_type == IPV6_PKTINFO:
+            memcpy(seen.local_addr, &(<in6_pktinfo *>CMSG_DATA(c)).ipi6_addr, 16)
+        c = CMSG_NXTHDR(m, c)
+
+
+cdef bint to_one(const uint8_t *addr) noexcept nogil:
+    """Whether an address can be a source as well: neither multicast nor broadcast."""
+    if is_v4(addr):
+        return 0 < addr[12] < 224
+    return addr[0] != 0xFF
+
+
+cdef Flow *known(Plane *p, Flow *port, const uint8_t *guest, const uint8_t *name, uint16_t name_port) noexcept nogil:
+    """The flow between these, if it is there; it is this port's from now on, if it was another's."""
+    cdef Flow *f = flow_find(p, FLOW_UDP, guest, port.guest_port, name, name_port)
+    cdef Flow *other
+    if f != NULL and f.port != flow_index(p, port):
+        other = &p.flows[f.port]
+        f.port = flow_index(p, port)
+        port.peers += 1
+        other.peers -= 1
+        if other.peers == 0 and not other.flags & FF_FORWARD:
+            flow_close(p, other)
+    return f
+
+
+cdef Flow *flow_from(Plane *p, Flow *port, int i, Seen *seen, uint8_t *guest, uint8_t *name) noexcept nogil:
+    """Whose message i is: the ends as the guest knows them, and the flow.
+
+    NULL: a message from nobody (`guest` is unspecified), or the table is full,
+    and it can be delivered all the same.
+    """
+    cdef sockaddr_in6 *sender = &p.udp_in.names[i]
+    cdef uint8_t remote[16]
+    cdef uint16_t remote_port
+    cdef Flow *f
+    memset(guest, 0, 16)
+    get_sockaddr(<sockaddr_storage *>sender, remote, &remote_port)
+    if not port.flags & (FF_FORWARD | FF_ANY_PEER):
+        f = udp_peer(p, port, remote, remote_port)
+        if f == NULL:
+            drop(p, DROP_NO_FLOW)
+            return NULL
+        memcpy(guest, f.guest_addr, 16)
+        memcpy(name, f.our_addr, 16)
+        return f
+    if port.flags & FF_FORWARD and is_unspecified(port.guest_addr):
+        memcpy(guest, guest_side(p, remote), 16)
+    elif is_v4(port.guest_addr) == is_v4(remote):
+        memcpy(guest, port.guest_addr, 16)
+    if is_unspecified(guest) or remote_port == 0 or not to_guest_name(p, remote, remote_port, name):
+        drop(p, DROP_UNREACHABLE)
+        memset(guest, 0, 16)
+        return NULL
+    f = udp_peer(p, port, remote, remote_port) if port.flags & FF_ANY_PEER else NULL
+    if f != NULL:
+        memcpy(name, f.our_addr, 16)
+    else:
+        f = known(p, port, guest, name, remote_port)
+    if f == NULL:
+        f = udp_add_peer(p, port, guest, port.guest_port, name, remote_port)
+        if f == NULL:
+            return NULL
+        f.flags = 0 if is_v4(guest) else FF_V6
+        memcpy(f.remote_addr, remote, 16)
+        f.remote_port = remote_port
+        f.scope = sender.sin6_scope_id if is_link_local6(remote) else 0
+    if port.flags & FF_FORWARD and to_one(seen.local_addr):
+        memcpy(f.local_addr, seen.local_addr, 16)   # the answer comes from where the question went
+    return f
+
+
+cdef bint deliver(Plane *p, Flow *port, int i) noexcept nogil:
+    """Message i to the guest, from where it was left off. False: its ring is short."""
+    cdef UdpIn *u = &p.udp_in
+    cdef uint32_t total = u.msgs[i].msg_len, each
+    cdef Seen seen
+    cdef Datagram d
+    cdef uint8_t guest[16]
+    cdef uint8_t name[16]
+    cdef uint8_t ignored[16]
+    cdef Flow *f
+    cdef uint16_t remote_port
+    cdef int result
+    look_at_control(&u.msgs[i].msg_hdr, &seen)
+    f = flow_from(p, port, i, &seen, guest, name)
+    if is_unspecified(guest):
+        return True
+    if f != NULL:
+        udp_used(p, f)
+    get_sockaddr(<sockaddr_storage *>&u.names[i], ignored, &remote_port)
+    d.v6 = not is_v4(guest)
+    d.tos = seen.tos
+    d.proto = IPPROTO_UDP
+    d.field = UDP_CSUM
+    d.saddr = name
+    d.daddr = guest
+    d.done = u.done
+    d.ident = u.ident
+    each = seen.segment if 0 < seen.segment < total else total
+    while True:
+        d.payload = u.data + i * UDP_SLOT + u.at
+        d.size = total - u.at
+        d.gso = 0
+        if d.size > each:
+            if p.guest_uso6 if d.v6 else p.guest_uso4:
+                d.gso = <uint16_t>each
+            else:
+                d.size = each
+        put16(d.header, remote_port)
+        put16(d.header + 2, port.guest_port)
+        put16(d.header + 4, <uint16_t>(UDP_HLEN + d.size))
+        result = datagram_to_guest(p, &d)
+        if result == RING_SHORT and d.gso:
+            d.gso = 0
+            d.size = each
+            put16(d.header + 4, <uint16_t>(UDP_HLEN + each))
+            result = datagram_to_guest(p, &d)
+        if result == RING_SHORT:
+            u.done = d.done
+            u.ident = d.ident
+            return False
+        u.at += d.size
+        d.done = u.done = 0
+        if u.at >= total:
+            return True
+
+
+cdef bint empty_hand(Plane *p) noexcept nogil:
+    """Deliver what is in hand. False: the guest's ring is short, the rest stays."""
+    cdef UdpIn *u = &p.udp_in
+    cdef Flow *port
+    if u.port == NONE:
+        return True
+    port = &p.flows[u.port]
+    if port.generation == u.generation and port.sock >= 0:
+        while u.next < u.count:
+            if not deliver(p, port, u.next):
+                return False
+            u.next += 1
+            u.at = u.done = 0
+    u.port = NONE
+    return True
+
+
+cdef void udp_from_sock(Plane *p, Flow *port) noexcept nogil:
+    cdef int i, most
+    for i in range(ROUNDS):
+        most = 0
+        if empty_hand(p) and queue_active(&p.queues[RX]):
+            most = queue_pending(&p.queues[RX])
+        if most <= 0:
+            flow_wait_ring(p, port)
+            return
+        if take_in(p, port, most if most < UDP_IN else UDP_IN) == 0:
+            return
+    if not empty_hand(p):
+        flow_wait_ring(p, port)
+        return
+    # More may wait: the edge is gone, so come again, whether or not the guest
+    # adds buffers meanwhile.
+    flow_wait_ring(p, port)
+    p.again = True
