@@ -142,8 +142,8 @@ cdef int datagram_to_guest(Plane *p, Datagram *d) noexcept nogil:
         return in_fragments(p, d, h, l4)
     capacity = rx_reserve(p, head + d.size)
     if capacity < head + d.size:
-        # Without mergeable buffers there is never more than the one.
-        return no_room(p, capacity == 0 or (p.mergeable and d.size <= SMALL))
+        # What can be cut up waits to be; and without mergeable buffers there is never more than the one.
+        return no_room(p, d.gso or capacity == 0 or (p.mergeable and d.size <= SMALL))
     copy_out(p, head, d.payload, d.size)
     put_l4(p, h, d, l4, False)
     if d.gso:

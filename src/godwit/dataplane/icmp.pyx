@@ -403,7 +403,7 @@ cdef void pass_on(Plane *p, Flow *f, sock_extended_err *e, const uint8_t *quoted
     error_to_guest(p, f, source, kind, code, info, quoted, size)
 
 
-cdef void errors_from_sock(Plane *p, Flow *f) noexcept nogil:
+cdef void errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil:
     cdef uint8_t quoted[QUOTED6 + ICMP_HLEN]
     cdef uint64_t room[ERROR_CONTROL]   # aligned as control messages have to be
     cdef sockaddr_storage name
@@ -446,6 +446,8 @@ cdef void errors_from_sock(Plane *p, Flow *f) noexcept nogil:
                 continue
             get_sockaddr(&name, remote, &port)
             about = udp_peer(p, f, remote, port)
+            if port == 0 and sending != NULL and memcmp(remote, sending.remote_addr, 16) == 0:
+                about = sending     # IPv4's own errors do not say the port where the socket is not connected
         if about != NULL:
             pass_on(p, about, e, quoted, <uint32_t>n)
 

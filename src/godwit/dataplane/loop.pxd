@@ -8,4 +8,4 @@ from godwit.dataplane.plane cimport Plane
 # Runs until p.stop_wanted; 0, or a negative error number.
 cdef int loop_run(Plane *p) noexcept nogil
 cdef void loop_wake(Plane *p) noexcept nogil
-cdef uint64_t clock_ms() noexcept nogil
+cdef uint64_t clock_ms(Plane *p) noexcept nogil

@@ -71,10 +71,10 @@ cdef enum:
     RING_ROUNDS = 8
 
 
-cdef uint64_t clock_ms() noexcept nogil:
+cdef uint64_t clock_ms(Plane *p) noexcept nogil:
     cdef timespec ts
     clock_gettime(CLOCK_MONOTONIC, &ts)
-    return <uint64_t>ts.tv_sec * 1000 + ts.tv_nsec // 1000000
+    return <uint64_t>ts.tv_sec * 1000 + ts.tv_nsec // 1000000 + p.ahead
 
 
 cdef void loop_wake(Plane *p) noexcept nogil:
@@ -145,7 +145,7 @@ cdef void flow_event(Plane *p, uint64_t data, uint32_t events) noexcept nogil:
         tcp_from_sock(p, f, events)
         return
     if f.sock >= 0 and events & EPOLLERR:
-        errors_from_sock(p, f)
+        errors_from_sock(p, f, NULL)
     datagrams_from_sock(p, f)
 
 
@@ -181,7 +181,7 @@ cdef int loop_run(Plane *p) noexcept nogil:
         n = epoll_wait(p.epfd, events, EVENTS, 0 if p.again else timeout_ms(p))
         if n < 0 and errno != EINTR:
             return -errno
-        p.now = clock_ms()
+        p.now = clock_ms(p)
         woken = False
         if p.again:
             frames_from_guest(p)
@@ -222,7 +222,7 @@ cdef int loop_run(Plane *p) noexcept nogil:
                     pass
                 if p.stop_wanted:
                     return 0    # what control was about to change is half changed
-                p.now = clock_ms()
+                p.now = clock_ms(p)
                 # What control changed may have made something possible.
                 frames_from_guest(p)
                 settle(p)

@@ -316,6 +316,7 @@ cdef struct Plane:
     int rare_event              # eventfd: frames wait for the control thread
     int spare                   # a descriptor to give up, so that one connection can be refused when none is left
     uint64_t now                # ms
+    uint64_t ahead              # of the system's clock, ms: not 0 in tests only
     bint park_wanted
     bint stop_wanted
     bint again                  # work was left for the next turn, which begins at once

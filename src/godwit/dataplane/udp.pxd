@@ -22,8 +22,8 @@ cdef void udp_prepare(int fd, bint v6, bint v4, bint forwarded) noexcept nogil
 # The flow of a datagram (or of an error about one) between a port and a peer
 # of the host's side; NULL: there is none.
 cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote_port) noexcept nogil
-# A new one. NULL: the table is full.
+# A new one. NULL: as many are there as there may be, more if it is the guest that sends.
 cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, uint16_t guest_port,
-                        const uint8_t *our_addr, uint16_t our_port) noexcept nogil
+                        const uint8_t *our_addr, uint16_t our_port, bint from_outside) noexcept nogil
 # The flow was used: it lives for so much longer.
 cdef void udp_used(Plane *p, Flow *f) noexcept nogil

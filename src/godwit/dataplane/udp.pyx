@@ -37,7 +37,7 @@ from godwit.dataplane.host cimport (
     to_guest_name,
     to_host,
 )
-from godwit.dataplane.icmp cimport unreachable_to_guest
+from godwit.dataplane.icmp cimport errors_from_sock, unreachable_to_guest
 from godwit.dataplane.packet cimport Packet, packet_payload
 from godwit.dataplane.plane cimport (
     DROP_MALFORMED,
@@ -215,11 +215,11 @@ cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote
 
 
 cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, uint16_t guest_port,
-                        const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
+                        const uint8_t *our_addr, uint16_t our_port, bint from_outside) noexcept nogil:
     cdef Flow *f
     # They take no descriptor, but a place in the table: TCP shall always find
     # one, and so shall the guest, whatever comes in from outside.
-    if p.open_peers >= (p.max_flows >> 2 if port.flags & FF_FORWARD else p.max_flows >> 1):
+    if p.open_peers >= (p.max_flows >> 2 if from_outside else p.max_flows >> 1):
         return NULL
     f = flow_new(p, FLOW_UDP, guest_addr, guest_port, our_addr, our_port)
     if f == NULL:
@@ -258,7 +258,7 @@ cdef Flow *flow_of(Plane *p, Packet *k, uint16_t guest_port, uint16_t our_port) 
     port = port_for(p, k, guest_port, host)
     if port == NULL:
         return NULL
-    f = udp_add_peer(p, port, k.saddr, guest_port, k.daddr, our_port)
+    f = udp_add_peer(p, port, k.saddr, guest_port, k.daddr, our_port, False)
     if f == NULL:
         drop(p, DROP_TABLE_FULL)
         if port.peers == 0 and not port.flags & FF_FORWARD:
@@ -441,7 +441,8 @@ cdef int send_apart(Plane *p, Flow *port, int i) noexcept nogil:
         m.msg_iovlen = n
         if sendmsg(port.sock, &m, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0:
             sent += 1
-        elif errno == EMSGSIZE and port.flags & FF_DONT_FRAGMENT:
+        elif errno == EMSGSIZE:
+            errors_from_sock(p, port, &p.flows[o.flows[i]])
             return sent         # the others would fare the same, and the guest is told once
         elif sendmsg(port.sock, &m, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0:
             sent += 1           # the error was that of an earlier datagram
@@ -460,7 +461,9 @@ cdef void refused(Plane *p, Flow *port, int i, int why) noexcept nogil:
         drop_all(p, DROP_SEND, o.segments[i] - sent)
         return
     drop_all(p, DROP_SEND, o.segments[i])
-    if why != EAGAIN and why != ENOBUFS and why != EMSGSIZE:   # of that the error queue tells (icmp.pyx)
+    if why == EMSGSIZE:
+        errors_from_sock(p, port, &p.flows[o.flows[i]])     # they say what would fit
+    elif why != EAGAIN and why != ENOBUFS:
         unreachable_to_guest(p, &p.flows[o.flows[i]], why, o.msgs[i].msg_hdr.msg_iov,
                              <int>o.msgs[i].msg_hdr.msg_iovlen)
 

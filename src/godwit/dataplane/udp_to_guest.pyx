@@ -211,7 +211,7 @@ cdef Flow *flow_from(Plane *p, Flow *port, int i, Seen *seen, uint8_t *guest, ui
     else:
         f = known(p, port, guest, name, remote_port)
     if f == NULL:
-        f = udp_add_peer(p, port, guest, port.guest_port, name, remote_port)
+        f = udp_add_peer(p, port, guest, port.guest_port, name, remote_port, True)
         if f == NULL:
             return NULL
         f.flags = 0 if is_v4(guest) else FF_V6
