@@ -16,7 +16,7 @@ from godwit.lab.netns import Namespace
 
 from .driver import FULL, Family, Frame, Guest, address, is_echo_reply, pattern
 from .test_datagram import Peer, is_udp, meet
-from .test_udp import forwarded
+from .test_udp import forwarded, sent_until_refused
 
 UNREACHABLE, TIME_EXCEEDED = 3, 11
 NEAR4, ROUTER4, FAR4 = "198.51.100.1", "198.51.100.2", "203.0.113.9"
@@ -209,8 +209,7 @@ def test_guest_closes_its_port(guest: Guest, family: Family, peer: Peer) -> None
     guest.barrier()
     assert guest.engine.counters()["flows"] == 0
     with pytest.raises(ConnectionRefusedError):
-        for _ in range(100):
-            peer.sock.send(b"too late")
+        sent_until_refused(peer.sock)
 
 
 def test_other_peers_keep_the_port(guest: Guest, family: Family, peer: Peer) -> None:

@@ -180,10 +180,14 @@ def test_times(guest: Guest, family: Family, peer: Peer) -> None:
     guest.barrier()
     assert guest.engine.counters()["flows"] == 0
     peer.write(b"late")  # the socket is closed, and the kernel says so
+    peer.sock.connect(peer.guest)
     with pytest.raises(ConnectionRefusedError):
-        peer.sock.connect(peer.guest)
-        for _ in range(100):
-            peer.sock.send(b"late")
+        sent_until_refused(peer.sock)
+
+
+def sent_until_refused(sock: socket.socket) -> None:
+    for _ in range(100):
+        sock.send(b"too late")
 
 
 def test_flow_that_the_guest_never_answers(guest: Guest, family: Family, peer: Peer) -> None:
