@@ -43,10 +43,10 @@ def peer(family: Family) -> Iterator[Peer]:
 def part(guest: Guest, family: Family, ident: int, offset: int, more: bool, data: bytes, proto: int = 17) -> bytes:
     """One fragment of the guest's."""
     if family.v6:
-        ip = IPv6(src=family.guest, dst=family.gateway, nh=44)
+        head = IPv6(src=family.guest, dst=family.gateway, nh=44)
         return bytes(
             Ether(src=GUEST_MAC, dst=OUR_MAC)
-            / ip
+            / head
             / IPv6ExtHdrFragment(id=ident, offset=offset // 8, m=int(more), nh=proto)
             / Raw(data)
         )
