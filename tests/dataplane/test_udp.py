@@ -165,6 +165,22 @@ def test_flood_from_outside_leaves_room_for_the_guest(family: Family) -> None:
             assert one.guest[1] == port
 
 
+def test_next_guest_gets_nothing_of_the_last(family: Family, peer: Peer) -> None:
+    """Neither what waits at a forwarded port, nor what was taken from it and found no room."""
+    with Guest(rx=((2048,),)) as guest, forwarded(guest, family, 9) as port:
+        guest.refill = False
+        for n in range(20):
+            peer.sock.sendto(bytes([n]), (family.loopback, port))
+        assert guest.receive(is_udp).payload == b"\0"
+        guest.barrier()
+        guest.engine.close_flows()
+        for _ in range(30):
+            guest.post((2048,))
+        assert guest.look(is_udp, 0.05) is None
+        peer.sock.sendto(b"new", (family.loopback, port))
+        assert guest.receive(is_udp).payload == b"new"
+
+
 # ---- how long it is remembered
 
 

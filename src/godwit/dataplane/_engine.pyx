@@ -67,6 +67,7 @@ from godwit.dataplane.plane cimport (
     FLOW_UDP_PORT,
     MAX_MAPS,
     NONE,
+    PARTIALS,
     RARE_FRAME,
     RARE_SLOTS,
     Carry,
@@ -121,7 +122,7 @@ from godwit.dataplane.sys cimport (
 )
 from godwit.dataplane.tcp cimport tcp_abort, tcp_drop_socket, tcp_hurry, tcp_local_end, tcp_refuse_waiting, tcp_reset, tcp_resume
 from godwit.dataplane.udp cimport PORT_FORWARDED, PORT_FORWARDED_AT, udp_prepare
-from godwit.dataplane.udp_to_guest cimport udp_free, udp_init
+from godwit.dataplane.udp_to_guest cimport udp_drain, udp_free, udp_init
 from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, RX, Queue, queue_map, queue_seen
 
 from godwit.dataplane.state import FlowState, Observed, Side
@@ -926,7 +927,8 @@ cdef class Engine:
             self.p.flow_limit = min(most, self.p.max_flows)
 
     def close_flows(self):
-        """Close every flow: the guest is gone. TCP peers are reset, and those that wait to be accepted.
+        """Close every flow: the guest is gone. TCP peers are reset, and those that wait to be accepted; datagrams that
+        wait are forgotten.
 
         But for connections that the guest itself has closed: their last bytes still go.
         """
@@ -943,6 +945,11 @@ cdef class Engine:
                     flow_close(self.p, &self.p.flows[i])    # the kernel sends what the guest has left
                 elif self.p.flows[i].kind == FLOW_UDP or self.p.flows[i].kind == FLOW_PING:
                     flow_close(self.p, &self.p.flows[i])
+                elif self.p.flows[i].kind == FLOW_UDP_PORT and self.p.flows[i].flags & FF_FORWARD:
+                    udp_drain(self.p, &self.p.flows[i])
+            self.p.udp_in.port = NONE
+            for j in range(PARTIALS):
+                self.p.fragments.partials[j].used = False
 
     def flows(self):
         """All flows, as dictionaries, for people to read. Parks the thread."""

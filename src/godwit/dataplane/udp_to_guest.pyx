@@ -55,6 +55,7 @@ from godwit.dataplane.sys cimport (
     MAP_NORESERVE,
     MAP_PRIVATE,
     MSG_DONTWAIT,
+    MSG_TRUNC,
     PROT_READ,
     PROT_WRITE,
     UDP_GRO,
@@ -67,6 +68,7 @@ from godwit.dataplane.sys cimport (
     msghdr,
     munmap,
     put16,
+    recv,
     recvmmsg,
     sockaddr_in6,
     sockaddr_storage,
@@ -78,6 +80,7 @@ cdef enum:
     UDP_HLEN = 8
     UDP_CSUM = 6        # offset of the checksum
     ROUNDS = 4          # batches of one socket before the others have their turn
+    DRAIN = 100000      # more datagrams than a queue holds
     ERRORS = 64         # of earlier datagrams, in a row: each is reported by one call
 
 # What control messages said about a message.
@@ -294,6 +297,14 @@ cdef bint empty_hand(Plane *p) noexcept nogil:
             u.at = u.done = 0
     u.port = NONE
     return True
+
+
+cdef void udp_drain(Plane *p, Flow *port) noexcept nogil:
+    cdef int i
+    p.udp_in.port = NONE
+    for i in range(DRAIN):
+        if recv(port.sock, NULL, 0, MSG_DONTWAIT | MSG_TRUNC) < 0 and errno == EAGAIN:
+            return
 
 
 cdef void udp_from_sock(Plane *p, Flow *port) noexcept nogil:
