@@ -2,9 +2,10 @@
 """The daemon's options: one table, read by both commands that start it.
 
 Names and meanings are passt's (passt(1)), since libvirt, QEMU and KubeVirt
-pass those. An option of passt that godwit cannot honour yet stands in the
-table too, so that it is refused by name and not as a misspelling; so do
-pasta's, which mean nothing here.
+pass those. An option of passt that godwit does not have stands in the table
+too, so that it is refused by name, with the reason, and not as a misspelling;
+so do pasta's, which mean nothing here. ``docs/passt-options.md`` compares them
+all.
 
 A row that is honoured names the field of `Options` or of its ``net`` that it
 sets. `parse` does the rest: what spans several options, and where the two commands differ
@@ -30,6 +31,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 LOG_SIZE_DEFAULT = 1 << 20
 LOG_SIZE_MIN = 4096
+IFNAMSIZ = 16  # with its NUL
 SUN_PATH_MAX = 107  # unix(7), less the final NUL
 
 
@@ -69,12 +71,17 @@ class Options:
     debug: bool = False
     trace: bool = False
     quiet: bool = False
+    pcap: str | None = None
+    stats: int = 0  # seconds between two reports at least; 0 for none
     repair_path: str | None = None
     migrate_version: int = 2
+    migrate_exit: bool = False
+    migrate_linger: bool = True
     virtio_features: VirtioFeatures = VirtioFeatures.FULL
     net: NetOptions = field(default_factory=NetOptions)
     tcp_ports: Forwards = field(default_factory=Forwards)
     udp_ports: Forwards = field(default_factory=Forwards)
+    freebind: bool = False
     tcp: bool = True
     udp: bool = True
     icmp: bool = True
@@ -147,6 +154,12 @@ def _address_and_length(text: str) -> tuple[Address, int | None]:
     return parsed, _number(f"prefix length for IPv{parsed.version}", 1, most)(length) if slash else None
 
 
+def _interface(text: str) -> str:
+    if not 0 < len(os.fsencode(text)) < IFNAMSIZ or "/" in text or any(map(str.isspace, text)):
+        _wrong(f"{text!r} is not the name of an interface")
+    return text
+
+
 def _address_or_none(text: str) -> Address | None:
     """An address; None for the word or the empty text that switches the option off."""
     return None if text in ("", "none") else _address(text)
@@ -185,7 +198,8 @@ class Kind(enum.Enum):
     OFF = enum.auto()  # no argument, clears the field
     VALUE = enum.auto()  # the last one given counts
     LIST = enum.auto()  # each one given is added
-    LATER = enum.auto()  # passt's, not supported yet: refused by name
+    NOTHING = enum.auto()  # passt's, accepted, and there is nothing to do
+    REFUSED = enum.auto()  # passt's, not to be had here: refused by name, with the reason in ``help``
     PASTA = enum.auto()  # pasta's, means nothing for a guest: refused by name
 
 
@@ -201,12 +215,13 @@ class Row:
     help: str = ""
 
 
-def _refused(kind: Kind, names: str) -> list[Row]:
-    """Rows for options that are refused; ``NAME=`` takes an argument."""
+def _pastas(names: str) -> list[Row]:
+    """Rows for options of pasta's; ``NAME=`` takes an argument."""
     rows = []
     for group in names.split():
         metavar = "ARG" if group.endswith("=") else ""
-        rows.append(Row(tuple(group.rstrip("=").split("|")), kind, metavar=metavar))
+        reason = "an option of pasta, it means nothing for a guest"
+        rows.append(Row(tuple(group.rstrip("=").split("|")), Kind.PASTA, metavar=metavar, help=reason))
     return rows
 
 
@@ -230,8 +245,24 @@ TABLE: tuple[Row, ...] = (
     Row(("-d", "--debug"), Kind.ON, "debug", help="log more"),
     Row(("--trace",), Kind.ON, "trace", help="log even more"),
     Row(("-q", "--quiet"), Kind.ON, "quiet", help="log errors only"),
+    Row(("-p", "--pcap"), Kind.VALUE, "pcap", "FILE", _path, "write the guest's frames to this file, in pcap format"),
+    Row(
+        ("--stats",),
+        Kind.VALUE,
+        "stats",
+        "SECONDS",
+        _number("time in seconds", 0, 1 << 30),
+        "log what the data plane has done, so often at most; 0 for never",
+    ),
     Row(("--repair-path",), Kind.VALUE, "repair_path", "PATH", _repair_path, "the repair helper's socket, or none"),
     Row(("--migrate-version",), Kind.VALUE, "migrate_version", "N", _migrate_version, "device state to write: 2"),
+    Row(("--migrate-exit",), Kind.ON, "migrate_exit", help="end when the guest has moved away"),
+    Row(
+        ("--migrate-no-linger",),
+        Kind.OFF,
+        "migrate_linger",
+        help="when the guest has moved away, close the sockets of its connections at once",
+    ),
     Row(
         ("--virtio-features",),
         Kind.VALUE,
@@ -241,7 +272,10 @@ TABLE: tuple[Row, ...] = (
         "offer all features, or only what passt has too, for guests that move to passt",
     ),
     Row(("-m", "--mtu"), Kind.VALUE, "mtu", "BYTES", _mtu, "announce this MTU to the guest; 0 for none"),
-    Row(("-i", "--interface"), Kind.VALUE, "interface", "NAME", str, "take addresses and routes from here"),
+    Row(("-i", "--interface"), Kind.VALUE, "interface", "NAME", _interface, "take addresses and routes from here"),
+    Row(("-o", "--outbound"), Kind.LIST, "outbound", "ADDR", _address, "the source of what leaves the host"),
+    Row(("--outbound-if4",), Kind.VALUE, "outbound_if4", "NAME", _interface, "IPv4 leaves the host through here"),
+    Row(("--outbound-if6",), Kind.VALUE, "outbound_if6", "NAME", _interface, "IPv6 leaves the host through here"),
     Row(("-a", "--address"), Kind.LIST, "address", "ADDR[/LEN]", _address_and_length, "an address of the guest"),
     Row(("-n", "--netmask"), Kind.VALUE, "netmask", "MASK", _checked(parse_prefix_len), "the IPv4 address's mask"),
     Row(("-g", "--gateway"), Kind.LIST, "gateway", "ADDR", _address, "the guest's default gateway"),
@@ -252,6 +286,7 @@ TABLE: tuple[Row, ...] = (
     Row(("--fqdn",), Kind.VALUE, "fqdn", "NAME", str, "the guest's full domain name"),
     Row(("-t", "--tcp-ports"), Kind.LIST, "tcp_ports", "SPEC", str, "forward TCP ports to the guest: see below"),
     Row(("-u", "--udp-ports"), Kind.LIST, "udp_ports", "SPEC", str, "forward UDP ports, in the same way"),
+    Row(("--freebind",), Kind.ON, "freebind", help="listen also on addresses that the host does not have (yet)"),
     Row(("--no-map-gw",), Kind.OFF, "map_gw", help="do not map the gateway's address to the host's loopback"),
     Row(
         ("--map-host-loopback",),
@@ -275,15 +310,18 @@ TABLE: tuple[Row, ...] = (
     Row(("--no-ra",), Kind.OFF, "ra", help="no router advertisements"),
     Row(("--no-dhcp-dns",), Kind.OFF, "tell_dns", help="announce no resolvers"),
     Row(("--no-dhcp-search",), Kind.OFF, "tell_search", help="announce no search list"),
-    *_refused(
-        Kind.LATER,
-        "-p|--pcap= --stats= -o|--outbound= --outbound-if4= --outbound-if6= --migrate-exit --migrate-no-linger"
-        " --freebind",
+    Row(("-e", "--stderr"), Kind.NOTHING),  # without effect in passt, too
+    Row(("--chroot-fallback",), Kind.NOTHING),  # how passt hides the file system from itself
+    Row(
+        ("-c", "--conf-path"),
+        Kind.REFUSED,
+        metavar="PATH",
+        help="there is no socket for pesto(1), which is experimental: give the forwards at the start, with -t and -u",
     ),
-    *_refused(
-        Kind.PASTA,
-        "-I|--ns-ifname= -T|--tcp-ns= -U|--udp-ns= --userns= --netns= --netns-only --no-netns-quit --config-net"
-        " --no-copy-routes --no-copy-addrs --ns-mac-addr= --no-splice --splice-only --host-lo-to-ns-lo",
+    *_pastas(
+        "-I|--ns-ifname= -T|--tcp-ns= -U|--udp-ns= --userns= --netns= --netns-only --no-netns-quit --no-pidns"
+        " --config-net --no-copy-routes --no-copy-addrs --ns-mac-addr= --no-splice --splice-only --host-lo-to-ns-lo"
+        " --dhcp-dns --dhcp-search"
     ),
 )
 
@@ -319,12 +357,13 @@ def _add(parser: argparse.ArgumentParser, row: Row) -> None:
             parser.add_argument(
                 *row.names, dest=row.field, action=action, type=row.convert, metavar=row.metavar, help=row.help
             )
-        case Kind.LATER | Kind.PASTA:
-            why = "not supported yet" if row.kind is Kind.LATER else "an option of pasta, it means nothing for a guest"
+        case Kind.NOTHING:
+            parser.add_argument(*row.names, action="store_true", dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        case Kind.REFUSED | Kind.PASTA:
             parser.add_argument(
                 *row.names,
                 action=_Refuse,
-                const=why,
+                const=row.help,
                 nargs=1 if row.metavar else 0,
                 dest=argparse.SUPPRESS,
                 help=argparse.SUPPRESS,
@@ -377,6 +416,9 @@ def _by_family(option: str, addresses: Sequence[Address]) -> dict[str, Address]:
     return found
 
 
+_MAPPED = ("map_host", "map_guest", "dns_forward", "dns_host")
+
+
 def _net(given: dict[str, Any]) -> NetOptions:
     """The options that `godwit.net` reads."""
     values: dict[str, Any] = {f.name: given[f.name] for f in fields(NetOptions) if given.get(f.name) is not None}
@@ -388,7 +430,7 @@ def _net(given: dict[str, Any]) -> NetOptions:
     for address, length in pairs:
         if length is not None:
             values[f"prefix_len{address.version}"] = length
-    lists = {name: given[name] or [] for name in ("gateway", "map_host", "map_guest", "dns_forward", "dns_host")}
+    lists = {name: given[name] or [] for name in ("gateway", "outbound", *_MAPPED)}
     lists["address"] = [address for address, _ in pairs]
     if None in lists["map_host"]:
         values["map_gw"] = False

@@ -78,6 +78,10 @@ class NetOptions:
     """What the command line overrides. None: taken from the host. An empty ``dns`` or ``search``: none."""
 
     interface: str | None = None
+    outbound4: IPv4Address | None = None  # the source of what the guest sends, where it leaves the host
+    outbound6: IPv6Address | None = None
+    outbound_if4: str | None = None  # the interface through which it leaves
+    outbound_if6: str | None = None
     address4: IPv4Address | None = None
     prefix_len4: int | None = None
     address6: IPv6Address | None = None
