@@ -252,7 +252,7 @@ def test_a_host_mtu_below_what_ipv6_needs() -> None:
     [
         ({"interface": "eth9"}, "there is no interface 'eth9' (--interface); there are: lo, eth0, eth1"),
         ({"ipv4": False, "ipv6": False}, "both IPv4 and IPv6 are switched off"),
-        ({"mtu": 1279}, "MTU 1279 is out of range"),
+        ({"mtu": 67}, "MTU 67 is out of range"),
         ({"mtu": 65521}, "MTU 65521 is out of range"),
         ({"mtu": -1}, "MTU -1 is out of range"),
         ({"prefix_len4": 33}, "prefix length 33 is out of range"),

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from godwit import __version__
 from godwit.daemon.errors import OptionError
-from godwit.net.config import MAX_MTU, MIN_MTU, NetConfigError, NetOptions, parse_mac, parse_prefix_len
+from godwit.net.config import MAX_MTU, MIN_MTU4, NetConfigError, NetOptions, parse_mac, parse_prefix_len
 from godwit.net.forward import ForwardError, Forwards, parse_forwards
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -118,7 +118,7 @@ def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def _mtu(text: str) -> int:
     if text == "0":  # passt's way to say: announce none
         return 0
-    return _number("MTU", MIN_MTU, MAX_MTU)(text)
+    return _number("MTU", MIN_MTU4, MAX_MTU)(text)
 
 
 def _path(text: str) -> str:
@@ -165,9 +165,9 @@ def _address_or_none(text: str) -> Address | None:
     return None if text in ("", "none") else _address(text)
 
 
-def _words(text: str) -> tuple[str, ...]:
-    """A list separated by spaces; empty for the word or the empty text that switches the option off."""
-    return () if text.strip() == "none" else tuple(text.split())
+def _words(text: str) -> tuple[str, ...] | None:
+    """A list separated by spaces; None for the word or the empty text that switches the option off."""
+    return None if text.strip() in ("", "none") else tuple(text.split())
 
 
 def _choice(kind: type[enum.Enum]) -> Callable[[str], Any]:
@@ -196,6 +196,7 @@ class Kind(enum.Enum):
 
     ON = enum.auto()  # no argument, sets the field
     OFF = enum.auto()  # no argument, clears the field
+    SET = enum.auto()  # no argument, sets the field to ``const``; of several such rows the last one given counts
     VALUE = enum.auto()  # the last one given counts
     LIST = enum.auto()  # each one given is added
     NOTHING = enum.auto()  # passt's, accepted, and there is nothing to do
@@ -213,6 +214,7 @@ class Row:
     metavar: str = ""
     convert: Callable[[str], Any] = str
     help: str = ""
+    const: object = None
 
 
 def _pastas(names: str) -> list[Row]:
@@ -242,9 +244,9 @@ TABLE: tuple[Row, ...] = (
         _number("size of a log", LOG_SIZE_MIN, 1 << 40),
         f"limit of the log file's size ({LOG_SIZE_DEFAULT})",
     ),
-    Row(("-d", "--debug"), Kind.ON, "debug", help="log more"),
-    Row(("--trace",), Kind.ON, "trace", help="log even more"),
-    Row(("-q", "--quiet"), Kind.ON, "quiet", help="log errors only"),
+    Row(("-d", "--debug"), Kind.SET, "verbosity", help="log more", const="debug"),
+    Row(("--trace",), Kind.SET, "verbosity", help="log even more", const="trace"),
+    Row(("-q", "--quiet"), Kind.SET, "verbosity", help="log errors only", const="quiet"),
     Row(("-p", "--pcap"), Kind.VALUE, "pcap", "FILE", _path, "write the guest's frames to this file, in pcap format"),
     Row(
         ("--stats",),
@@ -299,8 +301,8 @@ TABLE: tuple[Row, ...] = (
     Row(("--map-guest-addr",), Kind.LIST, "map_guest", "ADDR", _address_or_none, "map this address to the host's own"),
     Row(("--dns-forward",), Kind.LIST, "dns_forward", "ADDR", _address, "map this address to the host's resolver"),
     Row(("--dns-host",), Kind.LIST, "dns_host", "ADDR", _address, "the host's resolver"),
-    Row(("-4", "--ipv4-only"), Kind.OFF, "ipv6", help="no IPv6"),
-    Row(("-6", "--ipv6-only"), Kind.OFF, "ipv4", help="no IPv4"),
+    Row(("-4", "--ipv4-only"), Kind.SET, "family", help="no IPv6", const=4),
+    Row(("-6", "--ipv6-only"), Kind.SET, "family", help="no IPv4", const=6),
     Row(("--no-tcp",), Kind.OFF, "tcp", help="no TCP"),
     Row(("--no-udp",), Kind.OFF, "udp", help="no UDP"),
     Row(("--no-icmp",), Kind.OFF, "icmp", help="no ICMP and ICMPv6 echo"),
@@ -352,6 +354,8 @@ def _add(parser: argparse.ArgumentParser, row: Row) -> None:
             parser.add_argument(*row.names, dest=row.field, action="store_true", help=row.help)
         case Kind.OFF:
             parser.add_argument(*row.names, dest=row.field, action="store_false", help=row.help)
+        case Kind.SET:
+            parser.add_argument(*row.names, dest=row.field, action="store_const", const=row.const, help=row.help)
         case Kind.VALUE | Kind.LIST:
             action = "append" if row.kind is Kind.LIST else "store"
             parser.add_argument(
@@ -406,49 +410,45 @@ def parser(dialect: Dialect) -> argparse.ArgumentParser:
     return made
 
 
-def _by_family(option: str, addresses: Sequence[Address]) -> dict[str, Address]:
-    """Addresses by ``4`` and ``6``; two of a family are an error."""
-    found: dict[str, Address] = {}
-    for address in addresses:
-        if str(address.version) in found:
-            raise OptionError(f"{option}: more than one IPv{address.version} address")
-        found[str(address.version)] = address
-    return found
+def _since_none(given: Sequence[Any]) -> list[Any]:
+    """What was given after the last None, the word that takes back all before it."""
+    last = max((at for at, one in enumerate(given) if one is None), default=-1)
+    return list(given[last + 1 :])
 
 
 _MAPPED = ("map_host", "map_guest", "dns_forward", "dns_host")
 
 
 def _net(given: dict[str, Any]) -> NetOptions:
-    """The options that `godwit.net` reads."""
+    """The options that `godwit.net` reads. Of several addresses of a family the last one counts, as with passt."""
     values: dict[str, Any] = {f.name: given[f.name] for f in fields(NetOptions) if given.get(f.name) is not None}
+    if given["family"] is not None:
+        values["ipv6" if given["family"] == 4 else "ipv4"] = False
     if "dns" in values:
-        values["dns"] = tuple(address for address in values["dns"] if address is not None)
+        values["dns"] = tuple(_since_none(values["dns"]))
     if "search" in values:
-        values["search"] = tuple(name for names in values["search"] for name in names)
+        values["search"] = tuple(name for names in _since_none(values["search"]) for name in names)
     pairs = given["address"] or []
     for address, length in pairs:
-        if length is not None:
-            values[f"prefix_len{address.version}"] = length
+        values[f"prefix_len{address.version}"] = length
     lists = {name: given[name] or [] for name in ("gateway", "outbound", *_MAPPED)}
     lists["address"] = [address for address, _ in pairs]
     if None in lists["map_host"]:
         values["map_gw"] = False
     for name, addresses in lists.items():
         option = {"map_host": "--map-host-loopback", "map_guest": "--map-guest-addr"}.get(name, f"--{name}")
-        for family, address in _by_family(
-            option.replace("_", "-"), [address for address in addresses if address is not None]
-        ).items():
-            if not values[f"ipv{family}"]:
-                raise OptionError(f"{option}: {address} is given, but IPv{family} is switched off")
-            values[f"{name}{family}"] = address
+        for address in _since_none(addresses):
+            if not values.get(f"ipv{address.version}", True):
+                raise OptionError(
+                    f"{option.replace('_', '-')}: {address} is given, but IPv{address.version} is switched off"
+                )
+            values[f"{name}{address.version}"] = address
     if given["netmask"] is not None:
         if not 1 <= given["netmask"] <= 32:
             raise OptionError(f"--netmask: {given['netmask']} is out of range for IPv4: 1 to 32")
-        if "address4" not in values:
-            raise OptionError("--netmask needs an IPv4 --address")
-        if values.setdefault("prefix_len4", given["netmask"]) != given["netmask"]:
+        if (values.get("prefix_len4") or given["netmask"]) != given["netmask"]:
             raise OptionError("--netmask and the prefix length of --address differ")
+        values["prefix_len4"] = given["netmask"]
     return NetOptions(**values)
 
 
@@ -462,12 +462,14 @@ def _cross_check(options: Options) -> None:
         raise OptionError("--socket and --fd exclude each other")
     if options.dialect is Dialect.GODWIT and not options.socket and options.fd is None:
         raise OptionError("one of --socket PATH and --fd N is needed")
-    if not options.net.ipv4 and not options.net.ipv6:
-        raise OptionError("-4 and -6 exclude each other")
-    if options.quiet and (options.debug or options.trace):
-        raise OptionError("--quiet and --debug exclude each other")
-    if options.log_file and options.log_file == options.pid:
-        raise OptionError("--log-file and --pid name the same file")
+    for protocol, on in (("tcp", options.tcp), ("udp", options.udp)):
+        if not on and getattr(options, f"{protocol}_ports"):
+            raise OptionError(f"--{protocol}-ports and --no-{protocol} exclude each other")
+    names = {"--log-file": options.log_file, "--pid": options.pid, "--pcap": options.pcap, "--socket": options.socket}
+    owners: dict[str, str] = {}
+    for option, path in names.items():
+        if path is not None and owners.setdefault(path, option) != option:
+            raise OptionError(f"{owners[path]} and {option} name the same file")
 
 
 def parse(argv: Sequence[str], dialect: Dialect) -> Options:
@@ -487,6 +489,8 @@ def parse(argv: Sequence[str], dialect: Dialect) -> Options:
         # Its guests must be able to move to passt.
         values.setdefault("virtio_features", VirtioFeatures.PASST)
     values["one_off"] |= "fd" in values
+    if given["verbosity"] is not None:
+        values[given["verbosity"]] = True
     options = Options(dialect=dialect, net=_net(given), **values)
     _cross_check(options)
     return options

@@ -46,6 +46,7 @@ FALLBACK_LINK_LOCAL = IPv6Address("fe80::1")
 
 MAX_MTU = 65520  # an Ethernet payload whose length fits 16 bits with its header, rounded down
 MIN_MTU = 1280  # RFC 8200, section 5
+MIN_MTU4 = 68  # RFC 791, 3.2
 LEASE_SECONDS = 3600  # finite, so that a renewal tells the guest of a change on the host
 DNS_PORTS = (53, 853)
 
@@ -238,8 +239,8 @@ def choose(options: NetOptions, host: HostNetwork, resolv: Resolv) -> NetConfig:
 def _check(options: NetOptions) -> None:
     if not options.ipv4 and not options.ipv6:
         raise NetConfigError("both IPv4 and IPv6 are switched off; leave out one of --ipv4-only and --ipv6-only")
-    if options.mtu is not None and options.mtu != 0 and not MIN_MTU <= options.mtu <= MAX_MTU:
-        raise NetConfigError(f"MTU {options.mtu} is out of range; use {MIN_MTU} to {MAX_MTU}, or 0 to tell none")
+    if options.mtu is not None and options.mtu != 0 and not MIN_MTU4 <= options.mtu <= MAX_MTU:
+        raise NetConfigError(f"MTU {options.mtu} is out of range; use {MIN_MTU4} to {MAX_MTU}, or 0 to tell none")
     for length, most in ((options.prefix_len4, 32), (options.prefix_len6, 128)):
         if length is not None and not 0 < length <= most:
             raise NetConfigError(f"prefix length {length} is out of range; use 1 to {most}")
