@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import resource
 import socket
 from collections.abc import Iterator
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
 from hypothesis import given
@@ -21,11 +20,13 @@ from godwit.net.forward import (
     Forwards,
     Listener,
     Place,
-    close_listeners,
     ephemeral_ports,
     open_listeners,
     parse_forwards,
+    share,
 )
+
+IPAddress = IPv4Address | IPv6Address
 
 EPHEMERAL = (32768, 60999)
 V4 = ip_address("192.0.2.1")
@@ -37,8 +38,8 @@ def parse(*specs: str) -> list[Forward]:
     return list(parse_forwards(specs, ephemeral=EPHEMERAL).ranges)
 
 
-def weak(first: int, last: int, place: Place | None = None) -> Forward:
-    return Forward(first, last, first, place or Place(), None, True)
+def weak(first: int, last: int, place: Place | None = None, to: IPAddress | None = None) -> Forward:
+    return Forward(first, last, first, place or Place(), to, True)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,21 @@ def weak(first: int, last: int, place: Place | None = None) -> Forward:
         ("80-81,90:10.0.2.15/8080", [Forward(80, 81, 80), Forward(90, 90, 8080, Place(), INNER)]),
         ("192.0.2.1/80-81:10.0.2.15/90-91", [Forward(80, 81, 90, Place(V4), INNER)]),
         ("80:[2001:db8::1]/8080", [Forward(80, 80, 8080, Place(), V6)]),
-        ("192.0.2.1%br-lan.7/80:[2001:db8::1]/8080", [Forward(80, 80, 8080, Place(V4, "br-lan.7"), V6)]),
+        ("2001:db8::1%br-lan.7/80:[2001:db8::1]/8080", [Forward(80, 80, 8080, Place(V6, "br-lan.7"), V6)]),
+        ("80:10.0.2.15", [Forward(80, 80, 80, Place(), INNER)]),
+        ("80-82:10.0.2.15,90", [Forward(80, 82, 80, Place(), INNER), Forward(90, 90, 90)]),
+        ("80:2001:db8::1", [Forward(80, 80, 80, Place(), V6)]),
+        ("80:[2001:db8::1]", [Forward(80, 80, 80, Place(), V6)]),
+        ("80:[fe80::1]/81", [Forward(80, 80, 81, Place(), ip_address("fe80::1"))]),
+        ("80:2001:db8::1/81", [Forward(81, 81, 81, Place(ip_address("80:2001:db8::1")))]),  # for passt, too
+        ("80:0.0.0.0", [Forward(80, 80, 80)]),
+        ("127.0.0.6/80:[::]/81", [Forward(80, 80, 81, Place(ip_address("127.0.0.6")))]),
+        ("all:10.0.2.15", [weak(1, 32767, to=INNER), weak(61000, 65535, to=INNER)]),
+        ("127.0.0.6/all:10.0.2.15,~1-65000", [weak(65001, 65535, Place(ip_address("127.0.0.6")), INNER)]),
+        ("all,22:2222,~1-65000", [weak(65001, 65535)]),
+        ("~1-65000,all,22", [weak(65001, 65535)]),
+        ("70-80:2070-2080,~70-79,all", [Forward(80, 80, 2080), weak(1, 69), weak(80, 32767), weak(61000, 65535)]),
+        ("/22", [Forward(22, 22, 22)]),
     ],
 )
 def test_good(spec: str, expected: list[Forward]) -> None:
@@ -110,17 +125,22 @@ def test_good(spec: str, expected: list[Forward]) -> None:
         ("~22:23", "the excluded 22 cannot have a target"),
         ("22,~22", "leave nothing to forward"),
         ("~1-65535", "leave nothing to forward"),
-        ("all,22", "'all' is not a port"),
-        ("all,~22,23", "'all' is not a port"),
-        ("all,all", "'all' is not a port"),
         ("127.0.0.1:2222:22", "the host's address stands before a slash: 127.0.0.1/2222:22"),
         ("[::1]:2222:22", "the host's address stands before a slash: [::1]/2222:22"),
         ("127.0.0.1:80", "the host's address stands before a slash: 127.0.0.1/80"),
         ("3022-3030/3025", "the guest's ports stand behind a colon: 2222:22"),
         ("22/tcp", "before a slash stands an address of the host"),
         ("auto", "is not for a guest"),
-        ("192.0.2.1/none", "takes no address"),
-        ("/22", "an address or %interface is missing"),
+        ("22,auto", "is not for a guest"),
+        ("192.0.2.1/none", "'none' stands alone"),
+        ("22,none", "'none' stands alone"),
+        ("~all", "'all' is not a port"),
+        ("all:80", "'80' is not an IP address"),
+        ("all:10.0.2.15/80", "'10.0.2.15/80' is not an IP address"),
+        ("192.0.2.1/80:2001:db8::1", "192.0.2.1 and 2001:db8::1 are of different IP versions"),
+        ("[2001:db8::1]/80:10.0.2.15/80", "2001:db8::1 and 10.0.2.15 are of different IP versions"),
+        ("80:224.0.0.1/80", "224.0.0.1 is a multicast address"),
+        ("80:[fe80::1%eth0]/80", "names an interface"),
         ("%/22", "'' is not the name of an interface"),
         ("%0123456789abcdef/22", "'0123456789abcdef' is not the name of an interface"),
         ("192.0.2.256/22", "'192.0.2.256' is not an IP address"),
@@ -128,7 +148,6 @@ def test_good(spec: str, expected: list[Forward]) -> None:
         ("224.0.0.1/22", "224.0.0.1 is a multicast address"),
         ("192.0.2.1/", "a port is missing"),
         ("80:10.0.2.300/80", "'10.0.2.300' is not an IP address"),
-        ("80:10.0.2.15", "'10.0.2.15' is not a port"),
         ("[::1/22", "'[::1' is not an IP address"),
     ],
 )
@@ -139,16 +158,42 @@ def test_bad(spec: str, reason: str) -> None:
 
 
 def test_several_specs_add_up_and_the_strict_ones_come_first() -> None:
-    assert parse("all", "22:2222", "%eth0/22") == [
+    assert parse("all", "22:2222", "%eth0/23") == [
         Forward(22, 22, 2222),
-        Forward(22, 22, 22, Place(None, "eth0")),
+        Forward(23, 23, 23, Place(None, "eth0")),
         weak(1, 32767),
         weak(61000, 65535),
     ]
     with pytest.raises(ForwardError, match="port 22 is forwarded twice"):
         parse("22", "20-30")
-    with pytest.raises(ForwardError, match="'none' does not go together"):
-        parse("none", "22")
+    with pytest.raises(ForwardError, match="'none' takes back nothing"):
+        parse("22", "none")
+    assert parse("none", "22") == [Forward(22, 22, 22)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "twice"),
+    [
+        ("22", "22", True),
+        ("22", "192.0.2.1/22", True),
+        ("0.0.0.0/22", "192.0.2.1/22", True),
+        ("22", "%eth0/22", True),
+        ("192.0.2.1/22", "%eth0/22", True),
+        ("22", "22:10.0.2.15", True),
+        ("192.0.2.1/22", "192.0.2.2/22", False),
+        ("192.0.2.1%eth0/22", "192.0.2.1%eth1/22", False),
+        ("0.0.0.0/22", "::/22", False),
+        ("22:10.0.2.15", "22:2001:db8::1", False),
+        ("22", "all", False),
+        ("all", "all", False),
+    ],
+)
+def test_the_host_cannot_listen_twice_on_a_port(first: str, second: str, twice: bool) -> None:
+    if not twice:
+        assert len(parse(first, second)) > 1
+        return
+    with pytest.raises(ForwardError, match="port 22 is forwarded twice"):
+        parse(first, second)
 
 
 def test_target_and_count() -> None:
@@ -184,7 +229,8 @@ def test_any_text_parses_or_says_why(text: str) -> None:
 def listeners() -> Iterator[list[Listener]]:
     found: list[Listener] = []
     yield found
-    close_listeners(found)
+    for one in found:
+        os.close(one.fd)
 
 
 def free_port(family: socket.AddressFamily = socket.AF_INET6, kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
@@ -227,6 +273,29 @@ def test_an_address_and_an_interface(listeners: list[Listener], address: str) ->
     socket.create_connection((address, port), timeout=5).close()
     with socket.socket(fileno=os.dup(listeners[0].fd)) as sock:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"lo"
+
+
+@pytest.mark.parametrize(("address", "good", "bad"), [("10.0.2.15", "127.0.0.1", "::1"), (V6, "::1", "127.0.0.1")])
+def test_a_targets_ip_version_is_listened_for(listeners: list[Listener], address: str, good: str, bad: str) -> None:
+    port = free_port()
+    listeners += open_listeners(parse_forwards(f"{port}:[{address}]/80"))
+    assert listeners[0].to_address == ip_address(address)
+    socket.create_connection((good, port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((bad, port), timeout=5)
+
+
+@pytest.mark.parametrize("address", ["192.0.2.199", "2001:db8::199"])
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_freebind_listens_on_an_address_that_may_come(
+    listeners: list[Listener], address: str, kind: socket.SocketKind
+) -> None:
+    forwards = parse_forwards(f"{address}/4444")
+    with pytest.raises(ForwardError, match="--freebind listens all the same"):
+        open_listeners(forwards, kind=kind)
+    listeners += open_listeners(forwards, kind=kind, freebind=True)
+    with socket.socket(fileno=os.dup(listeners[0].fd)) as sock:
+        assert sock.getsockname()[:2] == (address, 4444)
 
 
 def test_udp_is_bound(listeners: list[Listener]) -> None:
@@ -288,11 +357,51 @@ def test_too_many_ports_for_the_limit_of_open_files() -> None:
     assert descriptors() == before_fds
 
 
+def test_of_all_ports_so_many_are_opened_as_may_be() -> None:
+    """The lowest; those that must be opened are, whatever the number."""
+    before = descriptors()
+    forwards = parse_forwards(["127.0.0.1/all", "127.0.0.2/50000-50009"], ephemeral=(20000, 60999))
+    found = open_listeners(forwards, most=110)
+    ports = [one.port for one in found]
+    assert (len(found), ports[:10]) == (110, list(range(50000, 50010)))
+    assert ports[10:] == sorted(ports[10:])
+    low = [one.first for one in forwards.ranges if one.weak]
+    assert low[0] <= ports[10] < ports[-1] < 20000
+    assert found.left_out + ports[-1] == 19999 + 65536 - 61000
+    assert descriptors() == before + 110
+    found.close()
+    found.close()
+    assert descriptors() == before
+    with pytest.raises(ForwardError, match="port 50000"), socket.create_server(("127.0.0.2", 50000)):
+        open_listeners(forwards, most=1)
+    assert descriptors() == before
+
+
+def test_all_ports_do_with_the_descriptors_that_there_are() -> None:
+    before, before_fds = resource.getrlimit(resource.RLIMIT_NOFILE), descriptors()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        found = open_listeners(parse_forwards("127.0.0.1/all", ephemeral=EPHEMERAL))
+        assert 200 < len(found) <= 256
+        assert found.left_out > 30000
+        found.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert descriptors() == before_fds
+
+
+@pytest.mark.parametrize(
+    ("tcp", "udp", "expected"), [("all", "all", 500), ("all", "none", 1000), ("none", "all", 500), ("all", "1-9", 991)]
+)
+def test_two_protocols_share_the_descriptors(tcp: str, udp: str, expected: int) -> None:
+    assert share(parse_forwards(tcp), parse_forwards(udp), 1000) == expected
+
+
 def test_an_address_of_a_family_that_is_off() -> None:
-    with pytest.raises(ForwardError, match="IPv4 is off") as caught:
+    with pytest.raises(ForwardError, match=r"port 4444: IPv4 is off, and 127\.0\.0\.1 needs it"):
         open_listeners(parse_forwards("127.0.0.1/4444"), ipv4=False)
-    assert isinstance(caught.value.__cause__, OSError)
-    assert caught.value.__cause__.errno == errno.EAFNOSUPPORT
+    with pytest.raises(ForwardError, match="port 4444: IPv6 is off, and 2001:db8::1 needs it"):
+        open_listeners(parse_forwards("4444:2001:db8::1"), ipv6=False)
 
 
 def test_a_restart_does_not_meet_its_own_old_connections(listeners: list[Listener]) -> None:
@@ -305,6 +414,6 @@ def test_a_restart_does_not_meet_its_own_old_connections(listeners: list[Listene
     accepted.close()  # our side first: it is the one in TIME_WAIT
     client.recv(1)
     client.close()
-    close_listeners(listeners)
+    os.close(listeners[0].fd)
     listeners[:] = open_listeners(parse_forwards(str(port)))
     assert listeners

@@ -12,7 +12,7 @@ import os
 import threading
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.flow cimport (
@@ -610,21 +610,14 @@ cdef class Engine:
             if kind == SOCK_DGRAM:
                 self._forward(fd, guest_port, guest_addr or bytes(16))
                 return
-            for i in range(self.p.listener_count):
-                if self.p.listeners[i].fd < 0:
-                    break
-            else:
-                i = self.p.listener_count
-                grown = <Listener *>calloc(i + 64, sizeof(Listener)) if i % 64 == 0 else self.p.listeners
+            i = self.p.listener_count
+            if i & (i - 1) == 0:    # room for twice as many, each time
+                grown = <Listener *>realloc(self.p.listeners, (2 * i if i else 1) * sizeof(Listener))
                 if grown == NULL:
                     raise MemoryError
-                if grown != self.p.listeners:
-                    if i:
-                        memcpy(grown, self.p.listeners, i * sizeof(Listener))
-                    free(self.p.listeners)
-                    self.p.listeners = grown
-                self.p.listener_count += 1
+                self.p.listeners = grown
             copy_bytes(self.p.listeners[i].guest_addr, guest_addr or bytes(16), 16, "address")
+            self.p.listener_count += 1
             self.p.listeners[i].fd = fd
             self.p.listeners[i].guest_port = guest_port
             ev.events = EPOLLIN
@@ -666,6 +659,12 @@ cdef class Engine:
         f.sock = fd
         udp_prepare(fd, v6, not v6 or not only, True)
         check(flow_watch(self.p, f), "UDP socket")
+
+    def listen_many(self, sockets):
+        """`listen` for each (descriptor, port of the guest's, address or None). The thread stops once."""
+        with self.parked():
+            for fd, guest_port, guest_addr in sockets:
+                self.listen(fd, guest_port, guest_addr)
 
     def listeners(self):
         """The descriptors of the listening sockets, those of forwarded UDP ports not among them."""

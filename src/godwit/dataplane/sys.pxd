@@ -148,6 +148,7 @@ cdef extern from "<sys/socket.h>" nogil:
     size_t CMSG_SPACE(size_t n)
     int socket(int domain, int type, int protocol)
     int bind(int fd, const sockaddr *addr, socklen_t n)
+    int listen(int fd, int backlog)
     int connect(int fd, const sockaddr *addr, socklen_t n)
     int accept4(int fd, sockaddr *addr, socklen_t *n, int flags)
     int shutdown(int fd, int how)
@@ -206,11 +207,11 @@ cdef extern from "<netinet/in.h>" nogil:
         in6_addr sin6_addr
         uint32_t sin6_scope_id
     enum:
+        IPPROTO_IP
         IPPROTO_TCP
         IPPROTO_UDP
         IPPROTO_ICMP
         IPPROTO_ICMPV6
-        IPPROTO_IP
         IPPROTO_IPV6
         IP_BIND_ADDRESS_NO_PORT
         IP_MTU_DISCOVER
@@ -233,6 +234,7 @@ cdef extern from "<netinet/in.h>" nogil:
         IPV6_TCLASS
         IPV6_UNICAST_HOPS
         IPV6_V6ONLY
+        IP_FREEBIND
     cdef struct in_pktinfo:
         int ipi_ifindex
         in_addr ipi_spec_dst
@@ -272,6 +274,9 @@ cdef extern from *:
     #ifndef TCP_RTO_MAX_MS
     #define TCP_RTO_MAX_MS 44
     #endif
+    #ifndef IPV6_FREEBIND
+    #define IPV6_FREEBIND 78
+    #endif
     #ifndef SO_MEMINFO
     #define SO_MEMINFO 55
     #endif
@@ -304,6 +309,7 @@ cdef extern from *:
     { __atomic_store_n((uint32_t *)p, v, __ATOMIC_RELEASE); }
     """
     enum:
+        IPV6_FREEBIND
         SO_MEMINFO
         TCP_RTO_MAX_MS
     uint16_t be16 "gw_be16"(const void *p) nogil

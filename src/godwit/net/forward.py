@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Port forwards from the host to the guest: the SPEC of ``-t`` and ``-u``, and their sockets.
 
-    SPEC   := none | [PLACE/] all {, ~first[-last]} | [PLACE/] item {, item}
+    SPEC   := none | [[PLACE]/] item {, item}
     PLACE  := ADDR | [ADDR]%DEV            where the host listens
-    item   := [~] first[-last] [:[ADDR/]to[-tolast]]
+    item   := ~first[-last]
+            | all [:ADDR]
+            | first[-last] [:ADDR | :[ADDR/]to[-tolast]]
 
 ``~`` takes ports out of what the same SPEC forwards; a SPEC of nothing but
-these (``all`` may stand before them) forwards all others. ``all``, alone or so implied, leaves out the ports
+these forwards all others. ``all``, written or so implied, leaves out the ports
 that the host hands out to its own connections (ephemeral), and a port of it
-that is taken is passed over. An IPv6 address may stand in brackets; behind a
-colon it must.
+that is taken is passed over. An ADDR behind a colon is where in the guest's
+network the port leads, if not to the guest; where the host then listens
+without an ADDR of its own, it does so for that one's IP version. An IPv6
+address may stand in brackets.
 
 Forwards are kept as ranges, never port by port.
 """
@@ -21,21 +25,25 @@ import os
 import re
 import resource
 import socket
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
+
+from godwit.dataplane.listen import open_ports
 
 IPAddress = IPv4Address | IPv6Address
 
 MAX_PORT = 65535
 EPHEMERAL_PATH = "/proc/sys/net/ipv4/ip_local_port_range"
 DEFAULT_EPHEMERAL = (32768, 60999)  # the kernel's, where procfs does not say
-BACKLOG = 1024
 IFNAMSIZ = 16  # with its zero byte
 
 # As Docker writes it, ADDR:PORT:PORT; an address in brackets is one of IPv6.
 _COLON_FOR_SLASH = re.compile(r"([0-9]+(?:\.[0-9]+){3}|\[[0-9A-Fa-f:.]+\]):([0-9].*)")
+# Ports, a colon, and the beginning of a target address.
+_TARGET = re.compile(r"(?:[~0-9,:-]*[0-9]|(?:.*,)?all):")
 _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 
 
@@ -102,66 +110,73 @@ def parse_forwards(specs: str | Iterable[str], *, ephemeral: tuple[int, int] | N
     ``ephemeral`` is the host's range, first and last; read from procfs if None.
     """
     ranges: list[Forward] = []
-    texts = [specs] if isinstance(specs, str) else list(specs)
-    for text in texts:
+    for text in [specs] if isinstance(specs, str) else specs:
         if text == "none":
-            if len(texts) > 1:
-                raise ForwardError("'none' does not go together with other port forwards")
+            if ranges:
+                raise ForwardError("'none' takes back nothing: it stands alone, or first")
             continue
         for new in _parse_spec(text, ephemeral):
             for old in ranges:
-                if not new.weak and not old.weak and old.place == new.place and _overlap(old, new):
+                if not new.weak and not old.weak and _conflict(old, new):
                     raise ForwardError(f"{text!r}: port {max(old.first, new.first)} is forwarded twice")
             ranges.append(new)
     ranges.sort(key=lambda one: one.weak)
     return Forwards(tuple(ranges))
 
 
-def _overlap(one: Forward, other: Forward) -> bool:
-    return one.first <= other.last and other.first <= one.last
+def _version(one: Forward) -> int | None:
+    """The IP version for which a forward listens; None for both."""
+    address = one.place.address or one.to_address
+    return None if address is None else address.version
+
+
+def _conflict(one: Forward, other: Forward) -> bool:
+    """Whether the host would have to listen twice on a port."""
+    if one.first > other.last or other.first > one.last:
+        return False
+    for mine, theirs in (
+        (_version(one), _version(other)),
+        (one.place.address, other.place.address),
+        (one.place.device, other.place.device),
+    ):
+        if mine is not None and theirs is not None and mine != theirs and not _is_any(mine) and not _is_any(theirs):
+            return False
+    return True
+
+
+def _is_any(what: object) -> bool:
+    return isinstance(what, IPv4Address | IPv6Address) and what.is_unspecified
 
 
 def _parse_spec(text: str, ephemeral: tuple[int, int] | None) -> Iterator[Forward]:
     if (misread := _COLON_FOR_SLASH.fullmatch(text)) is not None:
         raise ForwardError(f"{text!r}: the host's address stands before a slash: {misread[1]}/{misread[2]}")
-    head, slash, rest = text.partition("/")
-    # A slash after a colon belongs to a target address: 80:10.0.0.1/80. In an
-    # IPv6 address before the slash every colon has another one or brackets.
-    if slash and not _is_target(head):
-        place, body = _parse_place(text, head), rest
-    else:
-        place, body = Place(), text
-    if body == "all":
-        body = ""
-        items: list[tuple[bool, int, int, int, IPAddress | None]] = []
-    elif body in ("none", "auto"):
-        why = "takes no address or interface" if body == "none" else "is not for a guest; use 'all' or list the ports"
-        raise ForwardError(f"{text!r}: {body!r} {why}")
-    else:
-        words = body.split(",")
-        if words[0] == "all" and all(word.startswith("~") for word in words[1:]):
-            del words[0]  # what nothing but exceptions means by itself
-        items = [_parse_item(text, item) for item in words]
-    excluded = [(first, last) for negative, first, last, _, _ in items if negative]
-    chosen = [item[1:] for item in items if not item[0]]
-    weak = not chosen
-    if weak:
-        excluded.append(ephemeral or ephemeral_ports())
-        chosen = [(1, MAX_PORT, 1, None)]
+    place, body = _split_place(text)
+    items = [_parse_item(text, item) for item in body.split(",")]
+    excluded = [(one.first, one.last) for one in items if one.negative]
+    chosen = [one for one in items if not one.negative]
+    if not chosen:
+        chosen.append(_Item(1, MAX_PORT, 1, weak=True))
     found = False
-    for first, last, to_first, to_address in chosen:
-        for part_first, part_last in _without(first, last, excluded):
+    for one in chosen:
+        if one.to_address is not None and place.address is not None and one.to_address.version != place.address.version:
+            raise ForwardError(f"{text!r}: {place.address} and {one.to_address} are of different IP versions")
+        left_out = [*excluded, ephemeral or ephemeral_ports()] if one.weak else excluded
+        for first, last in _without(one.first, one.last, left_out):
             found = True
-            yield Forward(part_first, part_last, to_first + part_first - first, place, to_address, weak)
+            yield Forward(first, last, one.to_first + first - one.first, place, one.to_address, one.weak)
     if not found:
         raise ForwardError(f"{text!r}: the excluded ports leave nothing to forward")
 
 
-def _is_target(head: str) -> bool:
-    """Whether the text before the first slash ends in ports, a colon and a target address."""
-    return re.match(r"[~0-9,:-]*[0-9]:[0-9.]+\Z|[~0-9,:-]*[0-9]:\[[^\]]*\]\Z", head) is not None and not _is_address(
-        head
-    )
+def _split_place(text: str) -> tuple[Place, str]:
+    """Where the host listens, and the rest."""
+    head, slash, rest = text.partition("/")
+    # A slash after a colon belongs to a target address: 80:10.0.0.1/80. In an
+    # IPv6 address before the slash there is a colon, too.
+    if not slash or (_TARGET.match(head) and not _is_address(head)):
+        return Place(), text
+    return _parse_place(text, head), rest
 
 
 def _is_address(text: str) -> bool:
@@ -182,39 +197,65 @@ def _parse_place(text: str, head: str) -> Place:
     address = _parse_address(text, address_text) if address_text else None
     if percent and not (0 < len(device) < IFNAMSIZ and re.fullmatch(r"[^\s/]+", device)):
         raise ForwardError(f"{text!r}: {device!r} is not the name of an interface")
-    if not address_text and not percent:
-        raise ForwardError(f"{text!r}: an address or %interface is missing before the '/'")
     return Place(address, device or None)
 
 
+def _bare(word: str) -> str:
+    return word[1:-1] if word.startswith("[") and word.endswith("]") else word
+
+
 def _parse_address(text: str, word: str) -> IPAddress:
-    bare = word[1:-1] if word.startswith("[") and word.endswith("]") else word
     try:
-        address = ip_address(bare)
+        address = ip_address(_bare(word))
     except ValueError:
         raise ForwardError(f"{text!r}: {word!r} is not an IP address") from None
+    if isinstance(address, IPv6Address) and address.scope_id is not None:
+        raise ForwardError(f"{text!r}: {word} names an interface, which has no place here")
     if address.is_multicast:
         raise ForwardError(f"{text!r}: {word} is a multicast address")
     return address
 
 
-def _parse_item(text: str, item: str) -> tuple[bool, int, int, int, IPAddress | None]:
-    """Whether it excludes, first and last port, first target port, target address."""
+class _Item(NamedTuple):
+    """One of the comma-separated parts of a SPEC."""
+
+    first: int
+    last: int
+    to_first: int
+    to_address: IPAddress | None = None
+    negative: bool = False
+    weak: bool = False
+
+
+def _parse_item(text: str, item: str) -> _Item:
     negative = item.startswith("~")
     source, colon, target = item.removeprefix("~").partition(":")
+    if negative and colon:
+        raise ForwardError(f"{text!r}: the excluded {source} cannot have a target")
+    if source in ("none", "auto"):
+        why = "stands alone" if source == "none" else "is not for a guest; use 'all' or list the ports"
+        raise ForwardError(f"{text!r}: {source!r} {why}")
+    if source == "all" and not negative:
+        return _Item(1, MAX_PORT, 1, _target_address(text, target) if colon else None, weak=True)
     first, last = _parse_ports(text, source)
     if not colon:
-        return negative, first, last, first, None
-    if negative:
-        raise ForwardError(f"{text!r}: the excluded {source} cannot have a target")
+        return _Item(first, last, first, negative=negative)
+    if _is_address(_bare(target)):
+        return _Item(first, last, first, _target_address(text, target))
     address_text, slash, ports = target.rpartition("/")
-    address = _parse_address(text, address_text) if slash else None
+    address = _target_address(text, address_text) if slash else None
     to_first, to_last = _parse_ports(text, ports)
     if to_last - to_first != last - first:
         raise ForwardError(
             f"{text!r}: {source} is {last - first + 1} ports, but its target {ports} is {to_last - to_first + 1}"
         )
-    return negative, first, last, to_first, address
+    return _Item(first, last, to_first, address)
+
+
+def _target_address(text: str, word: str) -> IPAddress | None:
+    """Where a port leads; None for the guest, which the unspecified address means, too."""
+    address = _parse_address(text, word)
+    return None if address.is_unspecified else address
 
 
 def _parse_ports(text: str, word: str) -> tuple[int, int]:
@@ -253,86 +294,117 @@ def ephemeral_ports() -> tuple[int, int]:
     return first, last
 
 
+class Listeners:
+    """The sockets of the forwards of one protocol. Whoever has it owns the descriptors."""
+
+    def __init__(self, opened: Iterable[tuple[Forward, array[int]]] = (), left_out: int = 0) -> None:
+        self._opened = list(opened)
+        self.left_out = left_out  # ports of ``all`` for which no descriptor was to be had
+
+    def __len__(self) -> int:
+        return sum(1 for _, fds in self._opened for fd in fds if fd >= 0)
+
+    def __iter__(self) -> Iterator[Listener]:
+        for forward, fds in self._opened:
+            for at, fd in enumerate(fds):
+                if fd >= 0:
+                    yield Listener(fd, forward.first + at, forward.to_first + at, forward.to_address)
+
+    def close(self) -> None:
+        """Close the descriptors. May be repeated."""
+        for one in self:
+            os.close(one.fd)
+        self._opened.clear()
+
+
+_SCARCE = (errno.EMFILE, errno.ENFILE)
+
+
 def open_listeners(
-    forwards: Forwards, *, kind: socket.SocketKind = socket.SOCK_STREAM, ipv4: bool = True, ipv6: bool = True
-) -> list[Listener]:
+    forwards: Forwards,
+    *,
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+    ipv4: bool = True,
+    ipv6: bool = True,
+    freebind: bool = False,
+    most: int = MAX_PORT,
+) -> Listeners:
     """Open the sockets of ``forwards``: SOCK_STREAM ones listen, SOCK_DGRAM ones are bound.
 
-    Without an address, one socket takes IPv4 and IPv6 where both are on. The
-    caller owns the descriptors, which are non-blocking. Raises ForwardError,
-    with nothing left open, for a port that cannot be had, or where not one
-    port of a weak forward can.
+    Without an address, one socket takes IPv4 and IPv6 where both are on.
+    ``freebind``: also on addresses that the host does not have. The descriptors
+    are non-blocking. Raises ForwardError, with nothing left open, for a port
+    that cannot be had, or where not one port of a weak forward can. Weak forwards
+    open no more sockets than there are ``most`` in all, the lowest ports first.
     """
-    opened: list[Listener] = []
+    opened: list[tuple[Forward, array[int]]] = []
+    count = left_out = 0
+    weak: dict[Place, tuple[int, int]] = {}  # ports open or left out, and an error
     try:
-        weak: dict[Place, tuple[int, OSError | None]] = {}
         for one in forwards.ranges:
-            count, failure = 0, None
-            for port in range(one.first, one.last + 1):
-                try:
-                    fd = _open(one.place, port, kind, ipv4, ipv6)
-                except OSError as error:
-                    if not one.weak:
-                        raise ForwardError(_reason(one.place, port, error, forwards.ports)) from error
-                    failure = error
-                    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                        raise ForwardError(_reason(one.place, port, error, forwards.ports)) from error
-                    continue
-                opened.append(Listener(fd, port, one.to_first + port - one.first, one.to_address))
-                count += 1
+            fds = _open(one, kind, ipv4, ipv6, freebind, max(0, most - count) if one.weak else MAX_PORT)
+            opened.append((one, fds))
+            got = sum(1 for fd in fds if fd >= 0)
+            count += got
+            failed = next(((one.first + at, -fd) for at, fd in enumerate(fds) if fd < 0), None)
+            if failed is not None and not one.weak:
+                raise ForwardError(_reason(one.place, *failed, forwards.ports))
+            ended = -fds[-1] if fds else 0  # the error that ended it early, if it is one of these
+            if ended in (errno.ENOMEM, errno.ENOBUFS):
+                raise ForwardError(_reason(one.place, one.first + len(fds) - 1, ended, forwards.ports))
             if one.weak:
-                before, earlier = weak.get(one.place, (0, None))
-                weak[one.place] = before + count, failure or earlier
-        for place, (count, failure) in weak.items():
-            if not count and failure is not None:
-                raise ForwardError(f"of all ports not one can be listened on: {_reason(place, 0, failure, 0)}")
+                missing = one.last + 1 - one.first - len(fds) + (ended in _SCARCE)
+                left_out += missing
+                before, earlier = weak.get(one.place, (0, 0))
+                weak[one.place] = before + got + missing, failed[1] if failed else earlier
+        for place, (there, error) in weak.items():
+            if not there:
+                raise ForwardError(f"of all ports not one can be listened on: {_reason(place, 0, error, 0)}")
     except BaseException:
-        close_listeners(opened)
+        Listeners(opened).close()
         raise
-    return opened
+    return Listeners(opened, left_out)
 
 
-def close_listeners(listeners: Iterable[Listener]) -> None:
-    """Close the descriptors."""
-    for one in listeners:
-        os.close(one.fd)
-
-
-def _open(place: Place, port: int, kind: socket.SocketKind, ipv4: bool, ipv6: bool) -> int:
-    version = place.address.version if place.address is not None else 6 if ipv6 else 4
+def _open(one: Forward, kind: socket.SocketKind, ipv4: bool, ipv6: bool, freebind: bool, most: int) -> array[int]:
+    """A descriptor or a negative error number for each port of a range, as `open_ports` has it."""
+    version = _version(one) or (6 if ipv6 else 4)
     if not (ipv6 if version == 6 else ipv4):
-        raise OSError(errno.EAFNOSUPPORT, f"IPv{version} is off")
-    try:
-        return _bind(version, place, port, kind, both=place.address is None and ipv4)
-    except OSError as error:
-        # A kernel without IPv6: IPv4 alone is what "every address" then means.
-        if place.address is None and version == 6 and ipv4 and error.errno == errno.EAFNOSUPPORT:
-            return _bind(4, place, port, kind, both=False)
-        raise
+        what = one.place.address or one.to_address or "it"
+        raise ForwardError(f"cannot listen on port {one.first}: IPv{version} is off, and {what} needs it")
+    both = _version(one) is None and ipv4
+    fds = _open_as(version, one, kind, both=both, freebind=freebind, most=most)
+    # A kernel without IPv6: IPv4 alone is what "every address" then means.
+    if both and version == 6 and fds and fds[0] == -errno.EAFNOSUPPORT:
+        return _open_as(4, one, kind, both=False, freebind=freebind, most=most)
+    return fds
 
 
-def _bind(version: int, place: Place, port: int, kind: socket.SocketKind, *, both: bool) -> int:
-    family = socket.AF_INET6 if version == 6 else socket.AF_INET
-    with socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
-        if kind == socket.SOCK_STREAM:
-            # A port whose connections are in TIME_WAIT is free. Not for UDP,
-            # where it would share the port with another program.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if version == 6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if both else 1)
-        if place.device is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, place.device.encode() + b"\0")
-        address = "" if place.address is None else str(place.address)
-        if isinstance(place.address, IPv6Address) and place.address.is_link_local and place.device is not None:
-            sock.bind((address, port, 0, socket.if_nametoindex(place.device)))
-        else:
-            sock.bind((address, port))
-        if kind == socket.SOCK_STREAM:
-            sock.listen(BACKLOG)
-        return sock.detach()
+def _open_as(
+    version: int, one: Forward, kind: socket.SocketKind, *, both: bool, freebind: bool, most: int
+) -> array[int]:
+    address, device = one.place
+    scope = 0
+    if isinstance(address, IPv6Address) and address.is_link_local and device is not None:
+        try:
+            scope = socket.if_nametoindex(device)
+        except OSError:
+            raise ForwardError(_reason(one.place, one.first, errno.ENODEV, 0)) from None
+    return open_ports(
+        socket.AF_INET6 if version == 6 else socket.AF_INET,
+        kind,
+        address.packed if address is not None else bytes(16 if version == 6 else 4),
+        scope,
+        (device or "").encode(),
+        not both,
+        freebind,
+        one.first,
+        one.last,
+        most,
+    )
 
 
-def _reason(place: Place, port: int, error: OSError, ports: int) -> str:
+def _reason(place: Place, port: int, error: int, ports: int) -> str:
     """What failed, of so many ports, and what to do about it."""
     where = f"port {port}" if port else "the first port tried"
     if place.address is not None:
@@ -342,10 +414,15 @@ def _reason(place: Place, port: int, error: OSError, ports: int) -> str:
     advice = {
         errno.EACCES: "; ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE",
         errno.EADDRINUSE: "; another program has it",
-        errno.EADDRNOTAVAIL: "; the host does not have this address",
+        errno.EADDRNOTAVAIL: "; the host does not have this address (--freebind listens all the same)",
         errno.ENODEV: "; there is no such interface",
         errno.EMFILE: f"; each of the {ports} ports to forward takes one, and the limit (ulimit -n) is"
         f" {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}: raise it or forward fewer ports",
         errno.EPERM: "; binding to an interface needs Linux 5.7 or CAP_NET_RAW",
-    }.get(error.errno or 0, "")
-    return f"cannot listen on {where}: {error.strerror}{advice}"
+    }.get(error, "")
+    return f"cannot listen on {where}: {os.strerror(error)}{advice}"
+
+
+def share(tcp: Forwards, udp: Forwards, most: int) -> int:
+    """Of ``most`` descriptors those that TCP may take: half, or more where UDP does not need it."""
+    return max(most // 2, most - udp.ports)

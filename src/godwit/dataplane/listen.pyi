@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from array import array
+
+def open_ports(
+    family: int,
+    kind: int,
+    address: bytes,
+    scope: int,
+    device: bytes,
+    v6only: bool,
+    freebind: bool,
+    first: int,
+    last: int,
+    most: int,
+) -> array[int]: ...
