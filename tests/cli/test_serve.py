@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import signal
 import socket
 import stat
@@ -342,6 +343,42 @@ def test_the_user(place: Place) -> None:
         front_end.get_features()
     process.terminate()
     assert process.wait(10) == 0
+
+
+def _limited(most: int) -> list[str]:
+    """Words before a command that limit its descriptors."""
+    code = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, {most}))"
+    return [sys.executable, "-c", f"{code}; os.execv(sys.argv[1], sys.argv[1:])"]
+
+
+def test_all_ports_leave_descriptors_to_the_guest(place: Place) -> None:
+    launched = place.launch("-t", "127.0.0.1/all", command=(*_limited(1200), *SERVE))
+    assert (launched.returncode, launched.stderr) == (0, "")
+    logged = place.log.read_text()
+    found = re.search(
+        r"of all ports (\d+) TCP ports are not forwarded: .*is 1200, with (\d+) of them kept .*raise it to (\d+),",
+        logged,
+    )
+    assert found is not None, logged
+    left_out, kept, needed = map(int, found.groups())
+    descriptors = len(os.listdir(f"/proc/{place.daemon()}/fd"))
+    assert 750 < descriptors < 1200 - kept
+    assert 250 < kept < 280
+    assert needed > left_out > 30000
+
+
+def test_ports_that_are_named_come_before_the_guests_own_connections(place: Place) -> None:
+    launched = place.launch("-t", "127.0.0.1/20000-20999", command=(*_limited(1200), *SERVE))
+    assert (launched.returncode, launched.stderr) == (0, "")
+    assert re.search(r"1000 forwarded ports leave \d\d descriptors for the guest's", place.log.read_text())
+    os.kill(place.daemon(), signal.SIGTERM)
+    eventually(lambda: not place.pid.exists(), "the end")
+    launched = place.launch("-t", "127.0.0.1/20000-21999", command=(*_limited(1200), *SERVE))
+    assert launched.returncode == 1
+    assert re.fullmatch(
+        r"godwit serve: cannot listen on 127\.0\.0\.1 port 2\d+: Too many open files; each of the 2000 ports .*\n",
+        launched.stderr,
+    )
 
 
 def test_no_repair_socket(place: Place) -> None:

@@ -16,10 +16,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
-import socket
 from collections.abc import Callable, Iterator
 
+from godwit.daemon.forwards import open_forwards
 from godwit.daemon.lifecycle import User
 from godwit.daemon.linger import LINGER_SECONDS, Linger
 from godwit.daemon.mover import Mover
@@ -29,7 +28,6 @@ from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State
 from godwit.net import state
 from godwit.net.config import NetConfig, packed16
-from godwit.net.forward import Listener, open_listeners, share
 from godwit.net.ndp import ADVERTISE_INTERVAL
 from godwit.net.records import MAX_FLOWS
 from godwit.net.responder import Responder
@@ -38,11 +36,6 @@ from godwit.repair import RepairListener
 from godwit.vhost_user import BaseDevice, DeviceError, Direction, Feature, MemoryRegion, ProtocolFeature, VringAddr
 
 log = logging.getLogger(__name__)
-
-# Descriptors that no flow may take: a front-end's (rings, memory, log, state), a
-# helper's, and some for the moment.
-_DESCRIPTORS_KEPT = 128
-_FLOWS_SHARE = 0.25  # of the rest, for the guest's own connections where all ports are forwarded
 
 _SHARED_MEMORY = "-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem"
 _LOOK_AFTER = 3.0  # seconds after the start of a ring
@@ -78,10 +71,6 @@ def _refusals() -> Iterator[None]:
         raise DeviceError(error.strerror or str(error)) from error
     except ValueError as error:
         raise DeviceError(str(error)) from error
-
-
-def _target(listener: Listener) -> bytes | None:
-    return None if listener.to_address is None else packed16(listener.to_address)
 
 
 class NetDevice(BaseDevice):
@@ -135,54 +124,12 @@ class NetDevice(BaseDevice):
             udp=self._options.udp,
             icmp=self._options.icmp,
         )
-        self._open_forwards()
+        self._descriptors = open_forwards(self._engine, self._options)
         self._limit_flows()
         self._engine.start()
         self._loop.add_reader(self._engine.rare_fileno(), self._answer_rare)
         if self._repair is not None:
             self._loop.add_reader(self._repair, self._helper_connects)
-
-    def _open_forwards(self) -> None:
-        """Open the forwarded ports. Of all ports so many that descriptors are left for the guest's own connections."""
-        tcp, udp = self._options.tcp_ports, self._options.udp_ports
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        free = MAX_FLOWS + tcp.ports + udp.ports
-        if limit != resource.RLIM_INFINITY:
-            free = limit - len(os.listdir("/proc/self/fd")) - _DESCRIPTORS_KEPT
-        most = free - int(free * _FLOWS_SHARE)
-        opened = 0
-        left_out: dict[str, int] = {}
-        for name, forwards, kind in (("TCP", tcp, socket.SOCK_STREAM), ("UDP", udp, socket.SOCK_DGRAM)):
-            listeners = open_listeners(
-                forwards,
-                kind=kind,
-                ipv4=self._config.addr4 is not None,
-                ipv6=self._config.addr6 is not None,
-                freebind=self._options.freebind,
-                most=share(tcp, udp, most) if kind == socket.SOCK_STREAM else most - opened,
-            )
-            opened += len(listeners)
-            if listeners.left_out:
-                left_out[name] = listeners.left_out
-            self._engine.listen_many((one.fd, one.to_port, _target(one)) for one in listeners)
-        self._descriptors = min(MAX_FLOWS, max(1, free - opened))
-        if left_out:
-            log.warning(
-                "of all ports %s are not forwarded: each takes a descriptor, and the limit (ulimit -Hn) is %d, with %d"
-                " of them kept for the guest's own connections; raise it to %d, or name the ports that matter",
-                " and ".join(f"{count} {name} ports" for name, count in left_out.items()),
-                limit,
-                self._descriptors,
-                limit + int(sum(left_out.values()) / (1 - _FLOWS_SHARE)) + 1,
-            )
-        elif opened > most:
-            log.warning(
-                "%d forwarded ports leave %d descriptors for the guest's own connections: the limit (ulimit -Hn) is %d,"
-                " raise it or forward fewer",
-                opened,
-                self._descriptors,
-                limit,
-            )
 
     def own(self, user: User) -> None:
         """Hand the listening sockets over to the user that we are about to be."""

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The forwarded ports and the descriptors that they take.
+
+Each port takes one, each connection of the guest takes one, and there is a
+limit. Ports that were named are opened whatever that leaves. Of ``all`` ports
+only so many are that a share is left for the guest's own connections; the log
+says in one line what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import socket
+
+from godwit.daemon.options import Options
+from godwit.dataplane import Engine
+from godwit.net.config import packed16
+from godwit.net.forward import Listener, open_listeners, share
+from godwit.net.records import MAX_FLOWS
+
+log = logging.getLogger(__name__)
+
+# Descriptors that no flow and no port of ``all`` may take: a front-end's
+# (rings, memory, log, state), a helper's, and some for the moment.
+KEPT = 128
+# Of the rest, for the guest's own connections where all ports are forwarded.
+FLOWS_SHARE = 0.25
+
+
+def open_forwards(engine: Engine, options: Options) -> int:
+    """Open the forwarded ports for both IP versions; returns how many descriptors are left for flows.
+
+    Raises `ForwardError` for a port that cannot be had.
+    """
+    tcp, udp = options.tcp_ports, options.udp_ports
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = MAX_FLOWS + tcp.ports + udp.ports
+    if limit != resource.RLIM_INFINITY:
+        free = limit - len(os.listdir("/proc/self/fd")) - KEPT
+    most = max(0, free - int(free * FLOWS_SHARE))
+    opened = 0
+    left_out: dict[str, int] = {}
+    for name, forwards, kind in (("TCP", tcp, socket.SOCK_STREAM), ("UDP", udp, socket.SOCK_DGRAM)):
+        # Both versions, whatever the host has by now: later we may not be allowed to.
+        listeners = open_listeners(
+            forwards,
+            kind=kind,
+            ipv4=options.net.ipv4,
+            ipv6=options.net.ipv6,
+            freebind=options.freebind,
+            most=share(tcp, udp, most) if kind == socket.SOCK_STREAM else most - opened,
+        )
+        opened += len(listeners)
+        if listeners.left_out:
+            left_out[name] = listeners.left_out
+        engine.listen_many((one.fd, one.to_port, _target(one)) for one in listeners)
+    left = max(1, free - opened)
+    if left_out:
+        log.warning(
+            "of all ports %s are not forwarded: each takes a descriptor, and the limit (ulimit -Hn) is %d, with %d of"
+            " them kept for the guest's own connections; raise it to %d, or name the ports that matter",
+            " and ".join(f"{count} {name} ports" for name, count in left_out.items()),
+            limit,
+            left,
+            limit + int(sum(left_out.values()) / (1 - FLOWS_SHARE)) + 1,
+        )
+    elif opened > most:
+        log.warning(
+            "%d forwarded ports leave %d descriptors for the guest's own connections: the limit (ulimit -Hn) is %d,"
+            " raise it or forward fewer",
+            opened,
+            left,
+            limit,
+        )
+    return min(MAX_FLOWS, left)
+
+
+def _target(listener: Listener) -> bytes | None:
+    return None if listener.to_address is None else packed16(listener.to_address)
