@@ -39,6 +39,7 @@ from godwit.dataplane.memory cimport (
     memory_remove,
     memory_set_log,
 )
+from godwit.dataplane.pcap cimport pcap_close, pcap_flush, pcap_open
 from godwit.dataplane.plane cimport (
     DROPS,
     EV_ACCEPTED,
@@ -189,7 +190,7 @@ cdef class Engine:
         if self.p == NULL:
             raise MemoryError
         self.lock = threading.Lock()
-        self.p.epfd = self.p.wake = self.p.rare_event = self.p.spare = -1
+        self.p.epfd = self.p.wake = self.p.rare_event = self.p.spare = self.p.pcap.fd = -1
         self.p.flow_limit = max_flows
         self.p.vnet_size = 12
         self.p.send.flow = NONE
@@ -231,6 +232,7 @@ cdef class Engine:
             if self.p.listeners[i].fd >= 0:
                 close(self.p.listeners[i].fd)
         free(self.p.listeners)
+        pcap_close(self.p)
         flows_free(self.p)
         udp_free(self.p)
         reassembly_free(self.p)
@@ -267,6 +269,8 @@ cdef class Engine:
             self.thread.join()
             self.thread = None
             self.p.stop_wanted = False
+            if self.p.pcap.fd >= 0:
+                pcap_flush(self.p)
 
     def park(self):
         """Bring the thread to a stop between two events. Counts; see unpark()."""
@@ -677,6 +681,21 @@ cdef class Engine:
             self.p.now = clock_ms(self.p)
 
     # ---- what there is
+
+    def capture(self, int fd):
+        """Write all frames from and to the guest to ``fd``, as pcap, until the engine ends or writing fails."""
+        os.set_blocking(fd, False)  # a pipe that nobody reads must not stop the guest
+        with self.parked():
+            pcap_close(self.p)
+            check(pcap_open(self.p, fd), "capture")
+
+    def capture_error(self):
+        """The error number that has ended the capture; 0 if it goes on, or there was none."""
+        return self.p.pcap.error
+
+    def capture_missed(self):
+        """Frames that the capture lacks, since what it is written to did not take them in time."""
+        return self.p.pcap.missed
 
     def counters(self):
         """Counters since the start; ``drops`` by reason."""

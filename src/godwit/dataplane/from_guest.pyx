@@ -6,6 +6,7 @@ from libc.string cimport memcmp, memcpy
 from godwit.dataplane.host cimport is_link_local6, is_v4, map_v4
 from godwit.dataplane.icmp cimport error_from_guest, ping_from_guest
 from godwit.dataplane.packet cimport Packet
+from godwit.dataplane.pcap cimport pcap_frame
 from godwit.dataplane.plane cimport (
     DROP_MALFORMED,
     DROP_PROTOCOL,
@@ -352,6 +353,8 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
             q.last_avail += 1
             p.counters.frames_from_guest += 1
             if chain_to_packet(p, c, &k):
+                if p.pcap.fd >= 0:
+                    pcap_frame(p, k.iov, k.count, k.skip, k.size)
                 frame(p, &k)
             queue_used(q, c.head, 0)
             done += 1

@@ -23,6 +23,7 @@ from godwit.dataplane.flow cimport (
 )
 from godwit.dataplane.from_guest cimport frames_from_guest
 from godwit.dataplane.icmp cimport errors_from_sock, ping_from_sock
+from godwit.dataplane.pcap cimport pcap_flush
 from godwit.dataplane.plane cimport (
     FF_RING_WAIT,
     FF_TOUCHED,
@@ -178,6 +179,8 @@ cdef int loop_run(Plane *p) noexcept nogil:
     cdef bint woken
     cdef Flow *f
     while True:
+        if p.pcap.fd >= 0:
+            pcap_flush(p)
         n = epoll_wait(p.epfd, events, EVENTS, 0 if p.again else timeout_ms(p))
         if n < 0 and errno != EINTR:
             return -errno

@@ -273,6 +273,16 @@ cdef struct Counters:
     uint64_t flows_reset
     uint64_t drops[DROPS]
 
+# Frames on their way into a file (pcap.pyx).
+cdef struct Capture:
+    int fd                  # -1: no capture
+    int error               # that ended it
+    uint32_t used           # bytes of data
+    uint64_t written        # bytes in the file
+    uint64_t whole          # of these those up to the end of a record, at the last flush that left nothing
+    uint64_t missed         # frames left out, since nobody took them
+    uint8_t *data
+
 cdef struct Plane:
     Memory mem
     Queue queues[QUEUES]
@@ -334,6 +344,7 @@ cdef struct Plane:
     Chain chain
     RxBuf rx
     Counters counters
+    Capture pcap
     uint8_t scratch[65536]      # a ping's answer, an error's message
 
 

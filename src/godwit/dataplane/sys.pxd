@@ -33,6 +33,7 @@ cdef extern from "<unistd.h>" nogil:
     int dup(int fd)
     ssize_t read(int fd, void *buf, size_t n)
     ssize_t write(int fd, const void *buf, size_t n)
+    int ftruncate(int fd, long size)
 
 cdef extern from "<fcntl.h>" nogil:
     int fcntl(int fd, int cmd, ...)
@@ -119,6 +120,7 @@ cdef extern from "<time.h>" nogil:
     int clock_gettime(int clock, timespec *ts)
     enum:
         CLOCK_MONOTONIC
+        CLOCK_REALTIME
 
 cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t

@@ -5,6 +5,7 @@ from libc.string cimport memcpy, memset
 
 from godwit.dataplane.checksum cimport fold, sum_bytes, sum_iov, sum_pseudo
 from godwit.dataplane.memory cimport log_write
+from godwit.dataplane.pcap cimport pcap_frame
 from godwit.dataplane.plane cimport (
     DROP_RING_FULL,
     ETH_HLEN,
@@ -111,6 +112,8 @@ cdef void rx_finish(Plane *p, uint8_t *headers, uint32_t size, uint32_t total) n
             log_write(&p.mem, rx.guest_addr[i], part)
         left -= part
     p.counters.frames_to_guest += 1
+    if p.pcap.fd >= 0:
+        pcap_frame(p, rx.iov, rx.count, p.vnet_size, total - p.vnet_size)
 
 
 cdef uint32_t put_headers(Plane *p, uint8_t *h, bint v6, const uint8_t *saddr,
