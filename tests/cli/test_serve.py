@@ -303,6 +303,8 @@ def test_passts_default_socket(tmp_path: Path) -> None:
         (("-l", "/no/such/folder/log"), "cannot open the log file /no/such/folder/log: No such file or directory"),
         (("-s", "/no/such/folder/s"), "cannot listen on /no/such/folder/s: No such file or directory"),
         (("--repair-path", "/no/such/folder/r"), "cannot listen on /no/such/folder/r: No such file or directory"),
+        (("-p", "/no/such/folder/p"), "--pcap: cannot write to /no/such/folder/p: No such file or directory"),
+        (("-p", "/dev/full"), "--pcap: cannot write to /dev/full: No space left on device"),
         (("--runas", "no-such-user"), "--runas: no such user: no-such-user"),
         (("--interface", "no-such-if"), "there is no interface 'no-such-if' (--interface)"),
         (("--hostname", "x" * 64), "x' is not a name that DNS can carry"),
@@ -343,6 +345,18 @@ def test_the_user(place: Place) -> None:
         front_end.get_features()
     process.terminate()
     assert process.wait(10) == 0
+
+
+def test_a_capture_into_a_pipe_needs_its_reader_first(place: Place) -> None:
+    pipe = place.socket.parent / "pipe"
+    os.mkfifo(pipe)
+    launched = place.launch("-p", str(pipe))
+    assert launched.returncode == 1
+    assert f"cannot write to {pipe}: No such device or address (nobody reads this pipe)" in launched.stderr
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert place.launch("-p", str(pipe)).returncode == 0
+    assert os.read(reader, 4) == b"\x4d\x3c\xb2\xa1"
+    os.close(reader)
 
 
 def _limited(most: int) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import select
 import socket
 import threading
 import time
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 import pytest
 
 from godwit.dataplane import Engine, FlowState, Side
+
+from .driver import Guest, other_frame
 
 V4 = bytes(10) + b"\xff\xff"
 LOOPBACK = V4 + bytes((127, 0, 0, 1))
@@ -180,3 +183,18 @@ def test_without_a_descriptor_connections_from_outside_are_refused(engine: Engin
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert engine.counters()["drops"]["no_socket"] >= 5
+
+
+def test_the_first_frame_after_a_quiet_time_is_told(guest: Guest) -> None:
+    engine = guest.engine
+    engine.watch_activity()
+    engine.take_rare()
+    assert not engine.was_active()
+    assert not select.select([engine.rare_fileno()], [], [], 0.05)[0]
+    dropped = other_frame(60)[:12] + b"\x88\xb5"  # of a protocol that nobody knows, and a frame all the same
+    guest.send(dropped)
+    assert select.select([engine.rare_fileno()], [], [], 5)[0]
+    engine.take_rare()
+    assert engine.was_active()
+    guest.send(dropped)
+    assert not select.select([engine.rare_fileno()], [], [], 0.05)[0]  # told once

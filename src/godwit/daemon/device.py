@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
 
+from godwit.daemon.errors import StartError
 from godwit.daemon.forwards import open_forwards
 from godwit.daemon.lifecycle import User
 from godwit.daemon.linger import LINGER_SECONDS, Linger
 from godwit.daemon.mover import Mover
 from godwit.daemon.options import Options, VirtioFeatures
+from godwit.daemon.stats import Statistics
 from godwit.dataplane import Engine
 from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State
@@ -100,6 +103,9 @@ class NetDevice(BaseDevice):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._advertising: asyncio.TimerHandle | None = None
         self._descriptors = MAX_FLOWS  # that flows may have, those that linger included
+        self._statistics: Statistics | None = None
+        self._capturing = False
+        self.moved_away = False  # a guest that was here: its front-end took its state along
         self._lingers: list[Linger] = []  # the sockets of guests that were here
         self._rescuing = False
 
@@ -124,10 +130,14 @@ class NetDevice(BaseDevice):
             udp=self._options.udp,
             icmp=self._options.icmp,
         )
+        if self._options.pcap is not None:
+            self._capture(self._options.pcap)
         self._descriptors = open_forwards(self._engine, self._options)
         self._limit_flows()
         self._engine.start()
-        self._loop.add_reader(self._engine.rare_fileno(), self._answer_rare)
+        self._loop.add_reader(self._engine.rare_fileno(), self._data_plane_calls)
+        if self._options.stats:
+            self._statistics = Statistics(self._engine, self._options.stats)
         if self._repair is not None:
             self._loop.add_reader(self._repair, self._helper_connects)
 
@@ -145,6 +155,10 @@ class NetDevice(BaseDevice):
             loop.remove_reader(self._repair)
         for task in self._background:
             task.cancel()
+        if self._statistics is not None:
+            self._statistics.close()
+        if self._capturing and (missed := self._engine.capture_missed()):
+            log.warning("%d frames are not in %s: it did not take them in time", missed, self._options.pcap)
         self._engine.close()
         for linger in self._lingers:
             linger.leave_keeper()
@@ -173,6 +187,29 @@ class NetDevice(BaseDevice):
             task.add_done_callback(self._background.discard)
 
         self._loop.call_soon_threadsafe(begin)
+
+    def _capture(self, path: str) -> None:
+        """Write all frames to a file. As whoever we are now: later we may not be allowed to open it."""
+        try:
+            # Without waiting, should it be a pipe that nobody has opened for reading.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
+            self._engine.capture(os.open(path, flags, 0o600))
+        except OSError as error:
+            nobody = " (nobody reads this pipe)" if error.errno == errno.ENXIO else ""
+            raise StartError(f"--pcap: cannot write to {path}: {os.strerror(error.errno or 0)}{nobody}") from error
+        self._capturing = True
+
+    def _data_plane_calls(self) -> None:
+        self._answer_rare()
+        if self._statistics is not None:
+            self._statistics.look()
+        if self._capturing and (error := self._engine.capture_error()):
+            self._capturing = False
+            log.error(
+                "the capture has ended, the guest goes on: cannot write to %s: %s",
+                self._options.pcap,
+                os.strerror(error),
+            )
 
     def _answer_rare(self) -> None:
         for frame in self._engine.take_rare():
@@ -391,8 +428,14 @@ class NetDevice(BaseDevice):
 
     async def _begin_linger(self, fds: list[int]) -> None:
         """Keep the sockets of moved connections for a while, frozen and in repair mode."""
+        self.moved_away = True
         self._lingers = [linger for linger in self._lingers if linger.remaining]
         if not fds:
+            return
+        if not self._options.migrate_linger:
+            log.info("%d connections have moved away; their sockets are closed", len(fds))
+            for fd in fds:
+                os.close(fd)
             return
         log.info("%d connections have moved away; their sockets stay for %g s", len(fds), LINGER_SECONDS)
         self._lingers.append(Linger(fds, self._limit_flows))

@@ -165,7 +165,10 @@ def _repair_path(options: Options, path: str | None) -> str | None:
 async def _sessions(
     listener: socket.socket | None, connection: socket.socket | None, device: NetDevice, options: Options
 ) -> None:
-    """Serve front-ends, one after the other; returns after the first with ``--one-off`` or ``--fd``."""
+    """Serve front-ends, one after the other; returns after the first with ``--one-off`` or ``--fd``.
+
+    With ``--migrate-exit`` it returns after one whose guest has moved away.
+    """
     if connection is not None:
         await _session(connection, device)
         return
@@ -184,7 +187,7 @@ async def _sessions(
                 continue
             with _watched(listener):
                 await _session(accepted, device)
-        if options.one_off:
+        if options.one_off or (options.migrate_exit and device.moved_away):
             return
 
 

@@ -76,6 +76,7 @@ from godwit.dataplane.plane cimport (
     Listener,
     Plane,
     RareFrame,
+    frames_both_ways,
 )
 from godwit.dataplane.reassembly cimport reassembly_free, reassembly_init
 from godwit.dataplane.sys cimport (
@@ -696,6 +697,16 @@ cdef class Engine:
     def capture_missed(self):
         """Frames that the capture lacks, since what it is written to did not take them in time."""
         return self.p.pcap.missed
+
+    def watch_activity(self):
+        """Have rare_fileno() become readable at the next frame, whatever it is; see was_active()."""
+        with self.parked():
+            self.p.quiet_frames = frames_both_ways(self.p)
+            self.p.tell_activity = True
+
+    def was_active(self):
+        """Whether there was a frame since watch_activity()."""
+        return not self.p.tell_activity
 
     def counters(self):
         """Counters since the start; ``drops`` by reason."""

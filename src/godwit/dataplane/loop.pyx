@@ -36,6 +36,7 @@ from godwit.dataplane.plane cimport (
     Flow,
     Plane,
     RareFrame,
+    frames_both_ways,
 )
 from godwit.dataplane.sys cimport (
     CLOCK_MONOTONIC,
@@ -175,12 +176,15 @@ cdef void finish_turn(Plane *p) noexcept nogil:
 cdef int loop_run(Plane *p) noexcept nogil:
     cdef epoll_event events[EVENTS]
     cdef int n, i, kind
-    cdef uint64_t data, ignored
+    cdef uint64_t data, ignored, one = 1
     cdef bint woken
     cdef Flow *f
     while True:
         if p.pcap.fd >= 0:
             pcap_flush(p)
+        if p.tell_activity and frames_both_ways(p) != p.quiet_frames:
+            p.tell_activity = False
+            write(p.rare_event, &one, 8)
         n = epoll_wait(p.epfd, events, EVENTS, 0 if p.again else timeout_ms(p))
         if n < 0 and errno != EINTR:
             return -errno

@@ -330,6 +330,8 @@ cdef struct Plane:
     bint park_wanted
     bint stop_wanted
     bint again                  # work was left for the next turn, which begins at once
+    bint tell_activity          # wake the control thread at the next frame
+    uint64_t quiet_frames       # frames both ways when it asked for that
     bint found                  # flows were found in repair mode (FF_FOUND)
     bint peek_offset            # the kernel has SO_PEEK_OFF for TCP
     sem_t parked
@@ -355,3 +357,6 @@ cdef inline void drop(Plane *p, int reason) noexcept nogil:
 cdef inline void drop_all(Plane *p, int reason, int count) noexcept nogil:
     """Count several."""
     p.counters.drops[reason] += count
+
+cdef inline uint64_t frames_both_ways(Plane *p) noexcept nogil:
+    return p.counters.frames_from_guest + p.counters.frames_to_guest
