@@ -19,6 +19,7 @@ import pytest
 from godwit.daemon import lifecycle, main
 from godwit.daemon.device import NetDevice
 from godwit.daemon.options import Options
+from godwit.net.config import NetConfig
 from godwit.vhost_user import BaseDevice, FrontendClient
 
 
@@ -36,6 +37,9 @@ class Device(BaseDevice):
 
     def own(self, user: lifecycle.User) -> None:
         """Nothing to hand over."""
+
+    def follow(self, config: NetConfig) -> None:
+        """Nothing to tell."""
 
     async def close(self) -> None:
         """Note when that was."""

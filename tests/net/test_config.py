@@ -175,12 +175,16 @@ def test_without_a_default_route_the_only_interface() -> None:
     config = take(host)
     assert (config.interface4, str(config.addr4), str(config.gateway4)) == ("eth0", "192.0.2.7", "169.254.2.2")
     assert config.addr6 is None
-    assert config.warnings == ["IPv6 is off: the host has no IPv6 address that others can reach"]
+    assert config.local6
+    assert config.warnings == []
+    assert config.notes == [
+        "the guest gets link-local IPv6 only, since the host has no IPv6 address that others can reach"
+    ]
 
 
 def test_without_a_default_route_and_several_interfaces() -> None:
     config = take(HostNetwork(USUAL.links, USUAL.addresses))
-    assert config.addr4 is None
+    assert (config.local4, str(config.addr4)) == (True, "169.254.2.1")
     assert config.interface6 == "eth0"
     [warning] = config.warnings
     assert "(eth0, eth1); choose one with --interface" in warning
@@ -188,15 +192,70 @@ def test_without_a_default_route_and_several_interfaces() -> None:
 
 
 def test_a_host_with_nothing() -> None:
-    config = take(HostNetwork((LO,), (address(LO, "127.0.0.1/8"),)))
-    assert (config.addr4, config.addr6, config.interface, config.rewrites()) == (None, None, "", [])
-    assert [warning[:11] for warning in config.warnings] == ["IPv4 is off", "IPv6 is off"]
+    """The guest's link is a network of its own, over which it reaches the host."""
+    config = take(HostNetwork((LO,), (address(LO, "127.0.0.1/8"),)), "nameserver ::1\nnameserver 2001:db8::53\n")
+    assert (str(config.network4), str(config.addr4), str(config.gateway4)) == (
+        "169.254.0.0/16",
+        "169.254.2.1",
+        "169.254.2.2",
+    )
+    assert (config.addr6, config.prefix6, config.gateway6) == (None, None, link_local(config.our_mac))
+    assert (config.interface, config.scope4, config.scope6) == ("", 0, 0)
+    assert (config.local4, config.local6, config.has_ipv6) == (True, True, True)
+    assert shown(config.rewrites())[2:] == [
+        ("169.254.2.2", 0, "127.0.0.1", 0),
+        ("fe80::9855:9aff:fe55:9a55", 0, "::1", 0),
+    ]
+    assert config.dns6 == [config.our_link_local]  # of what it could not reach it is not told
+    assert (config.notes, config.warnings) == (
+        [
+            "the guest gets link-local IPv4 only, since the host has no IPv4 address that others can reach",
+            "the guest gets link-local IPv6 only, since the host has no IPv6 address that others can reach",
+        ],
+        [],
+    )
+    assert config.lease4 == (30, 52, 60)
+
+
+def test_a_host_with_nothing_and_one_version() -> None:
+    config = take(HostNetwork((LO,)), ipv6=False)
+    assert (config.local4, config.local6, config.has_ipv6) == (True, False, False)
+    config = take(HostNetwork((LO,)), ipv4=False, gateway6=IPv6Address("2001:db8::1"))
+    assert (config.addr4, config.local4, config.local6) == (None, False, True)
+    assert config.map_host6 == config.gateway6 == config.our_link_local  # the only one that is on the guest's link
 
 
 def test_an_interface_by_name() -> None:
     config = take(interface="eth1")
     assert (config.interface4, str(config.addr4), config.addr6) == ("eth1", "10.0.0.7", None)
-    assert config.warnings == ["IPv6 is off: eth1 has no IPv6 address (--address gives one)"]
+    assert (config.local6, config.scope4, config.scope6) == (True, 3, 3)
+    assert config.notes == ["the guest gets link-local IPv6 only, since eth1 has no IPv6 address"]
+
+
+def test_interfaces_for_what_leaves_the_host() -> None:
+    """The addresses are taken from there too, unless --interface says otherwise."""
+    both = (*USUAL.addresses, address(ETH1, "2001:db8:9::7/64"))
+    host = HostNetwork(USUAL.links, both, (*USUAL.routes, route(ETH1, "10.0.0.1", 9)))
+    config = take(host, outbound_if4="eth1", outbound4=IPv4Address("10.0.0.8"))
+    assert (config.interface4, str(config.addr4), str(config.gateway4)) == ("eth1", "10.0.0.7", "10.0.0.1")
+    assert (config.outbound_if4, str(config.outbound4), config.scope4) == ("eth1", "10.0.0.8", 3)
+    assert (config.interface6, config.outbound_if6, config.outbound6, config.scope6) == ("eth0", "", None, 2)
+    config = take(host, outbound_if6="eth1")
+    assert (config.interface4, config.interface6, str(config.addr6)) == ("eth0", "eth1", "2001:db8:9::7")
+    config = take(host, interface="eth0", outbound_if4="eth1", outbound_if6="eth1")
+    assert (config.interface4, config.interface6) == ("eth0", "eth0")
+    assert (config.scope4, config.scope6, config.outbound_if6) == (3, 3, "eth1")
+
+
+def test_what_the_guest_has_is_taken_again() -> None:
+    """The kernel lists the newest IPv6 address first."""
+    two = (address(ETH0, "2001:db8:1::8/64"), *USUAL.addresses)
+    host = HostNetwork(USUAL.links, two, (route(ETH0, "fe80::2"), *USUAL.routes))
+    assert (str(take(host).addr6), str(take(host).gateway6)) == ("2001:db8:1::8", "fe80::2")
+    config = choose(NetOptions(), host, Resolv(), take())
+    assert (str(config.addr6), str(config.gateway6)) == ("2001:db8:1::7", "fe80::1")
+    better = HostNetwork(USUAL.links, two, (route(ETH0, "fe80::2", source="2001:db8:1::8"),))
+    assert str(choose(NetOptions(), better, Resolv(), take()).addr6) == "2001:db8:1::8"
 
 
 def test_one_version_alone() -> None:
@@ -251,6 +310,8 @@ def test_a_host_mtu_below_what_ipv6_needs() -> None:
     ("options", "reason"),
     [
         ({"interface": "eth9"}, "there is no interface 'eth9' (--interface); there are: lo, eth0, eth1"),
+        ({"outbound_if4": "eth9"}, "there is no interface 'eth9' (--outbound-if4); there are: lo, eth0, eth1"),
+        ({"outbound_if6": "eth9"}, "there is no interface 'eth9' (--outbound-if6)"),
         ({"ipv4": False, "ipv6": False}, "both IPv4 and IPv6 are switched off"),
         ({"mtu": 67}, "MTU 67 is out of range"),
         ({"mtu": 65521}, "MTU 65521 is out of range"),
@@ -370,4 +431,3 @@ def test_helpers() -> None:
     assert str(link_local(bytes.fromhex("525400123456"))) == "fe80::5054:ff:fe12:3456"
     assert packed16(IPv4Address("192.0.2.1")) == IPv6Address("::ffff:192.0.2.1").packed
     assert packed16(IPv6Address("::1")) == IPv6Address("::1").packed
-    assert choose(NetOptions(), HostNetwork(), Resolv()).addr4 is None

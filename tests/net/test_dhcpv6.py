@@ -67,7 +67,7 @@ def test_solicit_is_advertised_with_everything(responder: Responder) -> None:
     message = read(responder.respond(frame(dhcp6.DHCP6_Solicit, client(), ia())), dhcp6.DHCP6_Advertise)
     assert bytes(message[dhcp6.DHCP6OptClientId].duid) == bytes(CLIENT_DUID)
     association = message[dhcp6.DHCP6OptIA_NA]
-    assert (association.iaid, association.T1, association.T2) == (7, 1800, 2880)
+    assert (association.iaid, association.T1, association.T2) == (7, 300, 2880)
     assert leases(message) == [(ADDRESS, 3600, 7200)]
     assert message[dhcp6.DHCP6OptDNSServers].dnsservers == ["2001:db8:53::1", "2001:db8:53::2"]
     assert message[dhcp6.DHCP6OptDNSDomains].dnsdomains == ["example.org.", "lab.example.net."]

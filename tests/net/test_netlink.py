@@ -22,7 +22,7 @@ except NetConfigError as error:
     print(json.dumps({"error": str(error)}))
 else:
     names = ["interface4", "interface6", "mtu", "addr4", "prefix_len4", "gateway4", "addr6", "prefix_len6", "gateway6",
-             "our_link_local", "dns4", "dns6", "search", "warnings", "scope6"]
+             "our_link_local", "dns4", "dns6", "search", "warnings", "notes", "scope4", "scope6"]
     print(json.dumps({name: getattr(config, name) for name in names}, default=str))
 """
 
@@ -77,6 +77,8 @@ def test_a_usual_host(tmp_path: Path) -> None:
         "dns6": ["fe80::1"],
         "search": ["example.org"],
         "warnings": [],
+        "notes": [],
+        "scope4": 11,
         "scope6": 11,
     }
 
@@ -141,13 +143,15 @@ def test_an_ipv4_route_over_an_ipv6_hop(tmp_path: Path) -> None:
 def test_no_default_route(tmp_path: Path) -> None:
     config = read(tmp_path, LINK + "ip addr add 192.0.2.7/24 dev eth0")
     assert (config["interface4"], config["addr4"], config["gateway4"]) == ("eth0", "192.0.2.7", "169.254.2.2")
-    assert config["warnings"] == ["IPv6 is off: the host has no IPv6 address that others can reach"]
+    assert config["notes"] == [
+        "the guest gets link-local IPv6 only, since the host has no IPv6 address that others can reach"
+    ]
 
 
 def test_nothing_but_loopback(tmp_path: Path) -> None:
     config = read(tmp_path, "ip link set lo up", resolv="nameserver 192.0.2.53\n")
-    assert (config["addr4"], config["addr6"], config["dns4"]) == (None, None, [])
-    assert len(config["warnings"]) == 2
+    assert (config["addr4"], config["addr6"], config["dns4"]) == ("169.254.2.1", None, ["192.0.2.53"])
+    assert (len(config["notes"]), config["warnings"]) == (2, [])
 
 
 def test_an_interface_that_does_not_exist(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
+from ipaddress import IPv6Address
 
 from godwit.daemon.errors import StartError
 from godwit.daemon.forwards import open_forwards
@@ -30,8 +31,8 @@ from godwit.dataplane import Engine
 from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State
 from godwit.net import state
-from godwit.net.config import NetConfig, packed16
-from godwit.net.ndp import ADVERTISE_INTERVAL
+from godwit.net.config import IPAddress, NetConfig, packed16
+from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS
 from godwit.net.records import MAX_FLOWS
 from godwit.net.responder import Responder
 from godwit.net.state import FlowMover
@@ -65,6 +66,11 @@ _FEATURES_FULL = (
 )
 
 
+def _packed(address: IPAddress | None) -> bytes:
+    """16 bytes, zeros for none."""
+    return bytes(16) if address is None else packed16(address)
+
+
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     """What the engine does not take becomes an answer to the front-end."""
@@ -77,7 +83,10 @@ def _refusals() -> Iterator[None]:
 
 
 class NetDevice(BaseDevice):
-    """One guest's network device. ``repair`` None: connections cannot move."""
+    """One guest's network device. ``repair`` None: connections cannot move.
+
+    ``before_answer`` is called before the guest is answered about its network; it may call ``follow``.
+    """
 
     protocol_features = (
         ProtocolFeature.LOG_SHMFD
@@ -88,7 +97,13 @@ class NetDevice(BaseDevice):
     )
     max_mem_slots = 64
 
-    def __init__(self, config: NetConfig, options: Options, repair: RepairListener | None) -> None:
+    def __init__(
+        self,
+        config: NetConfig,
+        options: Options,
+        repair: RepairListener | None,
+        before_answer: Callable[[], None] = lambda: None,
+    ) -> None:
         full = options.virtio_features is VirtioFeatures.FULL
         self.features: int = _FEATURES_FULL if full else _FEATURES_PASST
         self._config = config
@@ -102,6 +117,11 @@ class NetDevice(BaseDevice):
         self._background: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._advertising: asyncio.TimerHandle | None = None
+        self._before_answer = before_answer
+        self._next: NetConfig | None = None  # to be followed when the guest runs
+        self._stands_still = False  # its rings were stopped: suspended, or its end is near
+        self._moved_in = False  # and has not been told of the network here
+        self._telling: asyncio.TimerHandle | None = None
         self._descriptors = MAX_FLOWS  # that flows may have, those that linger included
         self._statistics: Statistics | None = None
         self._capturing = False
@@ -114,22 +134,7 @@ class NetDevice(BaseDevice):
     async def start(self) -> None:
         """Open the forwarded ports and start the data plane."""
         self._loop = asyncio.get_running_loop()
-        config = self._config
-        self._engine.configure(
-            our_mac=config.our_mac,
-            addr4=None if config.addr4 is None else packed16(config.addr4),
-            addr6=None if config.addr6 is None else packed16(config.addr6),
-            our4=bytes(16) if config.gateway4 is None else packed16(config.gateway4),
-            our_ll=packed16(config.our_link_local),
-            broadcast4=bytes(16) if config.network4 is None else packed16(config.network4.broadcast_address),
-            ifindex4=config.scope4,
-            ifindex=config.scope6,
-            mtu=config.mtu,
-            maps=[(row.guest, row.port, row.host, row.scope) for row in config.rewrites()],
-            tcp=self._options.tcp,
-            udp=self._options.udp,
-            icmp=self._options.icmp,
-        )
+        self._configure()
         if self._options.pcap is not None:
             self._capture(self._options.pcap)
         self._descriptors = open_forwards(self._engine, self._options)
@@ -140,6 +145,30 @@ class NetDevice(BaseDevice):
             self._statistics = Statistics(self._engine, self._options.stats)
         if self._repair is not None:
             self._loop.add_reader(self._repair, self._helper_connects)
+
+    def _configure(self) -> None:
+        """Tell the data plane of the guest's network."""
+        config = self._config
+        self._engine.configure(
+            our_mac=config.our_mac,
+            addr4=None if config.addr4 is None else packed16(config.addr4),
+            # "::" where the guest has but link-local ones: the one that is seen is taken.
+            addr6=packed16(config.addr6 or IPv6Address(0)) if config.has_ipv6 else None,
+            our4=_packed(config.gateway4),
+            our_ll=packed16(config.our_link_local),
+            broadcast4=_packed(None if config.network4 is None else config.network4.broadcast_address),
+            outbound4=_packed(config.outbound4),
+            outbound6=_packed(config.outbound6),
+            outbound_if4=config.outbound_if4,
+            outbound_if6=config.outbound_if6,
+            ifindex4=config.scope4,
+            ifindex=config.scope6,
+            mtu=config.mtu,
+            maps=[(row.guest, row.port, row.host, row.scope) for row in config.rewrites()],
+            tcp=self._options.tcp,
+            udp=self._options.udp,
+            icmp=self._options.icmp,
+        )
 
     def own(self, user: User) -> None:
         """Hand the listening sockets over to the user that we are about to be."""
@@ -211,8 +240,45 @@ class NetDevice(BaseDevice):
                 os.strerror(error),
             )
 
+    # ---- the guest's network
+
+    def follow(self, config: NetConfig) -> None:
+        """The guest's network is another: from now on, or once the guest runs. Nothing changes under a migration."""
+        self._next = config
+        self._follow_now()
+
+    def _follow_now(self) -> None:
+        config = self._next
+        if config is None or self._transfer is not None or self._stands_still:
+            return
+        self._next = None
+        config.guest_mac = self._config.guest_mac
+        self._config = config
+        self._configure()
+        self._mover.scope = config.scope6
+        self._tell(self._responder.change(config), CHANGE_REPEATS)
+
+    def _tell(self, frames: list[bytes], repeats: int) -> None:
+        """Tell the guest of its network, unasked, and some more times: it may be deaf at the moment."""
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        if self._advertising is None:
+            return  # no guest has started
+        if self._transfer is None and not self._stands_still:
+            for frame in frames:
+                self._engine.inject(frame)
+        if repeats:
+            assert self._loop is not None  # since start()
+            self._telling = self._loop.call_later(
+                CHANGE_INTERVAL, lambda: self._tell(self._responder.announce(), repeats - 1)
+            )
+
     def _answer_rare(self) -> None:
-        for frame in self._engine.take_rare():
+        frames = self._engine.take_rare()
+        if frames:
+            self._before_answer()
+        for frame in frames:
             for answer in self._responder.respond(frame):
                 self._engine.inject(answer)
         self._rescue_found()  # after that: what is found meanwhile is told again
@@ -236,8 +302,10 @@ class NetDevice(BaseDevice):
 
     def _advertise(self) -> None:
         """Keep the guest's IPv6 route alive (RFC 4861, 6.2.4)."""
-        for frame in self._responder.announce():
-            self._engine.inject(frame)
+        self._before_answer()
+        if self._transfer is None and not self._stands_still:
+            for frame in self._responder.announce():
+                self._engine.inject(frame)
         assert self._loop is not None  # since start()
         self._advertising = self._loop.call_later(ADVERTISE_INTERVAL, self._advertise)
 
@@ -294,6 +362,7 @@ class NetDevice(BaseDevice):
 
     async def get_vring_base(self, index: int) -> int:
         """GET_VRING_BASE: the ring stands still from here on."""
+        self._stands_still = True
         return self._engine.ring_stop(index)
 
     async def set_vring_kick(self, index: int, fd: int | None) -> None:
@@ -310,6 +379,12 @@ class NetDevice(BaseDevice):
             assert self._loop is not None  # since start()
             self._loop.call_later(_LOOK_AFTER, self._look_at_memory)
             self._advertising = self._loop.call_later(ADVERTISE_INTERVAL, self._advertise)
+        self._stands_still = False
+        if self._next is not None:
+            self._follow_now()
+        elif self._moved_in:
+            self._tell(self._responder.announce(), 0)  # the network here, should it be another
+        self._moved_in = False
 
     def _look_at_memory(self) -> None:
         """Nothing else tells of memory that is shared with us as a private copy: the network is dead, in silence."""
@@ -391,6 +466,7 @@ class NetDevice(BaseDevice):
             await self._finish(transfer.rollback)
         elif transfer.state is State.LOADED:
             await self._finish(transfer.commit)
+            self._moved_in = True
         self._close_transfer()
 
     async def _end_transfer(self) -> None:
@@ -423,8 +499,13 @@ class NetDevice(BaseDevice):
         if self._advertising is not None:
             self._advertising.cancel()
             self._advertising = None
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
         await asyncio.to_thread(self._mover.close_flows)
         self._engine.detach()
+        self._stands_still = self._moved_in = False
+        self._follow_now()
 
     async def _begin_linger(self, fds: list[int]) -> None:
         """Keep the sockets of moved connections for a while, frozen and in repair mode."""

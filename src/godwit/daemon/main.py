@@ -21,10 +21,11 @@ from godwit import __version__
 from godwit.daemon import lifecycle
 from godwit.daemon.device import NetDevice
 from godwit.daemon.errors import DaemonError, StartError
+from godwit.daemon.hostwatch import HostWatch
 from godwit.daemon.lifecycle import Readiness
 from godwit.daemon.log import Log
 from godwit.daemon.options import Options
-from godwit.net.config import NetConfigError, read_host
+from godwit.net.config import NetConfigError
 from godwit.net.forward import ForwardError
 from godwit.repair.client import RepairListener
 from godwit.vhost_user.aio import serve
@@ -96,12 +97,12 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             names.callback(repair.close)
             names.callback(asyncio.get_running_loop().remove_reader, repair)  # the device watches it
 
-        config = await asyncio.to_thread(read_host, options.net)
-        for warning in config.warnings:
-            logger.warning("%s", warning)
-        device = NetDevice(config, options, repair)
+        watch = HostWatch(options.net)
+        config = await asyncio.to_thread(watch.read)
+        device = NetDevice(config, options, repair, watch.glance)
         stack.push_async_callback(device.close)
         await device.start()
+        stack.callback(watch.close)
 
         if user is not None:
             for owned in (path if listener is not None else None, repair_path):
@@ -109,6 +110,7 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
                     user.own(owned)
             device.own(user)
             user.assume()
+        watch.start(device.follow)
         if options.icmp and (why := lifecycle.no_ping()) is not None:
             logger.warning("%s", why)
         if pid is not None:

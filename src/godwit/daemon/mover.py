@@ -131,7 +131,7 @@ class Mover:
     ) -> None:
         self._engine = engine
         self._repair = repair
-        self._scope = scope
+        self.scope = scope
         self._schedule = schedule
         self._lock = threading.RLock()
         self._rescue = Rescue(
@@ -442,7 +442,7 @@ class Mover:
                 host.our_port,
                 host.end_addr,
                 host.end_port,
-                self._scope,
+                self.scope,
                 socket,
                 rcvq,
             )
@@ -539,7 +539,7 @@ class Mover:
         for peer in peers:
             try:
                 with _shared(listening.get(peer.our_port, [])) as share:
-                    if not sockstate.knock(*_flat(peer), self._scope, share=share):
+                    if not sockstate.knock(*_flat(peer), self.scope, share=share):
                         again.append(peer)
             except OSError as error:
                 failures[str(error.strerror)] += 1

@@ -7,9 +7,14 @@ leads to the host's loopback (``map_gw``), and where the host's resolver is
 reached only there, or at the address so taken, name service traffic is mapped
 on its own.
 
-The three steps are apart so that each can be tested and, later, repeated when
-the host's network changes: ``read_network`` and ``read_resolv`` look at the
-host, ``choose`` decides, ``read_host`` is all of it.
+Where the host has no address of one of the versions, the guest's link is a
+network of its own for that version: link-local addresses, over which it
+reaches the host. (docs/network.md)
+
+The three steps are apart so that each can be tested and repeated when the
+host's network changes: ``read_network`` and ``read_resolv`` look at the host,
+``choose`` decides, ``read_host`` is all of it. What becomes of a change is in
+``change.py``.
 """
 
 from __future__ import annotations
@@ -42,12 +47,17 @@ OUR_MAC = bytes.fromhex("9a559a559a55")
 # Where the host's default route has no gateway (a point-to-point link) or
 # there is none, the guest's router is here: link-local, as in passt's local mode.
 FALLBACK_GATEWAY4 = IPv4Address("169.254.2.2")
+# The guest's address where the host has none (RFC 3927), as in passt's local mode.
+LOCAL_ADDRESS4 = IPv4Address("169.254.2.1")
+LOCAL_PREFIX_LEN4 = 16
 FALLBACK_LINK_LOCAL = IPv6Address("fe80::1")
 
 MAX_MTU = 65520  # an Ethernet payload whose length fits 16 bits with its header, rounded down
 MIN_MTU = 1280  # RFC 8200, section 5
 MIN_MTU4 = 68  # RFC 791, 3.2
-LEASE_SECONDS = 3600  # finite, so that a renewal tells the guest of a change on the host
+LEASE_SECONDS = 3600  # outlives a guest that is paused for a while
+RENEW_SECONDS = 300  # a renewal tells the guest of a change on the host
+LOCAL_LEASE_SECONDS = 60  # of a link-local address, renewed after half of it: a real one may come any time
 DNS_PORTS = (53, 853)
 
 IPAddress = IPv4Address | IPv6Address
@@ -114,25 +124,46 @@ class NetOptions:
     dns_host6: IPv6Address | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """What the guest was told and does not hold any more, as long as it may still believe in it.
+
+    ``servers4``: addresses of the guest's, each with the router and DHCP server that gave it.
+    """
+
+    prefixes6: tuple[IPv6Network, ...] = ()
+    dns6: tuple[IPv6Address, ...] = ()
+    search: tuple[str, ...] = ()
+    dns4: tuple[IPv4Address, ...] = ()
+    servers4: tuple[tuple[IPv4Address, IPv4Address], ...] = ()
+
+
 @dataclass(slots=True, kw_only=True)
 class NetConfig:
-    """The network of one guest. An address of None: that IP version is off."""
+    """The network of one guest. An address of None: that IP version is off, unless ``local6``."""
 
     interface4: str = ""
     interface6: str = ""
-    scope4: int = 0  # index of interface4, for multicast
-    scope6: int = 0  # index of interface6, for that and for link-local destinations
+    scope4: int = 0  # index of the interface that multicast takes; 0: the system's choice
+    scope6: int = 0  # the same, and for link-local destinations
+    outbound4: IPv4Address | None = None  # the source of what leaves the host
+    outbound6: IPv6Address | None = None
+    outbound_if4: str = ""  # the interface that it leaves through
+    outbound_if6: str = ""
     mtu: int = MAX_MTU  # told to the guest; 0: nothing is told
     our_mac: bytes = OUR_MAC
-    guest_mac: bytes | None = None  # learned from its frames
+    guest_mac: bytes | None = field(default=None, compare=False)  # learned from its frames
 
     addr4: IPv4Address | None = None
     prefix_len4: int = 32
     gateway4: IPv4Address | None = None  # the guest's router and DHCP server; set where addr4 is
 
+    local4: bool = False  # the host has no IPv4 address, the guest a link-local one
+
     addr6: IPv6Address | None = None
     prefix_len6: int = 64
     gateway6: IPv6Address | None = None  # the host's gateway as it is, perhaps not link-local
+    local6: bool = False  # the host has no IPv6 address, the guest but its own link-local ones
     our_link_local: IPv6Address = FALLBACK_LINK_LOCAL  # the guest's router: source of RA, NA, DHCPv6
 
     dns4: list[IPv4Address] = field(default_factory=list)  # as the guest is told
@@ -157,12 +188,25 @@ class NetConfig:
     dns_match6: IPv6Address | None = None
     dns_host6: IPv6Address | None = None
 
-    warnings: list[str] = field(default_factory=list)  # for the log, once
+    withdrawn: Withdrawn = field(default=Withdrawn(), compare=False)
+    warnings: list[str] = field(default_factory=list, compare=False)  # for the log, once
+    notes: list[str] = field(default_factory=list, compare=False)  # the same, and nobody needs to act
 
     @property
     def interface(self) -> str:
         """The host's interface that most of the traffic takes; empty where there is none."""
         return self.interface4 or self.interface6
+
+    @property
+    def has_ipv6(self) -> bool:
+        """Whether IPv6 is on."""
+        return self.addr6 is not None or self.local6
+
+    @property
+    def lease4(self) -> tuple[int, int, int]:
+        """Seconds until the guest renews its IPv4 address, until it asks any server, and until it has to give it up."""
+        lease = LOCAL_LEASE_SECONDS if self.local4 else self.lease_seconds
+        return min(RENEW_SECONDS, lease // 2), lease * 7 // 8, lease
 
     @property
     def network4(self) -> IPv4Network | None:
@@ -180,6 +224,12 @@ class NetConfig:
         for match, host in ((self.dns_match4, self.dns_host4), (self.dns_match6, self.dns_host6)):
             if match is not None and host is not None:
                 rows += [self._rewrite(match, port, host) for port in DNS_PORTS]
+        # A guest that has not heard yet that the host has other name servers
+        # asks the old ones, which may be out of reach from where the host is now.
+        for gone, host in ((self.withdrawn.dns4, self.dns_host4), (self.withdrawn.dns6, self.dns_host6)):
+            for old in gone:
+                if host is not None and all(row.guest != packed16(old) for row in rows):
+                    rows += [self._rewrite(old, port, host) for port in DNS_PORTS]
         for match, host in (
             (self.map_host4, IPv4Address("127.0.0.1")),
             (self.map_host6, IPv6Address("::1")),
@@ -204,12 +254,23 @@ def read_host(options: NetOptions | None = None, *, resolv_path: str = RESOLV_PA
     return choose(options, read_network(), read_resolv(resolv_path))
 
 
-def choose(options: NetOptions, host: HostNetwork, resolv: Resolv) -> NetConfig:
-    """The guest's network from the host's and the options. Raises NetConfigError."""
+def choose(options: NetOptions, host: HostNetwork, resolv: Resolv, previous: NetConfig | None = None) -> NetConfig:
+    """The guest's network from the host's and the options. Raises NetConfigError.
+
+    ``previous``: what was decided before. Where several addresses or routes are
+    as good as each other, the one that the guest has is taken again: the order
+    in which the kernel lists them changes with each one that is added.
+    """
     _check(options)
-    if options.interface is not None and all(link.name != options.interface for link in host.links):
-        names = ", ".join(link.name for link in host.links) or "none"
-        raise NetConfigError(f"there is no interface {options.interface!r} (--interface); there are: {names}")
+    for option, name in (
+        ("--interface", options.interface),
+        ("--outbound-if4", options.outbound_if4 if options.ipv4 else None),
+        ("--outbound-if6", options.outbound_if6 if options.ipv6 else None),
+    ):
+        if name is not None and all(link.name != name for link in host.links):
+            names = ", ".join(link.name for link in host.links) or "none"
+            raise NetConfigError(f"there is no interface {name!r} ({option}); there are: {names}")
+    previous = previous or NetConfig()
     config = NetConfig(
         our_mac=options.mac or OUR_MAC,
         hostname=options.hostname,
@@ -222,9 +283,9 @@ def choose(options: NetOptions, host: HostNetwork, resolv: Resolv) -> NetConfig:
     )
     mtus = []
     if options.ipv4:
-        mtus += _choose4(config, options, host)
+        mtus += _choose4(config, options, host, previous)
     if options.ipv6:
-        mtus += _choose6(config, options, host)
+        mtus += _choose6(config, options, host, previous)
     if options.mtu is not None:
         config.mtu = options.mtu
     else:
@@ -258,10 +319,13 @@ def _check(options: NetOptions) -> None:
             raise NetConfigError(f"{name!r} is not a name that DNS can carry")
 
 
-def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork) -> list[int]:
+def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork, previous: NetConfig) -> list[int]:
     """Set the IPv4 part; return the MTU of the interface it is taken from."""
-    link, route = _pick(4, config, options, host)
-    found = _best_address(4, link, route, host)
+    link, route = _pick(4, config, options, host, previous)
+    found = _best_address(4, link, route, host, previous.addr4)
+    outbound = next((one for one in host.links if one.name == options.outbound_if4), link)
+    config.outbound4, config.outbound_if4 = options.outbound4, options.outbound_if4 or ""
+    config.scope4 = outbound.index if outbound is not None else 0
     if options.address4 is not None:
         config.addr4 = options.address4
         config.prefix_len4 = options.prefix_len4 or _class_prefix_len(options.address4)
@@ -270,6 +334,9 @@ def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork) -> list[
         config.addr4 = found.address
         config.prefix_len4 = options.prefix_len4 or found.prefix_len
     else:
+        config.local4 = True
+        config.addr4, config.prefix_len4 = LOCAL_ADDRESS4, LOCAL_PREFIX_LEN4
+        config.gateway4 = options.gateway4 or FALLBACK_GATEWAY4
         return []
     gateway = route.gateway if route is not None else None
     if options.gateway4 is not None:
@@ -283,10 +350,13 @@ def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork) -> list[
     return [link.mtu]
 
 
-def _choose6(config: NetConfig, options: NetOptions, host: HostNetwork) -> list[int]:
+def _choose6(config: NetConfig, options: NetOptions, host: HostNetwork, previous: NetConfig) -> list[int]:
     """Set the IPv6 part; return the MTU of the interface it is taken from."""
-    link, route = _pick(6, config, options, host)
-    found = _best_address(6, link, route, host)
+    link, route = _pick(6, config, options, host, previous)
+    found = _best_address(6, link, route, host, previous.addr6)
+    outbound = next((one for one in host.links if one.name == options.outbound_if6), link)
+    config.outbound6, config.outbound_if6 = options.outbound6, options.outbound_if6 or ""
+    config.scope6 = outbound.index if outbound is not None else 0
     if options.address6 is not None:
         config.addr6 = options.address6
         config.prefix_len6 = options.prefix_len6 or 64
@@ -295,7 +365,8 @@ def _choose6(config: NetConfig, options: NetOptions, host: HostNetwork) -> list[
         config.addr6 = found.address
         config.prefix_len6 = options.prefix_len6 or found.prefix_len
     else:
-        return []
+        config.local6 = True
+        route = None
     gateway = route.gateway if route is not None else None
     if options.gateway6 is not None:
         config.gateway6 = options.gateway6
@@ -307,30 +378,34 @@ def _choose6(config: NetConfig, options: NetOptions, host: HostNetwork) -> list[
         config.our_link_local = config.gateway6
     else:
         config.our_link_local = link_local(config.our_mac)
-        config.gateway6 = config.gateway6 or config.our_link_local
-    if link is None:
+        if config.gateway6 is None or config.local6:
+            config.gateway6 = config.our_link_local
+    if link is None or config.local6:
         return []
     config.interface6 = link.name
-    config.scope6 = link.index
     return [link.mtu]
 
 
 def _pick(
-    version: int, config: NetConfig, options: NetOptions, host: HostNetwork
+    version: int, config: NetConfig, options: NetOptions, host: HostNetwork, previous: NetConfig
 ) -> tuple[Link | None, DefaultRoute | None]:
     """The interface for one IP version, and its default route where there is one."""
-    if options.interface is not None:
-        link = next(link for link in host.links if link.name == options.interface)
-        route = next((one for one in host.routes if one.version == version and one.index == link.index), None)
-        if _best_address(version, link, route, host) is None and _own_address(version, options) is None:
-            config.warnings.append(
-                f"IPv{version} is off: {link.name} has no IPv{version} address (--address gives one)"
-            )
-        return link, route
+    interface, gateway = (
+        (previous.interface4, previous.gateway4) if version == 4 else (previous.interface6, previous.gateway6)
+    )
+    routes = [one for one in host.routes if one.version == version and one.index in host.names]
+    routes.sort(key=lambda one: (one.metric, host.names[one.index].name != interface, one.gateway != gateway))
     own = _own_address(version, options) is not None
-    for route in (one for one in host.routes if one.version == version):
-        candidate = host.names.get(route.index)
-        if candidate is not None and (own or _best_address(version, candidate, route, host) is not None):
+    name = options.interface or (options.outbound_if4 if version == 4 else options.outbound_if6)
+    if name is not None:
+        link = next(link for link in host.links if link.name == name)
+        route = next((one for one in routes if one.index == link.index), None)
+        if not own and _best_address(version, link, route, host) is None:
+            config.notes.append(f"{_local(version)}, since {link.name} has no IPv{version} address")
+        return link, route
+    for route in routes:
+        candidate = host.names[route.index]
+        if own or _best_address(version, candidate, route, host) is not None:
             return candidate, route
     # No default route: the only interface with an address, if there is just one.
     links = [link for link in host.links if link.usable and _best_address(version, link, None, host) is not None]
@@ -340,19 +415,29 @@ def _pick(
         if links:
             names = ", ".join(link.name for link in links)
             config.warnings.append(
-                f"IPv{version} is off: the host has no IPv{version} default route and several interfaces with"
+                f"{_local(version)}: the host has no IPv{version} default route and several interfaces with"
                 f" an address ({names}); choose one with --interface"
             )
         else:
-            config.warnings.append(f"IPv{version} is off: the host has no IPv{version} address that others can reach")
+            config.notes.append(f"{_local(version)}, since the host has no IPv{version} address that others can reach")
     return None, None
+
+
+def _local(version: int) -> str:
+    return f"the guest gets link-local IPv{version} only"
 
 
 def _own_address(version: int, options: NetOptions) -> IPAddress | None:
     return options.address4 if version == 4 else options.address6
 
 
-def _best_address(version: int, link: Link | None, route: DefaultRoute | None, host: HostNetwork) -> Address | None:
+def _best_address(
+    version: int,
+    link: Link | None,
+    route: DefaultRoute | None,
+    host: HostNetwork,
+    previous: IPAddress | None = None,
+) -> Address | None:
     """The address the guest shares: the route's source, else one beside the gateway, else the first lasting one."""
     if link is None:
         return None
@@ -366,11 +451,12 @@ def _best_address(version: int, link: Link | None, route: DefaultRoute | None, h
         and not (version == 6 and one.address.is_link_local)
     ]
 
-    def rank(one: Address) -> tuple[bool, bool, bool, bool]:
+    def rank(one: Address) -> tuple[bool, ...]:
         gateway = route.gateway if route is not None else None
         beside = gateway is not None and gateway in _network(one)
         preferred = route is not None and route.source == one.address
-        return (not preferred, bool(one.flags & IFA_F_DEPRECATED), not beside, bool(one.flags & IFA_F_SECONDARY))
+        flags = bool(one.flags & IFA_F_DEPRECATED), not beside, bool(one.flags & IFA_F_SECONDARY)
+        return (not preferred, *flags, one.address != previous)
 
     return min(found, key=rank, default=None)
 
@@ -385,7 +471,7 @@ def _choose_maps(config: NetConfig, options: NetOptions) -> None:
     if config.addr4 is not None:
         config.map_host4 = options.map_host4 or (config.gateway4 if options.map_gw else None)
         config.map_guest4 = options.map_guest4
-    if config.addr6 is not None:
+    if config.has_ipv6:
         config.map_host6 = options.map_host6 or (config.gateway6 if options.map_gw else None)
         config.map_guest6 = options.map_guest6
 
@@ -398,10 +484,12 @@ def _choose_dns(config: NetConfig, options: NetOptions, resolv: Resolv) -> None:
         config.dns_match4 = options.dns_forward4
         config.dns_host4 = options.dns_host4 or (servers4[0] if servers4 else None)
         config.dns4, config.dns_match4 = _told(servers4, config.map_host4, config.dns_match4, unreachable)
-    if config.addr6 is not None:
+    if config.has_ipv6:
         config.dns_match6 = options.dns_forward6
         config.dns_host6 = options.dns_host6 or (servers6[0] if servers6 else None)
         config.dns6, config.dns_match6 = _told(servers6, config.map_host6, config.dns_match6, unreachable)
+    if config.local6:  # with no address but a link-local one the guest reaches nothing else
+        config.dns6 = [server for server in config.dns6 if server.is_link_local]
     config.search = list(resolv.search)
     if options.dns is not None:
         config.dns4 = [server for server in options.dns if isinstance(server, IPv4Address)]

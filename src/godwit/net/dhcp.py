@@ -3,6 +3,8 @@
 
 What is asked for by the guest and fits the configuration is acknowledged, a
 request for any other address is refused so that the guest starts anew at once.
+That is also how a guest hears of a change on the host: at its next renewal,
+for which it is told an early time (T1), long before its lease ends.
 Whose server identifier a request carries is not looked at: there is no other
 server on the link, and the guest may come from a host with another one.
 """
@@ -26,6 +28,7 @@ from godwit.net.packet import (
     UDP_HEADER,
     Datagram,
     MalformedError,
+    Packet4,
     Reader,
     build_ethernet,
     build_udp4,
@@ -72,6 +75,8 @@ class Option(IntEnum):
     SERVER = 54
     PARAMETERS = 55
     MAX_SIZE = 57
+    RENEWAL = 58
+    REBINDING = 59
     CLIENT_ID = 61
     RAPID_COMMIT = 80  # RFC 4039
     FQDN = 81  # RFC 4702
@@ -136,7 +141,7 @@ def _pull_options(reader: Reader, options: dict[int, bytes]) -> None:
             options[code] = options.get(code, b"") + reader.pull(reader.pull_u8())
 
 
-def respond(config: NetConfig, datagram: Datagram) -> bytes | None:
+def respond(config: NetConfig, packet: Packet4, datagram: Datagram) -> bytes | None:
     """The frame that answers a request, or None. ``config.addr4`` is set. Raises MalformedError."""
     request = parse(datagram.payload)
     if config.addr4 is None or config.gateway4 is None or request.chaddr[0] & 1:
@@ -151,7 +156,9 @@ def respond(config: NetConfig, datagram: Datagram) -> bytes | None:
             wanted = _wanted(request)
             if wanted is None:
                 return None
-            return _reply(config, request, Kind.ACK) if wanted == config.addr4 else _refuse(config, request)
+            if wanted == config.addr4:
+                return _reply(config, request, Kind.ACK)
+            return _refuse(config, request, _known_server(config, packet.dest, wanted))
         case Kind.INFORM:
             return _reply(config, request, Kind.ACK)
         case _:
@@ -187,10 +194,20 @@ def _reply(config: NetConfig, request: Message, kind: Kind | None) -> bytes:
     return _frame(config, request, yiaddr, options, dest, dest_mac)
 
 
-def _refuse(config: NetConfig, request: Message) -> bytes:
-    """A NAK is always broadcast: the client's address is what is wrong (section 4.1)."""
+def _known_server(config: NetConfig, dest: IPv4Address, wanted: IPv4Address) -> IPv4Address:
+    """The server as the client knows it: a client may take a refusal from no other.
+
+    It gave the address that is asked for, here or on another host.
+    """
     assert config.gateway4 is not None
-    options = [(Option.KIND, bytes([Kind.NAK])), (Option.SERVER, config.gateway4.packed)]
+    if dest != LIMITED_BROADCAST:
+        return dest
+    return dict(config.withdrawn.servers4).get(wanted, config.gateway4)
+
+
+def _refuse(config: NetConfig, request: Message, server: IPv4Address) -> bytes:
+    """A NAK is always broadcast: the client's address is what is wrong (section 4.1)."""
+    options = [(Option.KIND, bytes([Kind.NAK])), (Option.SERVER, server.packed)]
     encoded = _fill(iter(options), _room(config, request)) + bytes([Option.END])
     return _frame(config, request, UNSPECIFIED, encoded, LIMITED_BROADCAST, BROADCAST)
 
@@ -218,7 +235,10 @@ def _options(config: NetConfig, request: Message, kind: Kind | None) -> Iterator
         yield Option.KIND, bytes([kind])
         yield Option.SERVER, config.gateway4.packed
         if request.kind != Kind.INFORM:
-            yield Option.LEASE, config.lease_seconds.to_bytes(4, "big")
+            renewal, rebinding, lease = config.lease4
+            yield Option.LEASE, lease.to_bytes(4, "big")
+            yield Option.RENEWAL, renewal.to_bytes(4, "big")
+            yield Option.REBINDING, rebinding.to_bytes(4, "big")
     if request.kind == Kind.DISCOVER and kind == Kind.ACK:
         yield Option.RAPID_COMMIT, b""
     yield Option.MASK, network.netmask.packed

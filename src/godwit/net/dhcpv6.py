@@ -14,7 +14,7 @@ from enum import IntEnum
 from ipaddress import IPv6Address
 from typing import NamedTuple
 
-from godwit.net.config import NetConfig
+from godwit.net.config import RENEW_SECONDS, NetConfig
 from godwit.net.dns import encode_name, encode_names
 from godwit.net.packet import (
     DHCPV6_CLIENT_PORT,
@@ -68,6 +68,7 @@ class Status(IntEnum):
     """Status codes (section 21.13)."""
 
     SUCCESS = 0
+    NO_ADDRESSES = 2
     NOT_ON_LINK = 4
 
 
@@ -148,7 +149,7 @@ def _answer(config: NetConfig, request: Message) -> bytes | None:
         valid = (server is None or for_us) and not request.associations
     else:
         valid = False
-    if not valid or config.addr6 is None:
+    if not valid or not config.has_ipv6:
         return None
     answer = _option(Option.SERVER_ID, server_duid(config))
     if client is not None:
@@ -172,14 +173,21 @@ def _answer(config: NetConfig, request: Message) -> bytes | None:
 
 
 def _give(config: NetConfig, association: Association) -> bytes:
-    """An IA_NA with our address; others that the guest holds end now (section 18.3.4)."""
-    assert config.addr6 is not None
+    """An IA_NA with our address; others that the guest holds end now (section 18.3.4).
+
+    There may be no address, with one on the host to come.
+    """
     lease = config.lease_seconds
-    inner = _address(config.addr6, lease, 2 * lease)
+    inner = b""
+    if config.addr6 is not None:
+        inner = _address(config.addr6, lease, 2 * lease)
     for address in association.addresses:
         if address != config.addr6:
             inner += _address(address, 0, 0)
-    return _option(Option.IA_NA, association.iaid + struct.pack("!II", lease // 2, lease * 4 // 5) + inner)
+    if not inner:
+        inner += _status(Status.NO_ADDRESSES)
+    times = struct.pack("!II", min(RENEW_SECONDS, lease // 2), lease * 4 // 5)
+    return _option(Option.IA_NA, association.iaid + times + inner)
 
 
 def _address(address: IPv6Address, preferred: int, valid: int) -> bytes:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def encode_name(name: str) -> bytes:
     """One absolute name. ``name`` has passed ``resolv.is_domain``."""
@@ -10,7 +12,7 @@ def encode_name(name: str) -> bytes:
     return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
 
 
-def encode_names(names: list[str], limit: int) -> bytes:
+def encode_names(names: Iterable[str], limit: int) -> bytes:
     """As many names as fit ``limit`` bytes, in their order."""
     encoded = b""
     for name in names:

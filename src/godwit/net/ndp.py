@@ -5,12 +5,16 @@ As with ARP, every address but the guest's own is at godwit's MAC address. A
 neighbour solicitation from the unspecified address is duplicate address
 detection (RFC 4862, section 5.4) and never answered: the guest may have any
 address but the router's.
+
+What the guest was told and does not hold any more (``NetConfig.withdrawn``) is
+taken back in each advertisement, for as long as the guest may believe in it.
 """
 
 from __future__ import annotations
 
 import struct
-from ipaddress import IPv6Address
+from collections.abc import Sequence
+from ipaddress import IPv6Address, IPv6Network
 
 from godwit.net.config import MIN_MTU, NetConfig
 from godwit.net.dns import encode_names
@@ -52,8 +56,19 @@ INFINITE = 0xFFFFFFFF
 # How often an unsolicited advertisement keeps the guest's route alive, in
 # seconds: three chances per lifetime, and practically never a wake-up.
 ADVERTISE_INTERVAL = ROUTER_LIFETIME // 3
-MAX_DNSSL = 960  # bytes of names: an advertisement stays below the smallest MTU
+# An advertisement stays below the smallest MTU, with all that is withdrawn.
+MAX_DNSSL = 480  # bytes of names
 MAX_RDNSS = 8
+MAX_OLD_PREFIXES = 3
+MAX_OLD_DNSSL = 240
+MAX_OLD_RDNSS = 4
+# Of a prefix that is withdrawn: the least that a host accepts for addresses
+# that were valid for longer (RFC 4862, section 5.5.3, e).
+WITHDRAWN_VALID = 7200
+# An advertisement of a change may be lost: it is sent three times (RFC 4861,
+# section 6.2.4: MAX_INITIAL_RTR_ADVERTISEMENTS, and MAX_INITIAL_RTR_ADVERT_INTERVAL).
+CHANGE_REPEATS = 2
+CHANGE_INTERVAL = 16.0  # seconds
 
 
 def respond(config: NetConfig, ethernet: Ethernet, packet: Packet6) -> bytes | None:
@@ -84,6 +99,14 @@ def respond(config: NetConfig, ethernet: Ethernet, packet: Packet6) -> bytes | N
 def unsolicited_advertisement(config: NetConfig) -> bytes:
     """A router advertisement to all nodes."""
     return _router_advertisement(config, multicast_mac(ALL_NODES), ALL_NODES)
+
+
+def farewell(config: NetConfig) -> bytes:
+    """To all nodes: this router is none any more (RFC 4861, section 6.2.5). It goes by another address now."""
+    message = struct.pack("!BBHBBHII", ROUTER_ADVERTISEMENT, 0, 0, 64, 0, 0, 0, 0)
+    message += bytes([OPTION_SOURCE_LINK, 1]) + config.our_mac
+    packet = build_icmp6(config.our_link_local, ALL_NODES, message)
+    return build_ethernet(multicast_mac(ALL_NODES), config.our_mac, ETH_IPV6, packet)
 
 
 def _check_options(reader: Reader, kind: int, source: IPv6Address) -> None:
@@ -122,23 +145,46 @@ def _neighbour_advertisement(
 
 
 def _router_advertisement(config: NetConfig, dest_mac: bytes, dest: IPv6Address) -> bytes:
-    flags = RA_MANAGED | RA_OTHER if config.dhcpv6 else 0
-    message = struct.pack("!BBHBBHII", ROUTER_ADVERTISEMENT, 0, 0, 64, flags, ROUTER_LIFETIME, 0, 0)
+    flags, lifetime = 0, ROUTER_LIFETIME
+    if config.dhcpv6:
+        flags = RA_OTHER if config.local6 else RA_MANAGED | RA_OTHER
+    if config.local6:
+        # There is nothing that we could route to for a guest that has a
+        # link-local address alone (RFC 4007, section 9).
+        lifetime = 0
+    message = struct.pack("!BBHBBHII", ROUTER_ADVERTISEMENT, 0, 0, 64, flags, lifetime, 0, 0)
     message += bytes([OPTION_SOURCE_LINK, 1]) + config.our_mac
-    prefix = config.prefix6
-    if prefix is not None:
-        bits = PREFIX_ON_LINK | PREFIX_AUTONOMOUS
-        message += struct.pack("!BBBBIII", OPTION_PREFIX, 4, prefix.prefixlen, bits, INFINITE, INFINITE, 0)
-        message += prefix.network_address.packed
+    gone = config.withdrawn
+    if config.prefix6 is not None:
+        message += _prefix(config.prefix6, INFINITE, INFINITE)
+    for prefix in gone.prefixes6[:MAX_OLD_PREFIXES]:
+        message += _prefix(prefix, WITHDRAWN_VALID, 0)
     if config.mtu:
         message += struct.pack("!BBHI", OPTION_MTU, 1, 0, max(config.mtu, MIN_MTU))
-    if config.dns6:
-        servers = config.dns6[:MAX_RDNSS]
-        message += struct.pack("!BBHI", OPTION_RDNSS, 1 + 2 * len(servers), 0, ROUTER_LIFETIME)
-        message += b"".join(server.packed for server in servers)
-    names = encode_names(config.search, MAX_DNSSL)
-    if names:
-        names += bytes(-len(names) % 8)
-        message += struct.pack("!BBHI", OPTION_DNSSL, 1 + len(names) // 8, 0, ROUTER_LIFETIME) + names
+    message += _servers(config.dns6[:MAX_RDNSS], ROUTER_LIFETIME)
+    message += _servers(gone.dns6[:MAX_OLD_RDNSS], 0)  # RFC 8106, section 5.1: not to be used any more
+    message += _search(config.search, MAX_DNSSL, ROUTER_LIFETIME)
+    message += _search(gone.search, MAX_OLD_DNSSL, 0)
     packet = build_icmp6(config.our_link_local, dest, message)
     return build_ethernet(dest_mac, config.our_mac, ETH_IPV6, packet)
+
+
+def _prefix(prefix: IPv6Network, valid: int, preferred: int) -> bytes:
+    bits = PREFIX_ON_LINK | PREFIX_AUTONOMOUS
+    head = struct.pack("!BBBBIII", OPTION_PREFIX, 4, prefix.prefixlen, bits, valid, preferred, 0)
+    return head + prefix.network_address.packed
+
+
+def _servers(servers: Sequence[IPv6Address], lifetime: int) -> bytes:
+    if not servers:
+        return b""
+    head = struct.pack("!BBHI", OPTION_RDNSS, 1 + 2 * len(servers), 0, lifetime)
+    return head + b"".join(server.packed for server in servers)
+
+
+def _search(names: Sequence[str], limit: int, lifetime: int) -> bytes:
+    encoded = encode_names(names, limit)
+    if not encoded:
+        return b""
+    encoded += bytes(-len(encoded) % 8)
+    return struct.pack("!BBHI", OPTION_DNSSL, 1 + len(encoded) // 8, 0, lifetime) + encoded

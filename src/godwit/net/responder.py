@@ -56,9 +56,17 @@ class Responder:
         frames = []
         if self.config.gateway4 is not None:
             frames.append(arp.announcement(self.config, self.config.gateway4))
-        if self.config.addr6 is not None and self.config.ndp and self.config.ra:
+        if self.config.has_ipv6 and self.config.ndp and self.config.ra:
             frames.append(ndp.unsolicited_advertisement(self.config))
         return frames
+
+    def change(self, config: NetConfig) -> list[bytes]:
+        """Answer from ``config`` from now on. The frames that tell the guest, which ``announce`` repeats."""
+        before, self.config = self.config, config
+        frames = []
+        if before.has_ipv6 and before.ndp and before.ra and before.our_link_local != config.our_link_local:
+            frames.append(ndp.farewell(before))
+        return frames + self.announce()
 
     def _answer(self, ethernet: Ethernet) -> list[bytes]:
         config = self.config
@@ -70,8 +78,8 @@ class Responder:
             if packet4.protocol == PROTO_UDP and config.dhcp and config.addr4 is not None:
                 datagram = parse_udp(packet4.payload)
                 if datagram.dest_port == DHCP_SERVER_PORT:
-                    answer = dhcp.respond(config, datagram)
-        elif ethernet.kind == ETH_IPV6 and config.addr6 is not None:
+                    answer = dhcp.respond(config, packet4, datagram)
+        elif ethernet.kind == ETH_IPV6 and config.has_ipv6:
             packet6 = parse_ip6(ethernet.payload)
             if packet6.protocol == PROTO_ICMPV6:
                 answer = ndp.respond(config, ethernet, packet6)

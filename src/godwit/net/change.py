@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a change of the host's network means for a guest that runs.
+
+Nothing is taken from the guest for nothing: an address, a router or a name
+server that the host loses stays the guest's until the host has another. The
+guest's packets leave the host through sockets, so that an address of its own
+that is out of date does no harm, while a host's link that is down for a moment
+would cost the guest all of its connections. Only where the host is online with
+the other IP version, and stays without this one for a while, the guest is
+better off without it too: it need not try what cannot work.
+
+What is replaced is withdrawn, and the guest told so (`Withdrawn`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TypeVar
+
+from godwit.net.config import FALLBACK_GATEWAY4, IPAddress, NetConfig, Withdrawn, link_local
+
+LET_GO_SECONDS = 60.0  # that "while"
+WITHDRAWN_SECONDS = 7200.0  # by then the guest has heard of it, or does not believe in it any more
+_OLD = 3  # of each kind
+
+T = TypeVar("T")
+
+
+def settle(old: NetConfig, new: NetConfig, *, let_go: bool = False) -> NetConfig:
+    """What the guest has next, from what it has and what was read from the host; equal to ``old`` if nothing changes.
+
+    ``let_go``: an IP version that the host has lost was kept for long enough.
+    """
+    kept4 = new.local4 and old.addr4 is not None and not old.local4 and not (let_go and new.addr6 is not None)
+    kept6 = new.local6 and old.addr6 is not None and not (let_go and new.addr4 is not None and not new.local4)
+    config = replace(new, guest_mac=old.guest_mac)
+    if kept4:
+        _keep(config, old, "addr4", "prefix_len4", "gateway4", "local4", "interface4", "scope4")
+        _keep(config, old, "map_host4", "map_guest4")
+    elif _lost_route4(old, new):
+        _keep(config, old, "gateway4", "map_host4")
+    if kept6:
+        _keep(config, old, "addr6", "prefix_len6", "gateway6", "our_link_local", "local6", "interface6", "scope6")
+        _keep(config, old, "map_host6", "map_guest6")
+    elif _lost_route6(old, new):
+        _keep(config, old, "gateway6", "our_link_local", "map_host6")
+    if (kept4 or kept6) and not (new.interface4 or new.interface6):
+        _keep(config, old, "mtu")
+    # Name servers go by how the addresses above are mapped, and are lost with the link as well.
+    if kept4 or config.gateway4 != new.gateway4 or not (new.dns_host4 or new.dns_host6):
+        _keep(config, old, "dns4", "dns_match4", "dns_host4")
+    if kept6 or config.gateway6 != new.gateway6 or not (new.dns_host4 or new.dns_host6):
+        _keep(config, old, "dns6", "dns_match6", "dns_host6")
+    if not (new.dns_host4 or new.dns_host6):
+        _keep(config, old, "search")
+    config.withdrawn = _withdrawn(old, config)
+    return config
+
+
+def _keep(config: NetConfig, old: NetConfig, *names: str) -> None:
+    for name in names:
+        setattr(config, name, getattr(old, name))
+
+
+def _lost_route4(old: NetConfig, new: NetConfig) -> bool:
+    same = (old.addr4, old.interface4) == (new.addr4, new.interface4)
+    return same and new.gateway4 == FALLBACK_GATEWAY4
+
+
+def _lost_route6(old: NetConfig, new: NetConfig) -> bool:
+    same = (old.addr6, old.interface6) == (new.addr6, new.interface6)
+    return same and new.gateway6 == link_local(new.our_mac)
+
+
+def _withdrawn(old: NetConfig, new: NetConfig) -> Withdrawn:
+    """What ``old`` says and ``new`` does not, and what was withdrawn already; the latest first."""
+    gone = old.withdrawn
+    servers4 = gone.servers4
+    if old.addr4 is not None and old.gateway4 is not None:
+        servers4 = ((old.addr4, old.gateway4), *servers4)
+    latest = dict(reversed([pair for pair in servers4 if pair[0] != new.addr4]))
+    return Withdrawn(
+        prefixes6=_without(([] if old.prefix6 is None else [old.prefix6]), gone.prefixes6, [new.prefix6]),
+        dns6=_without(old.dns6, gone.dns6, new.dns6),
+        search=_without(old.search, gone.search, new.search),
+        dns4=_without(old.dns4, gone.dns4, new.dns4),
+        servers4=tuple(reversed(latest.items()))[:_OLD],
+    )
+
+
+def _without(old: Iterable[T], gone: Iterable[T], new: Iterable[T | None]) -> tuple[T, ...]:
+    held = set(new)
+    return tuple(dict.fromkeys(one for one in (*old, *gone) if one not in held))[:_OLD]
+
+
+def describe(old: NetConfig, new: NetConfig) -> str:
+    """What is another, in one line; empty if nothing is that the guest is told."""
+    rows = [
+        ("IPv4", _address(old.addr4, old.prefix_len4), _address(new.addr4, new.prefix_len4)),
+        ("IPv4 router", str(old.gateway4), str(new.gateway4)),
+        ("IPv6", _address(old.addr6, old.prefix_len6), _address(new.addr6, new.prefix_len6)),
+        ("IPv6 router", str(old.our_link_local), str(new.our_link_local)),
+        ("MTU", str(old.mtu), str(new.mtu)),
+        ("name servers", _list([*old.dns4, *old.dns6]), _list([*new.dns4, *new.dns6])),
+        ("search list", _list(old.search), _list(new.search)),
+        ("interface", _list(_interfaces(old)), _list(_interfaces(new))),
+    ]
+    return ", ".join(f"{what} {after} (was {before})" for what, before, after in rows if before != after)
+
+
+def _interfaces(config: NetConfig) -> Iterable[str]:
+    return dict.fromkeys(name for name in (config.interface4, config.interface6) if name)
+
+
+def _address(address: IPAddress | None, length: int) -> str:
+    return "link-local" if address is None else f"{address}/{length}"
+
+
+def _list(items: Iterable[object]) -> str:
+    return " ".join(str(item) for item in items) or "none"
