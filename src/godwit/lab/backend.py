@@ -39,7 +39,8 @@ class Backend:
     ``kind`` says which program, ``helper`` which one's helper, or None for no
     helper; by default the program's own. ``arguments`` go to the program as they
     are; what both take: ``--tcp-ports``, ``--mtu``, and much more. ``descriptors``
-    limits how many the back-end may have open.
+    limits how many the back-end may have open. ``wrapper`` is what runs the
+    back-end's command line, in its own process.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Backend:
         helper: str | None = "own",
         arguments: Sequence[str] = (),
         descriptors: int | None = None,
+        wrapper: Sequence[str] = (),
     ) -> None:
         self.space = space
         self.kind = kind
@@ -69,7 +71,7 @@ class Backend:
         if descriptors is not None:
             words = ["prlimit", f"--nofile={descriptors}:{descriptors}", *words]
         with open(self.log, "wb") as log:
-            self._process = space.popen(words, stdout=log, stderr=log)
+            self._process = space.popen([*wrapper, *words], stdout=log, stderr=log)
         try:
             self._until_it_listens()
             if self.helper_kind is not None:
