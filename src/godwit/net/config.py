@@ -346,7 +346,6 @@ def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork, previous
     if link is None:
         return []
     config.interface4 = link.name
-    config.scope4 = link.index
     return [link.mtu]
 
 
