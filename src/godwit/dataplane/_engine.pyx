@@ -644,7 +644,7 @@ cdef class Engine:
         cdef Flow *f
         cdef bint v6, wild
         check(-errno if getsockname(fd, <sockaddr *>&addr, &n) != 0 else 0, "UDP socket")
-        get_sockaddr(&addr, bound, &port)
+        get_sockaddr(<sockaddr *>&addr, bound, &port)
         v6 = addr.ss_family == AF_INET6
         if v6:
             getsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &only_size)

@@ -4,7 +4,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from godwit.dataplane.plane cimport Plane
-from godwit.dataplane.sys cimport sockaddr_storage, socklen_t
+from godwit.dataplane.sys cimport sockaddr, socklen_t
 
 cdef inline bint is_v4(const uint8_t *addr) noexcept nogil:
     """Whether a 16-byte address is a v4-mapped one (RFC 4291, 2.5.5.2)."""
@@ -28,9 +28,9 @@ cdef bint to_guest_name(Plane *p, const uint8_t *host, uint16_t port, uint8_t *g
 # The guest's address for a peer to reach: see host.pyx.
 cdef const uint8_t *guest_side(Plane *p, const uint8_t *remote) noexcept nogil
 
-cdef socklen_t put_sockaddr(Plane *p, sockaddr_storage *out, const uint8_t *addr, uint16_t port) noexcept nogil
+cdef socklen_t put_sockaddr(Plane *p, sockaddr *out, const uint8_t *addr, uint16_t port) noexcept nogil
 # The same for an IPv6 socket, whatever the address: of IPv4 as v4-mapped.
-cdef socklen_t put_sockaddr6(sockaddr_storage *out, const uint8_t *addr, uint16_t port, uint32_t scope) noexcept nogil
+cdef socklen_t put_sockaddr6(sockaddr *out, const uint8_t *addr, uint16_t port, uint32_t scope) noexcept nogil
 # Where the guest's own connections and datagrams leave from, if that was said. Not 0: errno says why not.
 cdef int bind_outbound(Plane *p, int fd, bint v4) noexcept nogil
-cdef void get_sockaddr(const sockaddr_storage *at, uint8_t *addr, uint16_t *port) noexcept nogil
+cdef void get_sockaddr(const sockaddr *at, uint8_t *addr, uint16_t *port) noexcept nogil

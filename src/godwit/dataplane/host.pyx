@@ -112,7 +112,7 @@ cdef const uint8_t *guest_side(Plane *p, const uint8_t *remote) noexcept nogil:
     return p.config.addr6
 
 
-cdef socklen_t put_sockaddr(Plane *p, sockaddr_storage *out, const uint8_t *addr, uint16_t port) noexcept nogil:
+cdef socklen_t put_sockaddr(Plane *p, sockaddr *out, const uint8_t *addr, uint16_t port) noexcept nogil:
     cdef sockaddr_in *a4
     cdef sockaddr_in6 *a6
     cdef int i
@@ -136,7 +136,7 @@ cdef socklen_t put_sockaddr(Plane *p, sockaddr_storage *out, const uint8_t *addr
     return sizeof(sockaddr_in6)
 
 
-cdef socklen_t put_sockaddr6(sockaddr_storage *out, const uint8_t *addr, uint16_t port, uint32_t scope) noexcept nogil:
+cdef socklen_t put_sockaddr6(sockaddr *out, const uint8_t *addr, uint16_t port, uint32_t scope) noexcept nogil:
     cdef sockaddr_in6 *a6 = <sockaddr_in6 *>out
     memset(a6, 0, sizeof(sockaddr_in6))
     a6.sin6_family = AF_INET6
@@ -161,14 +161,14 @@ cdef int bind_outbound(Plane *p, int fd, bint v4) noexcept nogil:
         return 0
     # The port is chosen when the peer is known: else each could be used once, whoever the peers are.
     setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one))
-    n = put_sockaddr(p, &addr, source, 0)
+    n = put_sockaddr(p, <sockaddr *>&addr, source, 0)
     return bind(fd, <sockaddr *>&addr, n)
 
 
-cdef void get_sockaddr(const sockaddr_storage *at, uint8_t *addr, uint16_t *port) noexcept nogil:
+cdef void get_sockaddr(const sockaddr *at, uint8_t *addr, uint16_t *port) noexcept nogil:
     cdef const sockaddr_in *a4
     cdef const sockaddr_in6 *a6
-    if at.ss_family == AF_INET:
+    if at.sa_family == AF_INET:
         a4 = <const sockaddr_in *>at
         map_v4(addr, <const uint8_t *>&a4.sin_addr)
         port[0] = be16(&a4.sin_port)

@@ -64,16 +64,11 @@ from godwit.dataplane.sys cimport (
     CMSG_FIRSTHDR,
     CMSG_NXTHDR,
     EACCES,
-    EMSGSIZE,
-    EPERM,
-    EINTR,
     EAGAIN,
     EHOSTUNREACH,
-    IP_MTU_DISCOVER,
-    IP_PMTUDISC_DO,
-    IP_PMTUDISC_DONT,
-    IP_RECVERR,
-    IP_TTL,
+    EINTR,
+    EMSGSIZE,
+    EPERM,
     IPPROTO_ICMP,
     IPPROTO_ICMPV6,
     IPPROTO_IP,
@@ -84,18 +79,23 @@ from godwit.dataplane.sys cimport (
     IPV6_PMTUDISC_WANT,
     IPV6_RECVERR,
     IPV6_UNICAST_HOPS,
+    IP_MTU_DISCOVER,
+    IP_PMTUDISC_DO,
+    IP_PMTUDISC_DONT,
+    IP_RECVERR,
+    IP_TTL,
     MSG_DONTWAIT,
     MSG_ERRQUEUE,
     MSG_NOSIGNAL,
     MSG_PEEK,
     MSG_TRUNC,
+    SOCK_CLOEXEC,
+    SOCK_DGRAM,
+    SOCK_NONBLOCK,
     SO_EE_OFFENDER,
     SO_EE_ORIGIN_ICMP,
     SO_EE_ORIGIN_ICMP6,
     SO_EE_ORIGIN_LOCAL,
-    SOCK_CLOEXEC,
-    SOCK_DGRAM,
-    SOCK_NONBLOCK,
     be16,
     cmsghdr,
     connect,
@@ -177,7 +177,7 @@ cdef Flow *ping_flow(Plane *p, Packet *k, uint16_t ident) noexcept nogil:
     memcpy(f.remote_addr, host, 16)
     f.sock = socket(AF_INET if v4 else AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
                     IPPROTO_ICMP if v4 else IPPROTO_ICMPV6)
-    n = put_sockaddr(p, &addr, host, 0)
+    n = put_sockaddr(p, <sockaddr *>&addr, host, 0)
     if f.sock >= 0:
         if v4:
             set_option(f.sock, IPPROTO_IP, IP_RECVERR, 1)
@@ -372,7 +372,7 @@ cdef void unreachable_to_guest(Plane *p, Flow *f, int why, const iovec *iov, int
 cdef void pass_on(Plane *p, Flow *f, sock_extended_err *e, const uint8_t *quoted, uint32_t size) noexcept nogil:
     """One entry of an error queue, about a datagram of the flow's."""
     cdef bint v6 = f.flags & FF_V6 != 0
-    cdef sockaddr_storage *offender = <sockaddr_storage *>SO_EE_OFFENDER(e)
+    cdef sockaddr *offender = SO_EE_OFFENDER(e)
     cdef uint8_t host[16]
     cdef uint8_t source[16]
     cdef uint16_t ignored
@@ -386,7 +386,7 @@ cdef void pass_on(Plane *p, Flow *f, sock_extended_err *e, const uint8_t *quoted
             return
         if not v6 and kind != ICMP_UNREACHABLE and kind != ICMP_TIME_EXCEEDED and kind != ICMP_PARAMETER:
             return
-        if offender.ss_family == AF_INET or offender.ss_family == AF_INET6:
+        if offender.sa_family == AF_INET or offender.sa_family == AF_INET6:
             get_sockaddr(offender, host, &ignored)
             if is_v4(host) != v6 and not is_unspecified(host):
                 to_guest_name(p, host, 0, source)
@@ -444,7 +444,7 @@ cdef void errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil:
         if f.kind != FLOW_PING:
             if msg.msg_namelen == 0:
                 continue
-            get_sockaddr(&name, remote, &port)
+            get_sockaddr(<sockaddr *>&name, remote, &port)
             about = udp_peer(p, f, remote, port)
             if port == 0 and sending != NULL and memcmp(remote, sending.remote_addr, 16) == 0:
                 about = sending     # IPv4's own errors do not say the port where the socket is not connected

@@ -231,7 +231,7 @@ cdef void tcp_local_end(Flow *f) noexcept nogil:
     cdef sockaddr_storage addr
     cdef socklen_t n = sizeof(addr)
     if f.sock >= 0 and getsockname(f.sock, <sockaddr *>&addr, &n) == 0:
-        get_sockaddr(&addr, f.local_addr, &f.local_port)
+        get_sockaddr(<sockaddr *>&addr, f.local_addr, &f.local_port)
 
 
 cdef void close_if_done(Plane *p, Flow *f) noexcept nogil:
@@ -342,7 +342,7 @@ cdef void open_from_guest(Plane *p, Packet *k, const uint8_t *t, uint32_t size) 
         drop(p, DROP_NO_SOCKET)
         tcp_reset(p, f)
         return
-    n = put_sockaddr(p, &addr, host, f.remote_port)
+    n = put_sockaddr(p, <sockaddr *>&addr, host, f.remote_port)
     rc = connect(f.sock, <sockaddr *>&addr, n)
     if rc != 0 and errno != EINPROGRESS:
         tcp_reset(p, f)
@@ -424,7 +424,7 @@ cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil:
             if (errno == EMFILE or errno == ENFILE) and refuse_one(p, listener):
                 continue
             return
-        get_sockaddr(&addr, remote, &port)
+        get_sockaddr(<sockaddr *>&addr, remote, &port)
         guest = guest_side(p, remote)
         if not is_unspecified(listener.guest_addr):
             guest = listener.guest_addr

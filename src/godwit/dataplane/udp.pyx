@@ -68,24 +68,15 @@ from godwit.dataplane.plane cimport (
 from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
+    CMSG_DATA,
+    CMSG_LEN,
+    CMSG_SPACE,
     EAGAIN,
     EINTR,
     EINVAL,
     EIO,
     EMSGSIZE,
     ENOBUFS,
-    CMSG_DATA,
-    CMSG_LEN,
-    CMSG_SPACE,
-    IP_MTU_DISCOVER,
-    IP_MULTICAST_TTL,
-    IP_PKTINFO,
-    IP_PMTUDISC_DO,
-    IP_PMTUDISC_DONT,
-    IP_RECVERR,
-    IP_RECVTOS,
-    IP_TOS,
-    IP_TTL,
     IPPROTO_IP,
     IPPROTO_IPV6,
     IPPROTO_UDP,
@@ -100,13 +91,22 @@ from godwit.dataplane.sys cimport (
     IPV6_TCLASS,
     IPV6_UNICAST_HOPS,
     IPV6_V6ONLY,
+    IP_MTU_DISCOVER,
+    IP_MULTICAST_TTL,
+    IP_PKTINFO,
+    IP_PMTUDISC_DO,
+    IP_PMTUDISC_DONT,
+    IP_RECVERR,
+    IP_RECVTOS,
+    IP_TOS,
+    IP_TTL,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
-    SO_BROADCAST,
     SOCK_CLOEXEC,
     SOCK_DGRAM,
     SOCK_NONBLOCK,
     SOL_SOCKET,
+    SO_BROADCAST,
     UDP_GRO,
     UDP_SEGMENT,
     be16,
@@ -119,7 +119,7 @@ from godwit.dataplane.sys cimport (
     sendmmsg,
     sendmsg,
     setsockopt,
-    sockaddr_storage,
+    sockaddr,
     socket,
 )
 from godwit.dataplane.virtqueue cimport MAX_CHAIN
@@ -392,9 +392,9 @@ cdef void collect(Plane *p, Flow *port, Flow *f, Packet *k) noexcept nogil:
     m.msg_iovlen = n
     m.msg_name = &o.names[i]
     if port.flags & FF_V6:
-        m.msg_namelen = put_sockaddr6(<sockaddr_storage *>&o.names[i], f.remote_addr, f.remote_port, f.scope)
+        m.msg_namelen = put_sockaddr6(<sockaddr *>&o.names[i], f.remote_addr, f.remote_port, f.scope)
     else:
-        m.msg_namelen = put_sockaddr(p, <sockaddr_storage *>&o.names[i], f.remote_addr, f.remote_port)
+        m.msg_namelen = put_sockaddr(p, <sockaddr *>&o.names[i], f.remote_addr, f.remote_port)
     o.flows[i] = flow
     o.sizes[i] = k.payload_size
     o.segment[i] = <uint16_t>k.payload_size

@@ -41,15 +41,14 @@ from godwit.dataplane.sys cimport (
     CMSG_FIRSTHDR,
     CMSG_NXTHDR,
     EAGAIN,
-    EINTR,
     ENOMEM,
-    IP_PKTINFO,
-    IP_TOS,
     IPPROTO_IP,
     IPPROTO_IPV6,
     IPPROTO_UDP,
     IPV6_PKTINFO,
     IPV6_TCLASS,
+    IP_PKTINFO,
+    IP_TOS,
     MAP_ANONYMOUS,
     MAP_FAILED,
     MAP_NORESERVE,
@@ -64,14 +63,13 @@ from godwit.dataplane.sys cimport (
     in6_pktinfo,
     in_pktinfo,
     mmap,
-    mmsghdr,
     msghdr,
     munmap,
     put16,
     recv,
     recvmmsg,
+    sockaddr,
     sockaddr_in6,
-    sockaddr_storage,
 )
 from godwit.dataplane.udp cimport udp_add_peer, udp_peer, udp_used
 from godwit.dataplane.virtqueue cimport RX, queue_active, queue_pending
@@ -191,7 +189,7 @@ cdef Flow *flow_from(Plane *p, Flow *port, int i, Seen *seen, uint8_t *guest, ui
     cdef uint16_t remote_port
     cdef Flow *f
     memset(guest, 0, 16)
-    get_sockaddr(<sockaddr_storage *>sender, remote, &remote_port)
+    get_sockaddr(<sockaddr *>sender, remote, &remote_port)
     if not port.flags & (FF_FORWARD | FF_ANY_PEER):
         f = udp_peer(p, port, remote, remote_port)
         if f == NULL:
@@ -244,7 +242,7 @@ cdef bint deliver(Plane *p, Flow *port, int i) noexcept nogil:
         return True
     if f != NULL:
         udp_used(p, f)
-    get_sockaddr(<sockaddr_storage *>&u.names[i], ignored, &remote_port)
+    get_sockaddr(<sockaddr *>&u.names[i], ignored, &remote_port)
     d.v6 = not is_v4(guest)
     d.tos = seen.tos
     d.proto = IPPROTO_UDP
