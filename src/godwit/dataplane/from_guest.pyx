@@ -32,7 +32,6 @@ from godwit.dataplane.sys cimport (
     IPPROTO_UDP,
     be16,
     be32,
-    iovec,
     load32_acquire,
     store32_release,
     write,

@@ -47,7 +47,6 @@ from godwit.dataplane.plane cimport (
     DROP_SHORT,
     DROP_TABLE_FULL,
     DROP_UNREACHABLE,
-    ETH_HLEN,
     FF_DONT_FRAGMENT,
     FF_FROM_GUEST,
     FF_V6,

@@ -15,7 +15,7 @@ is the socket's own queue, where the kernel drops the newest.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcpy, memset
 
 from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest
 from godwit.dataplane.flow cimport flow_close, flow_find, flow_index, flow_wait_ring
