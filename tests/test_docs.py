@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from godwit.daemon.options import Dialect, parse
+from godwit.daemon.options import TABLE, Dialect, Kind, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = runpy.run_path(str(ROOT / "tools" / "docs.py"))
@@ -52,6 +52,32 @@ def test_the_readmes_command_lines_are_understood() -> None:
     assert len(specs) == 4
     for spec in specs:
         assert parse(["--socket", "/tmp/vm.sock", "-t", spec], Dialect.GODWIT).tcp_ports
+
+
+def test_the_page_of_options_agrees_with_the_parser() -> None:
+    """Each row of the parser's table has one on the page, passt's or our own, with the same names and the same fate."""
+    ours_and_passts = (ROOT / "docs" / "passt-options.md").read_text().partition("## Options that passt does not have")
+    passts, ours = (
+        {
+            tuple(re.findall(r"`([^`]+)`", cells[0])): cells[1:]
+            for line in part.splitlines()
+            if line.startswith("| `") and (cells := [cell.strip() for cell in line.strip("|").split(" | ")])
+        }
+        for part in ours_and_passts[::2]
+    )
+    printing = {("-h", "--help"), ("--version",), ("--print-capabilities",)}  # these end the process in argparse
+    assert {frozenset(row.names) for row in TABLE} | set(map(frozenset, printing)) == {
+        frozenset(names) for names in (*passts, *ours)
+    }
+    assert len(passts) + len(ours) == len(TABLE) + len(printing)
+    kinds = {frozenset(row.names): row.kind for row in TABLE}
+    for names, (verdict, note) in passts.items():
+        assert verdict in ("same", "different", "not applicable"), names
+        kind = kinds.get(frozenset(names))
+        assert (kind is Kind.PASTA) == (verdict == "not applicable"), names
+        assert (kind is Kind.NOTHING) == note.startswith("without effect"), names
+        assert (kind is Kind.REFUSED) == note.startswith("refused"), names
+        assert note or verdict == "same", names
 
 
 def test_the_vhost_user_examples_talk_to_each_other(tmp_path: Path) -> None:

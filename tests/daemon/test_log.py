@@ -32,7 +32,7 @@ def _levels() -> Iterator[None]:
     ("options", "expected"),
     [
         (Options(), logging.INFO),
-        (Options(quiet=True), logging.ERROR),
+        (Options(quiet=True), logging.WARNING),
         (Options(debug=True), logging.DEBUG),
         (Options(debug=True, trace=True), TRACE),
     ],

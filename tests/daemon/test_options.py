@@ -124,6 +124,7 @@ CASES: list[tuple[str, str, object]] = [
     ("--no-tcp", "tcp", False),
     ("--no-udp", "udp", False),
     ("--no-icmp", "icmp", False),
+    ("--no-icmp", "net.ndp", False),
     ("--no-dhcp", "net.dhcp", False),
     ("--no-dhcpv6", "net.dhcpv6", False),
     ("--no-ndp", "net.ndp", False),

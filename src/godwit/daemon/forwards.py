@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 KEPT = 128
 # Of the rest, for the guest's own connections where all ports are forwarded.
 FLOWS_SHARE = 0.25
+FEW = 1024  # descriptors for these: the log says so where the ports that were named leave no more
 
 
 def open_forwards(engine: Engine, options: Options) -> int:
@@ -66,7 +67,7 @@ def open_forwards(engine: Engine, options: Options) -> int:
             left,
             limit + int(sum(left_out.values()) / (1 - FLOWS_SHARE)) + 1,
         )
-    elif opened > most:
+    elif opened > most and left < FEW:
         log.warning(
             "%d forwarded ports leave %d descriptors for the guest's own connections: the limit (ulimit -Hn) is %d,"
             " raise it or forward fewer",

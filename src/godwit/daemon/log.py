@@ -76,7 +76,7 @@ def level(options: Options) -> int:
         return TRACE
     if options.debug:
         return logging.DEBUG
-    return logging.ERROR if options.quiet else logging.INFO
+    return logging.WARNING if options.quiet else logging.INFO
 
 
 def _is_heard(path: str) -> bool:

@@ -246,7 +246,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(("-d", "--debug"), Kind.SET, "verbosity", help="log more", const="debug"),
     Row(("--trace",), Kind.SET, "verbosity", help="log even more", const="trace"),
-    Row(("-q", "--quiet"), Kind.SET, "verbosity", help="log errors only", const="quiet"),
+    Row(("-q", "--quiet"), Kind.SET, "verbosity", help="log warnings and errors only", const="quiet"),
     Row(("-p", "--pcap"), Kind.VALUE, "pcap", "FILE", _path, "write the guest's frames to this file, in pcap format"),
     Row(
         ("--stats",),
@@ -305,7 +305,7 @@ TABLE: tuple[Row, ...] = (
     Row(("-6", "--ipv6-only"), Kind.SET, "family", help="no IPv4", const=6),
     Row(("--no-tcp",), Kind.OFF, "tcp", help="no TCP"),
     Row(("--no-udp",), Kind.OFF, "udp", help="no UDP"),
-    Row(("--no-icmp",), Kind.OFF, "icmp", help="no ICMP and ICMPv6 echo"),
+    Row(("--no-icmp",), Kind.OFF, "icmp", help="no ICMP and ICMPv6, NDP included"),
     Row(("--no-dhcp",), Kind.OFF, "dhcp", help="no DHCP server"),
     Row(("--no-dhcpv6",), Kind.OFF, "dhcpv6", help="no DHCPv6 server"),
     Row(("--no-ndp",), Kind.OFF, "ndp", help="no NDP"),
@@ -422,6 +422,8 @@ _MAPPED = ("map_host", "map_guest", "dns_forward", "dns_host")
 def _net(given: dict[str, Any]) -> NetOptions:
     """The options that `godwit.net` reads. Of several addresses of a family the last one counts, as with passt."""
     values: dict[str, Any] = {f.name: given[f.name] for f in fields(NetOptions) if given.get(f.name) is not None}
+    if not given["icmp"]:
+        values["ndp"] = False  # as passt(1) has it
     if given["family"] is not None:
         values["ipv6" if given["family"] == 4 else "ipv4"] = False
     if "dns" in values:
