@@ -467,8 +467,6 @@ def _cross_check(options: Options) -> None:
     for protocol, on in (("tcp", options.tcp), ("udp", options.udp)):
         if not on and getattr(options, f"{protocol}_ports"):
             raise OptionError(f"--{protocol}-ports and --no-{protocol} exclude each other")
-    if any(one.to_address is not None for one in options.tcp_ports.ranges):
-        raise OptionError("--tcp-ports: a target address is not supported yet, only the guest itself")
     names = {"--log-file": options.log_file, "--pid": options.pid, "--pcap": options.pcap, "--socket": options.socket}
     owners: dict[str, str] = {}
     for option, path in names.items():
