@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The device follows its host's network, but never under a migration. With a data plane that only notes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+
+import pytest
+from scapy.layers.inet6 import ICMPv6ND_RA, ICMPv6NDOptPrefixInfo, IPv6
+from scapy.layers.l2 import ARP, Ether
+
+from godwit.daemon import device as device_module
+from godwit.daemon.device import NetDevice
+from godwit.daemon.options import Options
+from godwit.migration import Direction as Transfer
+from godwit.migration import Migration
+from godwit.net import state
+from godwit.net.change import settle
+from godwit.net.config import NetConfig, link_local, packed16
+from godwit.vhost_user import Direction
+
+OLD, NEW = "2001:db8:1::7", "2001:db8:2::7"
+
+
+def config(address6: str, router6: str = "fe80::1", **fields: Any) -> NetConfig:
+    return NetConfig(
+        addr4=IPv4Address("192.0.2.7"),
+        prefix_len4=24,
+        gateway4=IPv4Address("192.0.2.1"),
+        addr6=IPv6Address(address6),
+        gateway6=IPv6Address(router6),
+        our_link_local=IPv6Address(router6),
+        **fields,
+    )
+
+
+class Engine:
+    """Notes what it is told; everything else does nothing."""
+
+    def __init__(self) -> None:
+        self.configured: list[dict[str, Any]] = []
+        self.injected: list[Any] = []
+        self.rare: list[bytes] = []
+        self._ready, self._other = os.pipe()
+
+    def configure(self, **what: Any) -> None:
+        self.configured.append(what)
+
+    def inject(self, frame: bytes) -> bool:
+        self.injected.append(Ether(frame))
+        return True
+
+    def rare_fileno(self) -> int:
+        return self._ready
+
+    def take_rare(self) -> list[bytes]:
+        taken, self.rare = self.rare, []
+        return taken
+
+    def close(self) -> None:
+        os.close(self._ready)
+        os.close(self._other)
+
+    def has_found(self) -> bool:
+        return False
+
+    def tcp_flows(self) -> list[int]:
+        return []
+
+    def sees_nothing(self) -> bool:
+        return False
+
+    def ring_stop(self, index: int) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+    def told(self) -> list[tuple[str, list[str]]]:
+        """The router advertisements since the last call: from where, with which prefixes."""
+        frames, self.injected = self.injected, []
+        return [
+            (frame[IPv6].src, [f"{one.prefix} {one.preferredlifetime:#x}" for one in _prefixes(frame)])
+            for frame in frames
+            if ICMPv6ND_RA in frame
+        ]
+
+
+def _prefixes(frame: Any) -> list[Any]:
+    found = []
+    layer = frame[ICMPv6ND_RA]
+    while layer:
+        if isinstance(layer, ICMPv6NDOptPrefixInfo):
+            found.append(layer)
+        layer = layer.payload
+    return found
+
+
+Work = Callable[[NetDevice, Engine], Awaitable[None]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], None]:
+    monkeypatch.setattr(device_module, "Engine", Engine)
+    monkeypatch.setattr(device_module, "CHANGE_INTERVAL", 0.05)
+
+    def run(work: Work, **options: Any) -> None:
+        async def main() -> None:
+            device = NetDevice(config(OLD), Options(), None, **options)
+            engine: Any = device._engine
+            await device.start()
+            try:
+                async with asyncio.timeout(20):
+                    await work(device, engine)
+            finally:
+                await device.close()
+
+        asyncio.run(main())
+
+    return run
+
+
+async def start(device: NetDevice) -> None:
+    for index in (0, 1):
+        await device.set_vring_kick(index, None)
+
+
+async def stop(device: NetDevice) -> None:
+    for index in (0, 1):
+        await device.get_vring_base(index)
+
+
+def changed(device: NetDevice, address6: str = NEW, router6: str = "fe80::1") -> None:
+    device.follow(settle(device._config, config(address6, router6)))
+
+
+CHANGED = ("fe80::1", ["2001:db8:2:: 0xffffffff", "2001:db8:1:: 0x0"])
+
+
+def test_a_guest_that_runs_is_told_three_times(run: Any) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        await start(device)
+        assert engine.told() == []
+        changed(device)
+        assert engine.configured[-1]["addr6"] == packed16(IPv6Address(NEW))
+        assert engine.told() == [CHANGED]
+        await asyncio.sleep(0.3)
+        assert engine.told() == [CHANGED, CHANGED]
+
+    run(work)
+
+
+def test_an_old_router_says_farewell(run: Any) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        await start(device)
+        changed(device, router6="fe80::2")
+        first, *frames = engine.injected
+        assert (first[IPv6].src, first[ICMPv6ND_RA].routerlifetime) == ("fe80::1", 0)
+        assert [frame[ARP].psrc for frame in frames if ARP in frame] == ["192.0.2.1"]
+        assert frames[-1][IPv6].src == "fe80::2"
+
+    run(work)
+
+
+def test_with_no_guest_nobody_is_told(run: Any) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        changed(device)
+        assert engine.configured[-1]["addr6"] == packed16(IPv6Address(NEW))
+        await asyncio.sleep(0.2)
+        assert engine.injected == []
+
+    run(work)
+
+
+def test_a_guest_that_stands_still_is_told_when_it_runs(run: Any) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        await start(device)
+        await stop(device)
+        changed(device)
+        changed(device, "2001:db8:3::7")
+        await asyncio.sleep(0.2)
+        assert (len(engine.configured), engine.injected) == (1, [])
+        await start(device)
+        assert engine.configured[-1]["addr6"] == packed16(IPv6Address("2001:db8:3::7"))
+        assert engine.told() == [("fe80::1", ["2001:db8:3:: 0xffffffff", "2001:db8:1:: 0x0"])]
+
+    run(work)
+
+
+def test_repeats_do_not_reach_a_guest_that_stands_still(run: Any) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        await start(device)
+        changed(device)
+        engine.told()
+        await stop(device)
+        await asyncio.sleep(0.2)
+        assert engine.injected == []
+
+    run(work)
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_loaded_guest_is_not_disturbed(run: Any, committed: bool) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        reads, writes = os.pipe()
+        os.write(writes, _empty_stream())
+        os.close(writes)
+        await device.set_device_state_fd(Direction.LOAD, 0, reads)
+        changed(device)
+        assert await device.check_device_state()
+        assert (len(engine.configured), engine.injected) == (1, [])
+        if committed:
+            await device.send_rarp(b"\x52\0\0\0\0\1")
+            await start(device)
+            assert engine.told() == [CHANGED]
+        else:
+            await device.disconnected()
+            assert engine.injected == []
+        assert engine.configured[-1]["addr6"] == packed16(IPv6Address(NEW))
+
+    run(work)
+
+
+def test_a_guest_that_has_moved_in_is_told_of_its_new_host(run: Any) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        reads, writes = os.pipe()
+        os.write(writes, _empty_stream())
+        os.close(writes)
+        await device.set_device_state_fd(Direction.LOAD, 0, reads)
+        assert await device.check_device_state()
+        await start(device)
+        assert engine.told() == [("fe80::1", ["2001:db8:1:: 0xffffffff"])]
+
+    run(work)
+
+
+def _empty_stream() -> bytes:
+    """A guest with no flows, as a source writes it."""
+    reads, writes = os.pipe()
+
+    class Source:
+        def observed(self) -> Any:
+            return state.NEVER_SEEN
+
+        def flows(self) -> list[int]:
+            return []
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_: None
+
+    source: Any = Source()
+    migration: Any = Migration(state.versions(), source)
+    migration.request(writes, Transfer.SOURCE, 2)
+    migration.run()
+    assert migration.outcome
+    migration.close()
+    data = os.read(reads, 1 << 16)
+    os.close(reads)
+    return data
+
+
+def test_the_host_is_looked_at_before_the_guest_is_answered(run: Any) -> None:
+    calls: list[NetDevice] = []
+
+    async def work(device: NetDevice, engine: Engine) -> None:
+        calls.append(device)
+        device._answer_rare()
+        assert len(engine.configured) == 1
+        solicitation = Ether(src="52:54:00:00:00:01") / ARP(psrc="192.0.2.7", pdst="192.0.2.1")
+        engine.rare = [bytes(solicitation)]
+        device._answer_rare()
+        assert len(engine.configured) == 2
+
+    run(work, before_answer=lambda: changed(calls[0]))
+
+
+def test_a_host_with_no_ipv6_address(run: Any) -> None:
+    """The data plane has IPv6 on, and no address for the guest but what it sees."""
+
+    async def work(device: NetDevice, engine: Engine) -> None:
+        ours = link_local(b"\x9a\x55\x9a\x55\x9a\x55")
+        device.follow(NetConfig(local6=True, gateway6=ours, our_link_local=ours))
+        assert (engine.configured[-1]["addr4"], engine.configured[-1]["addr6"]) == (None, bytes(16))
+
+    run(work)
