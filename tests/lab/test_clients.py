@@ -259,6 +259,7 @@ def test_dhclient_for_ipv6_follows_the_host(lab: Lab) -> None:
     client = lab.system.start_dhclient(6)
     lab.has(f"{HOST6}/128", SLAAC)
     lab.host.ip("addr add 2001:db8:5::10/64 dev eth0 nodad", f"addr del {HOST6}/64 dev eth0")
+    lab.expect("the host's change", lambda: "IPv6 2001:db8:5::10/64 (was" in lab.backend.messages())
     client.kill()
     client.wait()
     lab.system.start_dhclient(6)  # it asks whether its address is still right
