@@ -12,7 +12,7 @@ from scapy.layers.dhcp import BOOTP, DHCP
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 
-from godwit.net.config import NetConfig
+from godwit.net.config import NetConfig, Withdrawn
 from godwit.net.responder import Responder
 
 GUEST = "52:54:00:12:34:56"
@@ -62,7 +62,7 @@ def test_discover_gives_an_offer_with_everything(responder: Responder) -> None:
     assert (reply[BOOTP].yiaddr, reply[BOOTP].ciaddr, reply[BOOTP].giaddr) == ("192.0.2.7", "0.0.0.0", "0.0.0.0")
     assert kind(options) == 2
     assert options["server_id"] == "192.0.2.1"
-    assert options["lease_time"] == 3600
+    assert (options["renewal_time"], options["rebinding_time"], options["lease_time"]) == (300, 3150, 3600)
     assert options["subnet_mask"] == "255.255.255.0"
     assert options["router"] == "192.0.2.1"
     assert options["interface-mtu"] == 1500
@@ -107,6 +107,24 @@ def test_another_address_is_refused(responder: Responder, options: list[Any], fi
     assert (reply.dst, reply[IP].dst) == ("ff:ff:ff:ff:ff:ff", ANYWHERE)
     assert (reply[BOOTP].yiaddr, reply[BOOTP].ciaddr) == ("0.0.0.0", "0.0.0.0")
     assert set(got) == {"message-type", "server_id"}
+
+
+def test_a_refusal_comes_from_the_server_that_the_client_knows(config: NetConfig) -> None:
+    """A client may take it from no other (busybox's does not)."""
+    known = ((IPv4Address("10.0.0.7"), IPv4Address("10.0.0.1")),)
+    responder = Responder(replace(config, withdrawn=Withdrawn(servers4=known)))
+    renewal = {"source": "10.0.0.7", "ciaddr": "10.0.0.7"}
+    for dest, server in (("10.0.0.1", "10.0.0.1"), ("10.9.9.9", "10.9.9.9"), (ANYWHERE, "10.0.0.1")):
+        _, got = read(responder.respond(request([("message-type", "request")], dest=dest, **renewal)))
+        assert (kind(got), got["server_id"]) == (6, server)
+    _, got = read(responder.respond(request([("message-type", "request"), ("requested_addr", "10.0.0.8")])))
+    assert (kind(got), got["server_id"]) == (6, "192.0.2.1")
+
+
+def test_a_link_local_address_is_given_for_a_short_time(config: NetConfig) -> None:
+    responder = Responder(replace(config, local4=True))
+    _, options = read(responder.respond(request([("message-type", "discover")])))
+    assert (options["renewal_time"], options["rebinding_time"], options["lease_time"]) == (30, 52, 60)
 
 
 def test_a_request_about_nothing_gets_no_answer(responder: Responder) -> None:

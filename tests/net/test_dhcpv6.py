@@ -172,6 +172,19 @@ def test_fqdn_only_for_who_knows_it(config: NetConfig) -> None:
     assert dhcp6.DHCP6OptClientFQDN not in read(responder.respond(asked), dhcp6.DHCP6_Advertise)
 
 
+def test_no_address_yet(config: NetConfig) -> None:
+    """On a host without IPv6: what there is besides addresses, and an end to those of before."""
+    responder = Responder(replace(config, addr6=None, local6=True, dns6=[]))
+    message = read(responder.respond(frame(dhcp6.DHCP6_Solicit, client(), ia())), dhcp6.DHCP6_Advertise)
+    [status] = message[dhcp6.DHCP6OptIA_NA].ianaopts
+    assert (type(status), status.statuscode) == (dhcp6.DHCP6OptStatusCode, 2)
+    assert message[dhcp6.DHCP6OptDNSDomains].dnsdomains == ["example.org.", "lab.example.net."]
+    message = read(responder.respond(frame(dhcp6.DHCP6_Renew, client(), server(), ia(ADDRESS))), dhcp6.DHCP6_Reply)
+    assert leases(message) == [(ADDRESS, 0, 0)]
+    message = read(responder.respond(frame(dhcp6.DHCP6_Confirm, client(), ia(ADDRESS))), dhcp6.DHCP6_Reply)
+    assert message[dhcp6.DHCP6OptStatusCode].statuscode == 4
+
+
 @pytest.mark.parametrize("change", [{"dhcpv6": False}, {"addr6": None}])
 def test_switched_off(config: NetConfig, change: dict[str, Any]) -> None:
     assert Responder(replace(config, **change)).respond(frame(dhcp6.DHCP6_Solicit, client(), ia())) == []

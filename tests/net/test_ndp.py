@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, IPv6Network
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from scapy.layers.inet6 import (
 )
 from scapy.layers.l2 import Ether
 
-from godwit.net.config import NetConfig
+from godwit.net.config import NetConfig, Withdrawn
 from godwit.net.responder import Responder
 
 GUEST = "52:54:00:12:34:56"
@@ -175,6 +175,62 @@ def test_switched_off(config: NetConfig, change: dict[str, Any], advertises: boo
     assert bool(responder.respond(solicit_router())) is advertises
     assert bool(responder.respond(solicit("fe80::1"))) is answers
     assert any(ICMPv6ND_RA in Ether(one) for one in responder.announce()) is advertises
+
+
+def test_what_is_withdrawn_is_taken_back(config: NetConfig) -> None:
+    """RFC 4862, 5.5.3 e: of an old prefix two hours stay, and none of them preferred. RFC 8106: lifetime 0."""
+    gone = Withdrawn(
+        prefixes6=tuple(IPv6Network(f"2001:db8:{number}::/64") for number in (8, 9)),
+        dns6=(IPv6Address("2001:db8:8::53"),),
+        search=("old.example",),
+    )
+    for ra in (solicit_router(), None):
+        responder = Responder(replace(config, withdrawn=gone))
+        reply = read(responder.respond(ra) if ra else responder.announce()[1:])
+        prefix = reply[ICMPv6NDOptPrefixInfo]
+        found = []
+        while isinstance(prefix, ICMPv6NDOptPrefixInfo):
+            found.append((prefix.prefix, prefix.validlifetime, prefix.preferredlifetime, prefix.L, prefix.A))
+            prefix = prefix.payload
+        assert found == [
+            ("2001:db8:1::", 0xFFFFFFFF, 0xFFFFFFFF, 1, 1),
+            ("2001:db8:8::", 7200, 0, 1, 1),
+            ("2001:db8:9::", 7200, 0, 1, 1),
+        ]
+        servers = reply[ICMPv6NDOptRDNSS], reply[ICMPv6NDOptRDNSS].payload
+        assert [(one.dns, one.lifetime) for one in servers] == [
+            (["2001:db8:53::1", "2001:db8:53::2"], 65535),
+            (["2001:db8:8::53"], 0),
+        ]
+        names = reply[ICMPv6NDOptDNSSL], reply[ICMPv6NDOptDNSSL].payload
+        assert [(one.searchlist, one.lifetime) for one in names] == [
+            (["example.org.", "lab.example.net."], 65535),
+            (["old.example."], 0),
+        ]
+
+
+def test_another_router(config: NetConfig) -> None:
+    """The old one says farewell, to all nodes (RFC 4861, 6.2.5)."""
+    responder = Responder(config)
+    frames = responder.change(replace(config, our_link_local=IPv6Address("fe80::2")))
+    reply = read(frames[:1])
+    assert (reply[IPv6].src, reply[IPv6].dst, reply[ICMPv6ND_RA].routerlifetime) == ("fe80::1", "ff02::1", 0)
+    assert ICMPv6NDOptPrefixInfo not in reply
+    assert read(frames[2:])[IPv6].src == "fe80::2"
+    assert len(responder.change(replace(responder.config))) == 2  # the same router
+    assert len(responder.change(replace(responder.config, ra=False, our_link_local=IPv6Address("fe80::3")))) == 2
+    assert len(responder.change(replace(config))) == 2  # who was none says no farewell
+
+
+@pytest.mark.parametrize(("dhcpv6", "other"), [(True, 1), (False, 0)])
+def test_a_host_with_no_ipv6_address(config: NetConfig, dhcpv6: bool, other: int) -> None:
+    """A router of nothing, whose address the guest can still reach."""
+    responder = Responder(replace(config, addr6=None, local6=True, dns6=[], dhcpv6=dhcpv6))
+    reply = read(responder.respond(solicit_router()))
+    ra = reply[ICMPv6ND_RA]
+    assert (ra.routerlifetime, ra.M, ra.O) == (0, 0, other)
+    assert ICMPv6NDOptPrefixInfo not in reply
+    assert ICMPv6ND_NA in read(responder.respond(solicit("fe80::1")))
 
 
 def test_announcement(responder: Responder) -> None:
