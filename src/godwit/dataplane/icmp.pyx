@@ -180,6 +180,7 @@ cdef Flow *ping_flow(Plane *p, Packet *k, uint16_t ident) noexcept nogil:
     if f.sock >= 0:
         if v4:
             set_option(f.sock, IPPROTO_IP, IP_RECVERR, 1)
+            set_option(f.sock, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)   # as mark() has it without DF
         else:
             set_option(f.sock, IPPROTO_IPV6, IPV6_RECVERR, 1)
     if (f.sock < 0 or (not is_loopback(host) and bind_outbound(p, f.sock, v4) != 0)

@@ -180,6 +180,7 @@ cdef extern from "<sys/socket.h>" nogil:
         SO_KEEPALIVE
         SO_OOBINLINE
         SO_PEEK_OFF
+        SO_RCVBUF
         SO_SNDBUF
         SO_TYPE
         SHUT_WR

@@ -107,6 +107,7 @@ from godwit.dataplane.sys cimport (
     SOCK_NONBLOCK,
     SOL_SOCKET,
     SO_BROADCAST,
+    SO_RCVBUF,
     UDP_GRO,
     UDP_SEGMENT,
     be16,
@@ -134,6 +135,7 @@ cdef enum:
     TIMEOUT_UNANSWERED = 30000  # opened from outside, and the guest has said nothing
     MAX_SEGMENTS = 64           # of one message, in every kernel that can do it (UDP_MAX_SEGMENTS)
     MAX_JOINED = 64000          # bytes of one message
+    RECEIVE_BUFFER = 16 << 20   # bytes; as much of it as the system allows (net.core.rmem_max)
 
 cdef uint8_t NOBODY[16]   # zeros
 
@@ -147,7 +149,10 @@ cdef void set_option(int fd, int level, int option, int value) noexcept nogil:
 cdef void udp_prepare(int fd, bint v6, bint v4, bint forwarded) noexcept nogil:
     # What one kernel does not know, it does without.
     set_option(fd, IPPROTO_UDP, UDP_GRO, 1)
+    # A burst waits there while the guest's ring is short, or this thread is not run.
+    set_option(fd, SOL_SOCKET, SO_RCVBUF, RECEIVE_BUFFER)
     if v4:
+        set_option(fd, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)   # as mark() has it without DF
         set_option(fd, SOL_SOCKET, SO_BROADCAST, 1)
         set_option(fd, IPPROTO_IP, IP_RECVERR, 1)
         set_option(fd, IPPROTO_IP, IP_RECVTOS, 1)
