@@ -40,7 +40,9 @@ class Backend:
     helper; by default the program's own. ``arguments`` go to the program as they
     are; what both take: ``--tcp-ports``, ``--mtu``, and much more. ``descriptors``
     limits how many the back-end may have open. ``wrapper`` is what runs the
-    back-end's command line, in its own process.
+    back-end's command line, in its own process. ``map_gw``: the gateway's address
+    leads to the host's loopback, as it does by default outside of the laboratory,
+    where the gateway is the server too.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Backend:
         arguments: Sequence[str] = (),
         descriptors: int | None = None,
         wrapper: Sequence[str] = (),
+        map_gw: bool = False,
     ) -> None:
         self.space = space
         self.kind = kind
@@ -61,7 +64,7 @@ class Backend:
         self.log = os.path.join(folder, f"{self.name}.log")
         self.helper_kind = kind if helper == "own" else helper
         self._helper: subprocess.Popen[bytes] | None = None
-        common = ["-f", "--vhost-user", "-s", self.socket, "--no-map-gw", *arguments]
+        common = ["-f", "--vhost-user", "-s", self.socket, *([] if map_gw else ["--no-map-gw"]), *arguments]
         if kind == "godwit":
             words = [*_GODWIT, "serve", *common]
         elif kind == "passt":
