@@ -16,7 +16,7 @@ VARIANT = $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)
 export CC PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-vm vm-tools lint debug asan annotate check clean
+.PHONY: help venv build demo bench test test-vm vm-tools lint debug asan annotate check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ build: venv ## the Cython modules, in place
 
 demo: build prerequisites-lab ## a guest with open connections migrates there and back
 	$(BIN)/godwit demo
+
+bench: build prerequisites-lab ## godwit and passt measured beside each other
+	$(BIN)/godwit bench udp
 
 test: build prerequisites-lab prerequisites-test ## the test suite without virtual machines
 	$(PY) -m pytest $(PYTEST_ARGS)

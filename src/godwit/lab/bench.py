@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Measurements of back-ends beside each other: godwit, passt, and no back-end at all.
+
+All are behind the same front-end (the embedded guest's) on one host of the
+laboratory's network, and each round measures one after the other, every second
+round in the opposite order, so that what the machine does meanwhile meets all of
+them. What is given is the median over the rounds, with the least and the most.
+
+A *case* is a row of a table (``udp_bench.CASES``): a name, the MTU of guest
+and network, and a function that measures it once on a ``Side``::
+
+    with Bed(1500, ("godwit", "passt")) as bed:
+        values = case.measure(bed.sides["godwit"], 1.0)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from godwit import __version__
+from godwit.lab import peer
+from godwit.lab.backend import Backend
+from godwit.lab.errors import LabError
+from godwit.lab.guest import EmbeddedGuest
+from godwit.lab.netns import HOST4, Host, Namespace, Network
+
+NONE = "none"  # no back-end: the host itself in the guest's place
+KINDS = ("godwit", "passt", NONE)
+
+# Each back-end's own ports of the host, forwarded to the same ports of its guest.
+PORTS = {"godwit": 20_000, "passt": 21_000, NONE: 22_000}
+PORT_COUNT = 10
+
+
+class Side:
+    """One back-end and the guest behind it, or neither (``NONE``)."""
+
+    def __init__(self, kind: str, net: Network, folder: str, cleanup: contextlib.ExitStack) -> None:
+        self.kind = kind
+        self.server: Host = net.server
+        self.guest: EmbeddedGuest | None = None
+        self.space: Namespace = net.a
+        self.addr = HOST4
+        self.port = PORTS[kind]
+        self._pid: int | None = None
+        if kind == NONE:
+            return
+        ports = f"{self.port}-{self.port + PORT_COUNT - 1}"
+        backend = cleanup.enter_context(
+            Backend(
+                net.a,
+                folder,
+                kind,
+                helper=None,
+                arguments=["--tcp-ports", ports, "--udp-ports", ports, "--mtu", str(min(net.mtu, 65520))],
+            )
+        )
+        self.guest = cleanup.enter_context(EmbeddedGuest(f"guest-{kind}", mtu=net.mtu))
+        self.guest.connect(backend.socket)
+        self.guest.configure()
+        self.space = self.guest.space
+        self._pid = backend.pid
+
+    def cpu(self) -> float:
+        """Processor time of the back-end so far, user's and system's, in seconds; 0 where there is none."""
+        if self._pid is None:
+            return 0.0
+        # The process's own clock (clock_getcpuclockid(3)): what /proc/PID/stat tells, in ns.
+        return time.clock_gettime(~self._pid << 3 | 2)
+
+    def frames_from_guest(self) -> int:
+        """Frames that the guest's card has sent so far."""
+        return 0 if self.guest is None else self.guest.counters["from_guest_frames"]
+
+    def check(self) -> None:
+        """Raise `LabError` if the back-end broke a ring or is gone."""
+        if self.guest is not None:
+            self.guest.check()
+            if self.guest.backend_gone:
+                raise LabError(f"{self.kind} has hung up")
+
+
+class Bed:
+    """A network at one MTU, with the sides that are compared. All stay up; only one is used at a time."""
+
+    def __init__(self, mtu: int, kinds: Sequence[str]) -> None:
+        self._cleanup = contextlib.ExitStack()
+        try:
+            folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-bench-"))
+            os.chmod(folder, 0o755)  # passt becomes another user
+            net = self._cleanup.enter_context(Network(mtu=mtu))
+            self.sides = {kind: Side(kind, net, folder, self._cleanup) for kind in kinds}
+        except BaseException:
+            self._cleanup.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that is measured. ``measure`` takes a side and about how many seconds, and returns values by metric."""
+
+    name: str
+    title: str
+    mtu: int
+    measure: Callable[[Side, float], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A metric over the rounds."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """Summarise at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass
+class Results:
+    """Values of each round, by case, metric and kind."""
+
+    kinds: Sequence[str]
+    rounds: int
+    values: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    load: list[float] = field(default_factory=list)  # the machine's load average before each case
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, case: str, kind: str, measured: dict[str, float]) -> None:
+        """Take what one measurement gave."""
+        for metric, value in measured.items():
+            self.values.setdefault(case, {}).setdefault(metric, {}).setdefault(kind, []).append(value)
+
+    def summary(self, case: str, metric: str, kind: str) -> Summary | None:
+        """Return a metric of a kind, if it was measured."""
+        values = self.values.get(case, {}).get(metric, {}).get(kind)
+        return Summary.of(values) if values else None
+
+    def ratio(self, case: str, metric: str, kind: str = "godwit", to: str = "passt") -> float | None:
+        """Return the ratio of two kinds' medians; None where there is none."""
+        ours, theirs = self.summary(case, metric, kind), self.summary(case, metric, to)
+        return ours.median / theirs.median if ours and theirs and theirs.median else None
+
+    def as_json(self) -> dict[str, object]:
+        """Everything, for a file."""
+        return {
+            "godwit": __version__,
+            "passt": peer.fetch().version if "passt" in self.kinds else None,
+            "kernel": platform.release(),
+            "processors": os.cpu_count(),
+            "load": self.load,
+            "rounds": self.rounds,
+            "failures": self.failures,
+            "cases": self.values,
+        }
+
+
+def run(
+    cases: Sequence[Case], kinds: Sequence[str], *, rounds: int, seconds: float, step: Callable[[str], None]
+) -> Results:
+    """Measure all cases. ``step`` is told what happens. A failure of one case is noted, and the others go on."""
+    results = Results(kinds, rounds)
+    for mtu in dict.fromkeys(case.mtu for case in cases):
+        with Bed(mtu, kinds) as bed:
+            for case in cases:
+                if case.mtu != mtu:
+                    continue
+                results.load.append(os.getloadavg()[0])
+                step(case.title)
+                broken: set[str] = set()
+                for number in range(rounds):
+                    for kind in kinds if number % 2 == 0 else reversed(kinds):
+                        if kind in broken:
+                            continue
+                        side = bed.sides[kind]
+                        try:
+                            results.add(case.name, kind, case.measure(side, seconds))
+                            side.check()
+                        except (LabError, OSError) as error:
+                            broken.add(kind)
+                            results.failures.append(f"{case.name}, {kind}: {error}")
+                            step(f"  {results.failures[-1]}")
+    return results
+
+
+class Working(threading.Thread):
+    """Runs a function beside the caller; ``result`` waits for it and returns what it returned, or raises its error."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self._result: object = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Work."""
+        try:
+            self._result = self._work()
+        except BaseException as error:
+            self._error = error
+
+    def result(self, timeout: float = 60.0) -> object:
+        """Wait for the end."""
+        self.join(timeout)
+        if self.is_alive():
+            raise LabError("a measurement does not end")
+        if self._error is not None:
+            raise self._error
+        return self._result
