@@ -41,10 +41,10 @@ bench: build prerequisites-lab ## godwit and passt measured beside each other
 test: build prerequisites-lab prerequisites-test ## the test suite without virtual machines
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-vm: build prerequisites-lab vm-tools ## the tests with QEMU guests and with passt
+test-vm: build prerequisites-lab vm-tools ## the tests with QEMU guests, passt and libvirt
 	$(PY) -m pytest --override-ini=addopts= --import-mode=importlib --strict-markers -ra tests/vm $(PYTEST_ARGS)
 
-vm-tools: build prerequisites-vm ## QEMU, a guest image and passt for test-vm
+vm-tools: build prerequisites-vm ## QEMU, a guest image, passt and libvirt for test-vm
 	$(PY) -m godwit.lab.setup_vm
 
 lint: venv ## ruff and mypy

@@ -134,3 +134,63 @@ def test_run() -> None:
         debian.run(["sh", "-c", "echo reason >&2; exit 3"])
     with pytest.raises(UnavailableError, match="not installed"):
         debian.run(["no-such-tool-of-godwit"])
+
+
+class FakeApt:
+    """Stands for apt with an archive of one package; the first ``failures`` downloads fail."""
+
+    failures = 0
+    downloads = 0
+
+    def __init__(self, root: str, source: Source) -> None:
+        assert source.suites == ("sid",)
+
+    def update(self) -> None:
+        pass
+
+    def version(self, package: str) -> str:
+        return f"1:{package}-2"
+
+    def unpack(self, packages: list[str], into: str) -> None:
+        FakeApt.downloads += 1
+        if FakeApt.downloads <= FakeApt.failures:
+            raise LabError("no such file on the mirror")
+        Path(into).mkdir(parents=True)
+        (Path(into) / "files").write_text(" ".join(packages))
+
+
+@pytest.fixture
+def fake_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeApt]:
+    monkeypatch.setenv("GODWIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(debian, "Apt", FakeApt)
+    monkeypatch.setattr(debian, "archive", lambda suite: Source("http://a.example/d", (suite,), ("main",)))
+    monkeypatch.setattr(debian, "_BETWEEN_ATTEMPTS", 0.0)
+    monkeypatch.setattr(FakeApt, "failures", 0)
+    monkeypatch.setattr(FakeApt, "downloads", 0)
+    return FakeApt
+
+
+def unpacked(*packages: str, refresh: bool = False) -> debian.Unpacked:
+    return debian.unpacked("them", "sid", packages, more=lambda _: ["a", "libc"], check=lambda _: None, refresh=refresh)
+
+
+def test_packages_are_fetched_once(fake_apt: type[FakeApt]) -> None:
+    found = unpacked("a")
+    assert found.versions == {"a": "1:a-2"}
+    assert (Path(found.root) / "files").read_text() == "a libc"
+    assert unpacked("a") == found
+    assert fake_apt.downloads == 1
+    assert unpacked("a", refresh=True) == found
+    assert unpacked("a", "b").versions == {"a": "1:a-2", "b": "1:b-2"}  # what was cached was another list
+    assert fake_apt.downloads == 3
+
+
+def test_a_download_that_fails_is_repeated(fake_apt: type[FakeApt]) -> None:
+    fake_apt.failures = 2
+    assert unpacked("a").versions == {"a": "1:a-2"}
+    fake_apt.failures = 100
+    with pytest.raises(UnavailableError, match="a could not be fetched from Debian"):
+        unpacked("a", refresh=True)
+    assert fake_apt.downloads == 6
+    assert unpacked("a").versions == {"a": "1:a-2"}  # what was there has stayed
+    assert [path.name for path in Path(debian.cache_dir()).iterdir() if not path.name.startswith(".")] == ["them"]

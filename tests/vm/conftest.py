@@ -11,18 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from godwit.lab import image, netns, peer, qemu
+from godwit.lab import image, netns, overlay, peer, qemu
 from godwit.lab.backend import Backend
 from godwit.lab.netns import HOST4, HOST6, Network
 from godwit.lab.qemu import Attempt, QemuGuest, Report
 from godwit.lab.transfer import Peer
+
+pytest.register_assert_rewrite(f"{__package__}.online")
 
 INBOUND = 7000  # the port that is forwarded to the guest
 FAMILIES = ("IPv4", "IPv6")
 # Enough to keep every queue busy, and to leave the machine's two processors some air.
 RATE = 4_000_000
 
-_FAILED = pytest.StashKey[bool]()
+FAILED = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -30,7 +32,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Keep in mind which tests failed: their fixtures then show the logs."""
     report = yield
     if report.failed:
-        item.stash[_FAILED] = True
+        item.stash[FAILED] = True
     return report
 
 
@@ -41,6 +43,7 @@ def _tools() -> None:
     qemu.version()
     image.build()
     peer.fetch()
+    overlay.fetch()
 
 
 class Traffic:
@@ -222,4 +225,4 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     """Give a test hosts, a server, and a guest once it calls ``boot``."""
     made = World(tmp_path)
     yield made
-    made.close(show=request.node.stash.get(_FAILED, False))
+    made.close(show=request.node.stash.get(FAILED, False))

@@ -12,17 +12,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from godwit.lab.errors import LabError, UnavailableError
 
 # How long one call of apt may take: an index of 10 MB over a slow line.
 _APT_TIMEOUT = 600.0
+# An archive fails now and then: a mirror changes under us, a server is busy.
+_ATTEMPTS = 3
+_BETWEEN_ATTEMPTS = 5.0  # seconds
+RETRIES = ("-o", "Acquire::Retries=3")  # apt's own, of one file
 
 
 def cache_dir() -> str:
@@ -230,7 +236,7 @@ class Apt:
 
     def update(self) -> None:
         """Fetch the index of the suite."""
-        self._apt("apt-get", "-qq", "-o", "APT::Update::Error-Mode=any", "update")
+        self._apt("apt-get", "-qq", *RETRIES, "-o", "APT::Update::Error-Mode=any", "update")
 
     def version(self, package: str) -> str:
         """Return the newest version of ``package``; :class:`LabError` if there is none."""
@@ -240,11 +246,16 @@ class Apt:
                 return line.split()[1]
         raise LabError(f"no package {package} in {' '.join(self.source.suites)}")
 
+    def closure(self, packages: Sequence[str]) -> list[str]:
+        """Return ``packages`` and all that they need (``Depends``, no more), as if nothing were installed."""
+        planned = self._apt("apt-get", "--simulate", "--no-install-recommends", "install", *packages)
+        return [line.split()[1] for line in planned.splitlines() if line.startswith("Inst ")]
+
     def unpack(self, packages: Sequence[str], into: str) -> None:
         """Download the newest of ``packages`` and unpack them, one over the other, below ``into``."""
         os.makedirs(into, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
-            self._apt("apt-get", "-qq", "download", *packages, cwd=folder)
+            self._apt("apt-get", "-qq", *RETRIES, "download", *packages, cwd=folder)
             for name in sorted(os.listdir(folder)):
                 run(["dpkg", "-x", os.path.join(folder, name), into])
 
@@ -258,16 +269,97 @@ def system_download(packages: Sequence[str], into: str) -> None:
     os.makedirs(into, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         options = ["-o", "APT::Sandbox::User=root"] if os.getuid() == 0 else []
-        command = ["apt-get", "-qq", *options, "download", *packages]
+        command = ["apt-get", "-qq", *RETRIES, *options, "download", *packages]
         try:
             run(command, cwd=folder)
         except LabError:
             if os.getuid() != 0:
                 raise
-            run(["apt-get", "-qq", "update"])
+            run(["apt-get", "-qq", *RETRIES, "update"])
             run(command, cwd=folder)
         for name in sorted(os.listdir(folder)):
             run(["dpkg", "-x", os.path.join(folder, name), into])
+
+
+# --- packages of another suite, in the cache --------------------------------
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """Packages in the cache: ``root`` has their files, ``versions`` those of the packages asked for."""
+
+    root: str
+    versions: dict[str, str]
+
+
+def unpacked(
+    name: str,
+    suite: str,
+    packages: Sequence[str],
+    *,
+    more: Callable[[Apt], Sequence[str]],
+    check: Callable[[Unpacked], object],
+    refresh: bool = False,
+) -> Unpacked:
+    """Return ``packages`` of ``suite`` as ``name`` in the cache, fetched first if they are not there.
+
+    ``more`` names what is unpacked with them, and ``check`` raises
+    :class:`LabError` where what came is of no use. Raises :class:`UnavailableError`
+    where they cannot be had (no Debian, no network).
+    """
+    folder = os.path.join(cache_dir(), name)
+    found = None if refresh else _in_cache(folder, packages)
+    if found is None:
+        with cache_lock(name):
+            found = None if refresh else _in_cache(folder, packages)
+            if found is None:
+                _unpack_into(folder, suite, packages, more, check)
+                found = _in_cache(folder, packages)
+    assert found is not None
+    return found
+
+
+def _in_cache(folder: str, packages: Sequence[str]) -> Unpacked | None:
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "about.json")) as file:
+        versions = json.load(file).get("versions", {})
+        if set(versions) == set(packages):
+            return Unpacked(os.path.join(folder, "root"), versions)
+    return None
+
+
+def _unpack_into(
+    folder: str,
+    suite: str,
+    packages: Sequence[str],
+    more: Callable[[Apt], Sequence[str]],
+    check: Callable[[Unpacked], object],
+) -> None:
+    source = archive(suite)
+    for attempt in range(1, _ATTEMPTS + 1):
+        # From the index on: where a package is not found, it is mostly that a newer one has replaced it.
+        work = tempfile.mkdtemp(prefix=f"{os.path.basename(folder)}.", dir=cache_dir())
+        try:
+            apt = Apt(os.path.join(work, "apt"), source)
+            apt.update()
+            new = os.path.join(work, "new")
+            found = Unpacked(os.path.join(new, "root"), {name: apt.version(name) for name in packages})
+            apt.unpack(list(dict.fromkeys([*packages, *more(apt)])), found.root)
+            # Started by a user who is not the cache's owner, too.
+            os.chmod(new, 0o755)
+            check(found)
+            with open(os.path.join(new, "about.json"), "w") as file:
+                json.dump({"suite": suite, "versions": found.versions}, file)
+            replace_tree(new, folder)
+            return
+        except UnavailableError:
+            raise
+        except LabError as error:
+            if attempt == _ATTEMPTS:
+                names = ", ".join(packages)
+                raise UnavailableError(f"{names} could not be fetched from Debian's suite {suite}: {error}") from error
+            time.sleep(_BETWEEN_ATTEMPTS)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def replace_tree(new: str, at: str) -> None:

@@ -5,8 +5,8 @@ Built from packages of this system's own release, once, and kept in the cache::
 
     image = build()          # image.kernel, image.initrd: paths
 
-The initramfs holds busybox, the modules of a virtio network card, the scripts
-and the agent of ``guest_agent/``; there is no disk. By hand:
+The initramfs holds busybox, the modules of a virtio network card and of the power
+button, the scripts and the agent of ``guest_agent/``; there is no disk. By hand:
 ``python -m godwit.lab.image`` builds it and prints the two paths.
 """
 
@@ -29,8 +29,9 @@ from godwit.lab import debian
 from godwit.lab.errors import LabError, UnavailableError
 
 _SOURCES = os.path.join(os.path.dirname(__file__), "guest_agent")
-_MODULES = ("virtio_pci", "virtio_net")
-_FORMAT = 1  # counts changes of what this module builds from the same parts
+# The last two are the power button, for a shutdown that is asked for from outside.
+_MODULES = ("virtio_pci", "virtio_net", "button", "evdev")
+_FORMAT = 2  # counts changes of what this module builds from the same parts
 
 
 @dataclass(frozen=True)
@@ -174,12 +175,13 @@ def _build_into(folder: str, parts: str) -> None:
             [os.environ.get("CC", "cc"), "-O2", "-Wall", "-static", "-o", agent, os.path.join(_SOURCES, "agent.c")]
         )
         archive = _Archive()
-        for name in ("bin", "dev", "etc", "modules", "proc", "run", "sys", "tmp"):
+        for name in ("bin", "dev", "etc", "etc/acpi", "etc/acpi/PWRF", "modules", "proc", "run", "sys", "tmp"):
             archive.add(name, stat.S_IFDIR | 0o755)
         archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
         files = {
             "init": os.path.join(_SOURCES, "init.sh"),
             "etc/udhcpc.sh": os.path.join(_SOURCES, "udhcpc.sh"),
+            "etc/acpi/PWRF/00000080": os.path.join(_SOURCES, "poweroff.sh"),
             "bin/agent": agent,
             "bin/busybox": _first_existing(parts, "bin/busybox", "usr/bin/busybox"),
         }

@@ -362,6 +362,15 @@ class Namespace:
         self._children.append(process)
         return process
 
+    def processes(self, program: str) -> list[int]:
+        """Return the processes inside that run ``program``, by name, or by its interpreter."""
+        found = []
+        for pid in _inside(self.inode):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as file:
+                if program in map(os.path.basename, file.read().split("\0")[:2]):
+                    found.append(pid)
+        return found
+
     def close(self) -> None:
         """End every process inside and let go of the namespace. May be repeated."""
         if self._closed:

@@ -20,17 +20,14 @@ that only root may write are out of its reach.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 
 from godwit.lab import debian
-from godwit.lab.errors import LabError, UnavailableError
+from godwit.lab.errors import LabError
 
 SUITE = "sid"
 # What passt's packages need besides their own: nothing but the C library.
@@ -77,40 +74,20 @@ def fetch(*, refresh: bool = False) -> Passt:
 
     Raises :class:`UnavailableError` where it cannot be had (no Debian, no network).
     """
-    folder = os.path.join(debian.cache_dir(), "passt")
-    about = os.path.join(folder, "about.json")
-    if refresh or not os.path.exists(about):
-        with debian.cache_lock("passt"):
-            if refresh or not os.path.exists(about):
-                _fetch_into(folder)
-    with open(about) as file:
-        version = str(json.load(file)["version"])
-    return Passt(os.path.join(folder, "root"), version)
+    return _passt(
+        debian.unpacked(
+            "passt",
+            SUITE,
+            ["passt"],
+            more=lambda _: _LIBRARIES,
+            check=lambda found: debian.run(_passt(found).command("--version")),
+            refresh=refresh,
+        )
+    )
 
 
-def _fetch_into(folder: str) -> None:
-    cache = debian.cache_dir()
-    work = tempfile.mkdtemp(prefix="passt.", dir=cache)
-    try:
-        apt = debian.Apt(os.path.join(work, "apt"), debian.archive(SUITE))
-        new = os.path.join(work, "new")
-        try:
-            apt.update()
-            version = apt.version("passt")
-            apt.unpack(["passt", *_LIBRARIES], os.path.join(new, "root"))
-        except UnavailableError:
-            raise
-        except LabError as error:
-            raise UnavailableError(f"passt could not be fetched from Debian's suite {SUITE}: {error}") from error
-        # Started by a user who is not the cache's owner, too.
-        os.chmod(new, 0o755)
-        passt = Passt(os.path.join(new, "root"), version)
-        debian.run(passt.command("--version"))
-        with open(os.path.join(new, "about.json"), "w") as file:
-            json.dump({"version": version, "suite": SUITE}, file)
-        debian.replace_tree(new, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _passt(found: debian.Unpacked) -> Passt:
+    return Passt(found.root, found.versions["passt"])
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -79,8 +79,14 @@ class Machine:
     ip: str | None = "dhcp"
     ip6: str | None = "auto"
 
-    def arguments(self, boot: image.Image, backend: str) -> list[str]:
-        """Return QEMU's words for this machine behind the back-end that listens at ``backend``."""
+    def arguments(self, boot: image.Image, backend: str | Sequence[str]) -> list[str]:
+        """Return QEMU's words for this machine behind ``backend``.
+
+        That is the path where a vhost-user back-end listens, or the words that make
+        the net device ``n0`` some other way.
+        """
+        if isinstance(backend, str):
+            backend = ["-chardev", f"socket,id=c0,path={backend}", "-netdev", "vhost-user,id=n0,chardev=c0"]
         append = "console=ttyS0 quiet panic=-1"
         append += f" godwit.ip={self.ip}" if self.ip else ""
         append += f" godwit.ip6={self.ip6}" if self.ip6 else ""
@@ -89,7 +95,7 @@ class Machine:
             *("-M", "q35,accel=tcg", "-cpu", "max", "-smp", "1", "-m", f"{self.memory}M"),
             *("-object", f"memory-backend-memfd,id=m0,size={self.memory}M,share=on", "-numa", "node,memdev=m0"),
             *("-kernel", boot.kernel, "-initrd", boot.initrd, "-append", append),
-            *("-chardev", f"socket,id=c0,path={backend}", "-netdev", "vhost-user,id=n0,chardev=c0"),
+            *backend,
             *("-device", f"virtio-net-pci,netdev=n0,mac={self.mac},romfile="),
         ]
 
@@ -99,13 +105,22 @@ class Qemu:
 
     With ``incoming`` it waits for a guest, which is let run when it has come
     unless ``paused``; without, it boots one. ``folder`` gets the guest's console
-    (``*.console``) and QEMU's own messages (``*.log``).
+    (``*.console``) and QEMU's own messages (``*.log``). ``launcher`` are words
+    before QEMU's own that run it elsewhere; without, it is the system's.
     """
 
     def __init__(
-        self, machine: Machine, backend: str, folder: str, *, incoming: bool = False, paused: bool = False
+        self,
+        machine: Machine,
+        backend: str | Sequence[str],
+        folder: str,
+        *,
+        incoming: bool = False,
+        paused: bool = False,
+        launcher: Sequence[str] = (),
     ) -> None:
-        version()
+        if not launcher:
+            version()
         self.name = f"qemu{next(_numbers)}"
         self.incoming = os.path.join(folder, f"{self.name}.migration")
         self.log = os.path.join(folder, f"{self.name}.log")
@@ -113,6 +128,7 @@ class Qemu:
         qmp, qmp_theirs = socket.socketpair()
         self.line, line_theirs = socket.socketpair()
         words = [
+            *launcher,
             PROGRAM,
             *machine.arguments(image.build(), backend),
             *("-chardev", f"socket,id=qmp,fd={qmp_theirs.fileno()}", "-mon", "chardev=qmp,mode=control"),
@@ -305,14 +321,33 @@ class Attempt:
         return MigrationError(step, "; ".join(filter(None, said)) or "QEMU does not say why")
 
 
+def wait_network(agent: Agent, wanted: Sequence[str], timeout: float = 30.0) -> None:
+    """Wait until a guest has set up what is wanted: ``ip4``, ``ip6``."""
+    deadline = time.monotonic() + timeout
+    while not all(name in agent.run("cat /run/net").split() for name in wanted):
+        if time.monotonic() > deadline:
+            state = agent.run("ip addr; ip route; ip -6 route; cat /run/udhcpc.log", check=False)
+            raise LabError(f"the guest has no network after {timeout:g} s:\n{state}")
+        time.sleep(0.1)
+
+
 class QemuGuest:
     """A guest, wherever it is. Boots behind ``backend``, the path of a vhost-user socket.
 
     ``qemu`` is the process that it is in now, ``left`` the one that it came from
-    if that is still there; ``agent`` is its traffic agent.
+    if that is still there; ``agent`` is its traffic agent. A guest that is to
+    stay may have another ``backend`` (:meth:`Machine.arguments`) and ``launcher``
+    (:class:`Qemu`).
     """
 
-    def __init__(self, backend: str, machine: Machine | None = None, *, timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        backend: str | Sequence[str],
+        machine: Machine | None = None,
+        *,
+        launcher: Sequence[str] = (),
+        timeout: float = 60.0,
+    ) -> None:
         self.machine = machine or Machine()
         self._cleanup = contextlib.ExitStack()
         self.folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-qemu."))
@@ -321,7 +356,7 @@ class QemuGuest:
         self._cleanup.callback(self._kill_all)
         began = time.monotonic()
         try:
-            self.qemu = Qemu(self.machine, backend, self.folder)
+            self.qemu = Qemu(self.machine, backend, self.folder, launcher=launcher)
             self._processes.append(self.qemu)
             self.agent = Agent(self.qemu.line)
             self.agent.hello(timeout)
@@ -337,12 +372,7 @@ class QemuGuest:
     def wait_network(self, timeout: float = 30.0) -> None:
         """Wait until the guest has the addresses that it was to get."""
         wanted = [name for name, value in (("ip4", self.machine.ip), ("ip6", self.machine.ip6)) if value]
-        deadline = time.monotonic() + timeout
-        while not all(name in self.agent.run("cat /run/net").split() for name in wanted):
-            if time.monotonic() > deadline:
-                state = self.agent.run("ip addr; ip route; ip -6 route; cat /run/udhcpc.log", check=False)
-                raise LabError(f"the guest has no network after {timeout:g} s:\n{state}")
-            time.sleep(0.1)
+        wait_network(self.agent, wanted, timeout)
 
     def attempt(self, backend: str, *, paused: bool = False) -> Attempt:
         """Prepare a migration to behind the back-end at ``backend``; nothing is sent yet."""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the tests with virtual machines need: QEMU, a guest image, and passt.
+"""What the tests with virtual machines need: QEMU, a guest image, passt, and libvirt.
 
-``python -m godwit.lab.setup_vm`` (``make vm-tools``) sees that all three are
-there. Where QEMU is missing or too old, root on Debian gets it installed: from
-the release itself if that has it new enough, else from its backports, whose
-suite is added to apt's sources with the URI that the system uses already.
+``python -m godwit.lab.setup_vm`` (``make vm-tools``) sees that all are there.
+passt, and libvirt with the QEMU that belongs to it, are fetched into the cache
+(`peer`, `overlay`) and not installed. Where the system's QEMU is missing or too
+old, root on Debian gets it installed: from the release itself if that has it new
+enough, else from its backports, whose suite is added to apt's sources with the
+URI that the system uses already.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import re
 import subprocess
 import sys
 
-from godwit.lab import debian, image, peer, qemu
+from godwit.lab import debian, image, overlay, peer, qemu
 from godwit.lab.errors import LabError, UnavailableError
 
 PACKAGE = "qemu-system-x86"
@@ -28,7 +30,9 @@ def _say(text: str) -> None:
 def _install(*arguments: str) -> None:
     _say(f"apt-get install {' '.join(arguments)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    debian.run(["apt-get", "-qq", "-y", "--no-install-recommends", "install", *arguments], env=environment)
+    debian.run(
+        ["apt-get", "-qq", "-y", *debian.RETRIES, "--no-install-recommends", "install", *arguments], env=environment
+    )
 
 
 def _candidate(*arguments: str) -> tuple[int, ...]:
@@ -49,7 +53,7 @@ def install_qemu() -> None:
     if os.getuid() != 0:
         raise UnavailableError(f"{PACKAGE} {'.'.join(map(str, qemu.MINIMUM))} or later has to be installed, by root")
     source = debian.archive("")
-    debian.run(["apt-get", "-qq", "update"])
+    debian.run(["apt-get", "-qq", *debian.RETRIES, "update"])
     if _candidate(PACKAGE) >= qemu.MINIMUM:
         _install(PACKAGE)
         return
@@ -60,7 +64,7 @@ def install_qemu() -> None:
         with open(_BACKPORTS, "w") as file:
             file.write("# Written by godwit's `make vm-tools`, for a newer QEMU.\n")
             file.write(debian.Source(source.uri, (suite,), ("main",), source.options).stanza())
-        debian.run(["apt-get", "-qq", "update"])
+        debian.run(["apt-get", "-qq", *debian.RETRIES, "update"])
     found = _candidate("-t", suite, PACKAGE)
     if found < qemu.MINIMUM:
         raise UnavailableError(f"{suite} has no {PACKAGE} from {'.'.join(map(str, qemu.MINIMUM))} on, but {found}")
@@ -78,6 +82,7 @@ def main() -> int:
             qemu.version()
         image.build()
         peer.fetch()
+        overlay.fetch()
     except LabError as error:
         _say(str(error))
         return 1

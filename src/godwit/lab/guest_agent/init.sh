@@ -43,7 +43,7 @@ done
 
 setup4() {
 	case $ip4 in
-	dhcp) udhcpc -i eth0 -f -q -n -t 20 -T 1 -s /etc/udhcpc.sh >/run/udhcpc.log 2>&1 && echo ip4 >>/run/net ;;
+	dhcp) udhcpc -i eth0 -f -q -n -t 20 -T 1 -O search -s /etc/udhcpc.sh >/run/udhcpc.log 2>&1 && echo ip4 >>/run/net ;;
 	?*)
 		ip addr add "${ip4%,*}" dev eth0
 		ip route add default via "${ip4#*,}" dev eth0
@@ -81,4 +81,6 @@ if [ -d /sys/class/net/eth0 ]; then
 	setup4 &
 	setup6 &
 fi
+# Pressing the power button runs /etc/acpi/PWRF/00000080.
+test -e /dev/input/event0 && acpid -l /dev/null
 exec /bin/agent /dev/ttyS1

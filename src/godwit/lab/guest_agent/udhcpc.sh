@@ -12,7 +12,7 @@ bound | renew)
 		ip route replace default via "$gateway" dev "$interface"
 		break
 	done
-	: >/etc/resolv.conf
+	echo "${search:+search $search}" >/etc/resolv.conf
 	for server in $dns; do
 		echo "nameserver $server" >>/etc/resolv.conf
 	done

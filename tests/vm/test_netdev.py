@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""godwit as the program that QEMU itself starts: ``-netdev passt``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from godwit.lab import overlay
+from godwit.lab.errors import LabError
+from godwit.lab.netns import Network, wait_until
+from godwit.lab.qemu import QemuGuest
+from godwit.lab.transfer import Peer
+
+from . import online
+
+# What -netdev passt may speak with the program.
+MODES = pytest.mark.parametrize("vhost_user", [pytest.param(True, id="vhost-user")])
+PROGRAM = os.path.join(sysconfig.get_path("scripts"), "godwit-passt")
+
+
+class Place:
+    """Host a, with a server beside it, and where QEMU's words and surroundings come from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.net = Network()
+        self.peer = Peer(self.net.server)
+        self.log = folder / "passt.log"
+        self._etc = folder / "etc"
+        self._etc.mkdir()
+        (self._etc / "resolv.conf").write_text(online.RESOLV)
+
+    def boot(self, *, vhost_user: bool, tcp_ports: str = str(online.LISTENS), param: str = "") -> QemuGuest:
+        """Boot a guest; QEMU starts the program, in host a and as an ordinary user."""
+        netdev = {
+            "type": "passt",
+            "id": "n0",
+            "path": PROGRAM,
+            "vhost-user": vhost_user,
+            "tcp-ports": [{"str": tcp_ports}],
+            "param": [{"str": word} for word in ["--log-file", str(self.log), *param.split()]],
+        }
+        newer = overlay.fetch()
+        launcher = [*self.net.a.enter_command, *newer.command(user=True, etc=str(self._etc))]
+        return QemuGuest(["-netdev", json.dumps(netdev)], launcher=launcher)
+
+    def gone(self) -> None:
+        """See that the program ends with its QEMU."""
+        wait_until(lambda: not self.net.a.processes("godwit-passt"), "godwit-passt to end", 5.0)
+
+    def close(self) -> None:
+        self.peer.close()
+        self.net.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """Give a test its network."""
+    made = Place(tmp_path)
+    yield made
+    made.close()
+
+
+@MODES
+def test_a_guest_is_online(place: Place, vhost_user: bool) -> None:
+    with place.boot(vhost_user=vhost_user) as guest:
+        guest.wait_network()
+        online.has_its_configuration(guest.agent, place.net.a)
+        online.reaches_others(guest.agent, place.peer)
+        guest.agent.listen(online.LISTENS)
+        online.is_reached(place.peer, online.LISTENS)
+        assert len(place.net.a.processes("godwit-passt")) == 1
+        guest.qemu.quit()
+        place.gone()
+    # The same ports, at once; and this time QEMU has no occasion to say goodbye.
+    with place.boot(vhost_user=vhost_user) as guest:
+        assert len(place.net.a.processes("godwit-passt")) == 1
+        guest.qemu.kill()
+        place.gone()
+
+
+@MODES
+def test_what_is_wrong_is_said(place: Place, vhost_user: bool) -> None:
+    """QEMU does not start, and shows the program's own words."""
+    with online.occupied(place.net.a, online.LISTENS), pytest.raises(LabError, match="Address already in use"):
+        place.boot(vhost_user=vhost_user)
+    with pytest.raises(LabError, match="--no-such-option"):
+        place.boot(vhost_user=vhost_user, param="--no-such-option")
+    place.gone()
