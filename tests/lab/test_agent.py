@@ -140,6 +140,19 @@ def test_connections_from_outside(net: Network, agent: Agent, peer: Peer) -> Non
     assert peer.wait(peer.get(net.a.addr4, 7001, 1, 1)).error == "connect: Connection refused"
 
 
+def test_datagrams_come_back(net: Network, agent: Agent) -> None:
+    agent.serve_datagrams(7000)
+    for address, family in ((net.a.addr4, socket.AF_INET), (net.a.addr6, socket.AF_INET6)):
+        with net.server.enter():
+            sock = socket.socket(family, socket.SOCK_DGRAM)
+        with sock:
+            sock.settimeout(10.0)
+            sock.connect((address, 7000))
+            for data in (b"", b"a", bytes(range(256)) * 200):
+                sock.send(data)
+                assert sock.recv(65535) == data
+
+
 def test_a_connection_that_hangs_or_breaks(net: Network, agent: Agent, peer: Peer) -> None:
     job = agent.get(net.server.addr4, peer.port, 4, 50_000_000, rate=2_000_000)
     echo = agent.echo(net.server.addr4, peer.port, 5)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 import socket
+import threading
 from collections.abc import Callable
 
 from godwit.lab.agent import Agent
@@ -15,6 +17,7 @@ from godwit.lab.transfer import Peer
 
 SEARCH = "lab.example"
 RESOLVER = "192.0.2.2"
+ANSWER = "198.51.100.7"  # the address of every name there
 RESOLV = f"search {SEARCH}\nnameserver {RESOLVER}\n"  # the host's resolv.conf
 LISTENS = 7000  # the guest's agent, for connections from outside
 
@@ -67,6 +70,59 @@ def is_reached(peer: Peer, port: int, *, families: tuple[str, ...] = (HOST4, HOS
         for start in (peer.get, peer.put):
             result = peer.wait(start(address, port, 2, _LENGTH))
             assert (result.state, result.bytes) == ("ok", _LENGTH), f"{address} port {port}: {result}"
+
+
+def pings(agent: Agent) -> None:
+    """See that a guest's pings are answered."""
+    for server in (SERVER4, SERVER6):
+        assert " 0% packet loss" in agent.run("ping", "-c2", "-i0.2", "-W5", server)
+
+
+def _answer(query: bytes) -> bytes:
+    """Return a name server's answer that knows one address for every name: RFC 1035, 4.1."""
+    question = query[12 : query.index(b"\0", 12) + 5]
+    is_for_ipv4 = question[-4:-2] == b"\0\x01"  # type A
+    record = b"\xc0\x0c\0\x01\0\x01\0\0\0\x3c\0\x04" + ipaddress.ip_address(ANSWER).packed
+    counts = b"\0\x01" + bytes([0, is_for_ipv4]) + bytes(4)
+    return query[:2] + b"\x85\x80" + counts + question + (record if is_for_ipv4 else b"")
+
+
+def resolves(agent: Agent, host: Host) -> None:
+    """See that a guest's questions reach the name server that it was told of, and another over IPv6."""
+    with host.enter():
+        server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    ended = threading.Event()
+
+    def serve() -> None:
+        server.settimeout(0.1)
+        while not ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                query, guest = server.recvfrom(512)
+                server.sendto(_answer(query), guest)
+
+    thread = threading.Thread(target=serve, name="name server")
+    with server:
+        server.bind(("::", 53))
+        thread.start()
+        try:
+            assert ANSWER in agent.run("nslookup", f"www.{SEARCH}")
+            assert ANSWER in agent.run("nslookup", f"www.{SEARCH}", SERVER6)
+        finally:
+            ended.set()
+            thread.join()
+
+
+def gives_datagrams_back(host: Host, port: int) -> None:
+    """See that datagrams from outside to a port of the host reach the guest's agent, which returns them."""
+    for address, family in ((HOST4, socket.AF_INET), (HOST6, socket.AF_INET6)):
+        with host.enter():
+            sock = socket.socket(family, socket.SOCK_DGRAM)
+        with sock:
+            sock.settimeout(10.0)
+            sock.connect((address, port))  # answers count from there alone
+            for data in (b"first", bytes(1400), bytes(range(250)) * 16):
+                sock.send(data)
+                assert sock.recv(65535) == data
 
 
 def is_refused(peer: Peer, port: int, address: str = HOST4) -> None:

@@ -30,6 +30,10 @@ FORWARDS = f"""
   <range start='7105' exclude='yes'/>
 </portForward>
 <portForward proto='tcp' address='{HOST6}'><range start='7200' to='{online.LISTENS}'/></portForward>
+<portForward proto='udp'>
+  <range start='{online.LISTENS}'/>
+  <range start='7300' to='{online.LISTENS}'/>
+</portForward>
 """
 
 
@@ -106,12 +110,17 @@ def test_a_domain_is_online(session: Session, define: Define, kind: str) -> None
     domain.wait_network()
     online.has_its_configuration(domain.agent, session.net.a)
     online.reaches_others(domain.agent, session.peer)
+    online.pings(domain.agent)
+    online.resolves(domain.agent, session.net.server)
     domain.agent.listen(online.LISTENS)
     online.is_reached(session.peer, online.LISTENS)
     online.is_reached(session.peer, 7100)
     online.is_refused(session.peer, 7105)
     online.is_reached(session.peer, 7200, families=(HOST6,))
     online.is_refused(session.peer, 7200, HOST4)
+    domain.agent.serve_datagrams(online.LISTENS)
+    online.gives_datagrams_back(session.net.server, online.LISTENS)
+    online.gives_datagrams_back(session.net.server, 7300)
     domain.destroy()
     session.gone()
 

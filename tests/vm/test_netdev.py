@@ -35,14 +35,15 @@ class Place:
         self._etc.mkdir()
         (self._etc / "resolv.conf").write_text(online.RESOLV)
 
-    def boot(self, *, vhost_user: bool, tcp_ports: str = str(online.LISTENS), param: str = "") -> QemuGuest:
+    def boot(self, *, vhost_user: bool, param: str = "") -> QemuGuest:
         """Boot a guest; QEMU starts the program, in host a and as an ordinary user."""
         netdev = {
             "type": "passt",
             "id": "n0",
             "path": PROGRAM,
             "vhost-user": vhost_user,
-            "tcp-ports": [{"str": tcp_ports}],
+            "tcp-ports": [{"str": str(online.LISTENS)}],
+            "udp-ports": [{"str": str(online.LISTENS)}],
             "param": [{"str": word} for word in ["--log-file", str(self.log), *param.split()]],
         }
         newer = overlay.fetch()
@@ -72,8 +73,12 @@ def test_a_guest_is_online(place: Place, vhost_user: bool) -> None:
         guest.wait_network()
         online.has_its_configuration(guest.agent, place.net.a)
         online.reaches_others(guest.agent, place.peer)
+        online.pings(guest.agent)
+        online.resolves(guest.agent, place.net.server)
         guest.agent.listen(online.LISTENS)
         online.is_reached(place.peer, online.LISTENS)
+        guest.agent.serve_datagrams(online.LISTENS)
+        online.gives_datagrams_back(place.net.server, online.LISTENS)
         assert len(place.net.a.processes("godwit-passt")) == 1
         guest.qemu.quit()
         place.gone()

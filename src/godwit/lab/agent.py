@@ -215,3 +215,8 @@ class Agent:
         """Serve transfers from outside on ``port``, over both IPv4 and IPv6."""
         self._send(f"listen {port}")
         self._wait(lambda words: words == ["listening", str(port)], f"listen {port}", 10.0)
+
+    def serve_datagrams(self, port: int) -> None:
+        """Give every datagram that comes to ``port`` back to its sender, over both IPv4 and IPv6."""
+        self._send(f"datagrams {port}")
+        self._wait(lambda words: words == ["serving", str(port)], f"datagrams {port}", 10.0)

@@ -11,6 +11,7 @@
  *   echo JOB ADDR PORT COUNT                  -> open JOB OPEN FAILED
  *   check JOB TIMEOUT_MS                      -> alive JOB ALIVE DEAD SILENT
  *   listen PORT                               -> listening PORT
+ *   datagrams PORT                            -> serving PORT
  *   status JOB                                -> status JOB RESULT
  *   stop JOB     (end a put here and now)     -> stopped JOB
  *   drop JOB     (close, and forget it)       -> dropped JOB
@@ -21,7 +22,8 @@
  * longest time without progress. A command that cannot be carried out is
  * answered with: error TEXT. JOB is a number that the other side picks; get
  * and put with BYTES 0 go on until stopped by the sending side. RATE is in
- * bytes per second, 0 for as fast as it goes.
+ * bytes per second, 0 for as fast as it goes. A datagram that comes to a port of
+ * "datagrams" is given back to its sender as it is.
  *
  * On a connection, the side that opens it says in one line what it wants:
  *
@@ -65,6 +67,7 @@
 enum kind {
 	FREE, /* the slot is unused */
 	LISTEN,
+	DATAGRAMS,
 	ASKED, /* accepted, the request line has not come yet */
 	SENDER,
 	RECEIVER,
@@ -565,6 +568,16 @@ static void accept_all(struct conn *listener)
 	}
 }
 
+static void give_datagrams_back(int fd)
+{
+	struct sockaddr_storage from;
+	socklen_t len;
+	ssize_t n;
+
+	while (len = sizeof(from), (n = recvfrom(fd, buffer, sizeof(buffer), 0, (struct sockaddr *)&from, &len)) >= 0)
+		sendto(fd, buffer, n, 0, (struct sockaddr *)&from, len); /* lost where it does not go: these are datagrams */
+}
+
 /* The first line on a connection that was opened from outside. */
 static void read_request(struct conn *c)
 {
@@ -638,6 +651,9 @@ static void conn_event(struct conn *c, uint32_t events)
 	switch (c->kind) {
 	case LISTEN:
 		accept_all(c);
+		break;
+	case DATAGRAMS:
+		give_datagrams_back(c->fd);
 		break;
 	case ASKED:
 		read_request(c);
@@ -820,20 +836,22 @@ static void do_check(struct job *j, int timeout_ms)
 		echo_check_over(j);
 }
 
-static void do_listen(int port)
+/* Serve a port, over IPv6 and IPv4: connections, or datagrams. */
+static void do_listen(int port, bool datagrams)
 {
 	struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons(port) };
-	int fd = socket(AF_INET6, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), one = 1;
+	int type = datagrams ? SOCK_DGRAM : SOCK_STREAM;
+	int fd = socket(AF_INET6, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), one = 1;
 
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
-	if (fd < 0 || bind(fd, (struct sockaddr *)&any, sizeof(any)) || listen(fd, 4096) ||
-	    !conn_new(LISTEN, fd, EPOLLIN)) {
+	if (fd < 0 || bind(fd, (struct sockaddr *)&any, sizeof(any)) || (!datagrams && listen(fd, 4096)) ||
+	    !conn_new(datagrams ? DATAGRAMS : LISTEN, fd, EPOLLIN)) {
 		say("error listen: %s", strerror(errno));
 		if (fd >= 0)
 			close(fd);
 		return;
 	}
-	say("listening %d", port);
+	say(datagrams ? "serving %d" : "listening %d", port);
 }
 
 static void drop_job(struct job *j)
@@ -871,7 +889,9 @@ static void command(char *line)
 	} else if (sscanf(line, "exec %d %n", &id, &skip) == 1 && skip) {
 		do_exec(id, line + skip);
 	} else if (sscanf(line, "listen %d", &n) == 1) {
-		do_listen(n);
+		do_listen(n, false);
+	} else if (sscanf(line, "datagrams %d", &n) == 1) {
+		do_listen(n, true);
 	} else if (sscanf(line, "%*s %d", &id) == 1 && (j = job_of(id))) {
 		if (sscanf(line, "check %*d %d", &n) == 1 && j->kind == ECHO_CLIENT) {
 			do_check(j, n);
