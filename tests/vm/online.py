@@ -19,6 +19,7 @@ SEARCH = "lab.example"
 RESOLVER = "192.0.2.2"
 ANSWER = "198.51.100.7"  # the address of every name there
 RESOLV = f"search {SEARCH}\nnameserver {RESOLVER}\n"  # the host's resolv.conf
+MTU = 1400  # is what the guest is to be told
 LISTENS = 7000  # the guest's agent, for connections from outside
 
 _LENGTH = 2_000_000  # bytes
@@ -27,7 +28,6 @@ _LENGTH = 2_000_000  # bytes
 def _seen(run: Callable[..., str]) -> dict[str, object]:
     """What a machine's eth0 has, in the words that iproute2 and busybox agree on."""
     return {
-        "mtu": re.findall(r"mtu (\d+)", run("ip", "link", "show", "dev", "eth0")),
         "addresses": set(re.findall(r"inet (\S+)", run("ip", "-4", "addr", "show", "dev", "eth0"))),
         "networks": {
             str(ipaddress.ip_interface(address).network)
@@ -43,6 +43,7 @@ def has_its_configuration(agent: Agent, host: Host) -> None:
     """See that a guest has exactly what its host has: by udhcpc, and by the kernel's own SLAAC."""
     seen = _seen(agent.run)
     assert seen == _seen(lambda *args: host.run(*args).stdout)
+    assert f"mtu {MTU} " in agent.run("ip link show dev eth0")
     assert seen["addresses"] == {f"{HOST4}/24"}  # and not that both have nothing
     assert seen["default of IPv6"] == ["fe80::1"]
     # SLAAC takes the prefix from the host, and the rest from the guest's own MAC address.

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from .conftest import FAILED
 # libvirt's types of an interface that passt serves.
 KINDS = pytest.mark.parametrize("kind", ["vhostuser"])
 
-FORWARDS = f"""
+INSIDE = f"""
+<mtu size='{online.MTU}'/>
 <portForward proto='tcp'><range start='{online.LISTENS}'/></portForward>
 <portForward proto='tcp'>
   <range start='7100' end='7110' to='{online.LISTENS}'/>
@@ -83,7 +85,7 @@ def define(request: pytest.FixtureRequest, session: Session) -> Iterator[Define]
     made: list[Domain] = []
     log = os.path.join(session.libvirt.folder, "passt.log")
 
-    def make(kind: str, inside: str = FORWARDS, *, device: str = "eth0") -> Domain:
+    def make(kind: str, inside: str = INSIDE, *, device: str = "eth0") -> Domain:
         made.append(session.libvirt.define("guest", interface(inside, kind=kind, device=device, log=log)))
         return made[-1]
 
@@ -158,6 +160,33 @@ def test_a_domain_is_ended_with_traffic(session: Session, define: Define, kind: 
         domain.destroy()
         session.gone()
         assert session.peer.wait(inbound).state == "failed"  # the peer knows that the guest is gone
+
+
+@KINDS
+def test_a_domain_is_paused_and_reset(session: Session, define: Define, kind: str) -> None:
+    """Connections stand still while it is paused, and no longer; after a reset the guest begins anew."""
+    domain = define(kind)
+    domain.start()
+    domain.wait_network()
+    domain.agent.listen(online.LISTENS)
+    download = domain.agent.get(session.net.server.addr4, session.peer.port, 1, 8_000_000, rate=4_000_000)
+    upload = session.peer.put(HOST4, online.LISTENS, 2, 8_000_000, rate=4_000_000)
+    session.peer.reached(download, 1_000_000)
+    session.libvirt.virsh("suspend", "guest")
+    assert domain.state() == "paused"
+    time.sleep(2.0)
+    session.libvirt.virsh("resume", "guest")
+    assert domain.agent.wait(download).ok
+    assert session.peer.wait(upload).state == "ok"
+
+    before = session.passt()
+    session.libvirt.virsh("reset", "guest")
+    domain.agent.hello(60.0)
+    domain.wait_network()
+    assert session.passt() == before
+    online.reaches_others(domain.agent, session.peer)
+    domain.agent.listen(online.LISTENS)
+    online.is_reached(session.peer, online.LISTENS)
 
 
 @KINDS

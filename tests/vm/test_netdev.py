@@ -42,6 +42,7 @@ class Place:
             "id": "n0",
             "path": PROGRAM,
             "vhost-user": vhost_user,
+            "mtu": online.MTU,
             "tcp-ports": [{"str": str(online.LISTENS)}],
             "udp-ports": [{"str": str(online.LISTENS)}],
             "param": [{"str": word} for word in ["--log-file", str(self.log), *param.split()]],
