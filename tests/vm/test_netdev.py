@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -37,19 +36,21 @@ class Place:
 
     def boot(self, *, vhost_user: bool, param: str = "") -> QemuGuest:
         """Boot a guest; QEMU starts the program, in host a and as an ordinary user."""
-        netdev = {
-            "type": "passt",
-            "id": "n0",
-            "path": PROGRAM,
-            "vhost-user": vhost_user,
-            "mtu": online.MTU,
-            "tcp-ports": [{"str": str(online.LISTENS)}],
-            "udp-ports": [{"str": str(online.LISTENS)}],
-            "param": [{"str": word} for word in ["--log-file", str(self.log), *param.split()]],
-        }
+        words = ["--log-file", str(self.log), *param.split()]
+        netdev = ",".join(
+            [
+                "passt,id=n0",
+                f"path={PROGRAM}",
+                f"vhost-user={'on' if vhost_user else 'off'}",
+                f"mtu={online.MTU}",
+                f"tcp-ports={online.LISTENS}",
+                f"udp-ports={online.LISTENS}",
+                *(f"param={word}" for word in words),
+            ]
+        )
         newer = overlay.fetch()
         launcher = [*self.net.a.enter_command, *newer.command(user=True, etc=str(self._etc))]
-        return QemuGuest(["-netdev", json.dumps(netdev)], launcher=launcher)
+        return QemuGuest(["-netdev", netdev], launcher=launcher)
 
     def gone(self) -> None:
         """See that the program ends with its QEMU."""
