@@ -30,6 +30,8 @@ class Place:
         self.net = Network()
         self.peer = Peer(self.net.server)
         self.log = folder / "passt.log"
+        self.temporary = folder / "tmp"  # where QEMU makes up a PID file for the program
+        self.temporary.mkdir()
         self._etc = folder / "etc"
         self._etc.mkdir()
         (self._etc / "resolv.conf").write_text(online.RESOLV)
@@ -49,12 +51,19 @@ class Place:
             ]
         )
         newer = overlay.fetch()
-        launcher = [*self.net.a.enter_command, *newer.command(user=True, etc=str(self._etc))]
-        return QemuGuest(["-netdev", netdev], launcher=launcher)
+        inside = newer.command("env", f"TMPDIR={self.temporary}", user=True, etc=str(self._etc))
+        return QemuGuest(["-netdev", netdev], launcher=[*self.net.a.enter_command, *inside])
+
+    def runs(self) -> None:
+        """See that the program runs, once, and that its PID file is right."""
+        (pid,) = self.net.a.processes("godwit-passt")
+        (pid_file,) = self.temporary.iterdir()
+        assert pid_file.read_text() == f"{pid}\n"
 
     def gone(self) -> None:
-        """See that the program ends with its QEMU."""
+        """See that the program has ended with its QEMU, and nothing is left of it."""
         wait_until(lambda: not self.net.a.processes("godwit-passt"), "godwit-passt to end", 5.0)
+        assert list(self.temporary.iterdir()) == []
 
     def close(self) -> None:
         self.peer.close()
@@ -81,12 +90,12 @@ def test_a_guest_is_online(place: Place, vhost_user: bool) -> None:
         online.is_reached(place.peer, online.LISTENS)
         guest.agent.serve_datagrams(online.LISTENS)
         online.gives_datagrams_back(place.net.server, online.LISTENS)
-        assert len(place.net.a.processes("godwit-passt")) == 1
+        place.runs()
         guest.qemu.quit()
         place.gone()
     # The same ports, at once; and this time QEMU has no occasion to say goodbye.
     with place.boot(vhost_user=vhost_user) as guest:
-        assert len(place.net.a.processes("godwit-passt")) == 1
+        place.runs()
         guest.qemu.kill()
         place.gone()
 
@@ -98,4 +107,4 @@ def test_what_is_wrong_is_said(place: Place, vhost_user: bool) -> None:
         place.boot(vhost_user=vhost_user)
     with pytest.raises(LabError, match="--no-such-option"):
         place.boot(vhost_user=vhost_user, param="--no-such-option")
-    place.gone()
+    assert not place.net.a.processes("godwit-passt")
