@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import select
 import socket
 import struct
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP
-from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6
+from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, ICMPv6ND_NS, IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
@@ -390,6 +391,32 @@ def test_rare_frames_go_up(guest: Guest) -> None:
     assert select.select([guest.engine.rare_fileno()], [], [], 10)[0]
     assert guest.engine.take_rare() == frames
     assert guest.engine.take_rare() == []
+
+
+def test_an_address_is_learnt_before_it_is_used(guest: Guest) -> None:
+    """From duplicate address detection, unless the guest has been seen to use another."""
+    own, other = "2001:db8::67", "2001:db8::68"
+
+    def asks(target: str, source: str = "::") -> bytes:
+        ether = Ether(src=GUEST_MAC, dst="33:33:ff:00:00:67")
+        return bytes(ether / IPv6(src=source, dst="ff02::1:ff00:67", hlim=255) / ICMPv6ND_NS(tgt=target))
+
+    guest.send(asks("ff02::1"))
+    guest.send(asks("2001:db8::1", source="fe80::5"))  # this one looks for a neighbour
+    guest.send(
+        bytes(Ether(src=GUEST_MAC, dst=OUR_MAC) / IPv6(src="::", dst="ff02::1", nh=58) / Raw(b"\x87" + bytes(7)))
+    )
+    guest.barrier()
+    seen = guest.engine.observed()
+    assert ipaddress.ip_address(seen.addr6).is_unspecified
+    assert ipaddress.ip_address(seen.addr6_ll) == ipaddress.ip_address("fe80::5")
+    guest.send(asks(own))
+    guest.send(asks(other))
+    guest.send(asks("fe80::6"))
+    guest.barrier()
+    seen = guest.engine.observed()
+    assert ipaddress.ip_address(seen.addr6) == ipaddress.ip_address(own)
+    assert ipaddress.ip_address(seen.addr6_ll) == ipaddress.ip_address("fe80::5")
 
 
 def test_too_many_rare_frames(guest: Guest) -> None:

@@ -71,6 +71,7 @@ cdef enum:
     ICMPV6_UNREACHABLE = 1
     ICMPV6_ECHO = 128
     ICMPV6_ROUTER_SOLICITATION = 133
+    ICMPV6_NEIGHBOUR_SOLICITATION = 135
     ICMPV6_NEIGHBOUR_ADVERTISEMENT = 136
 
 
@@ -201,6 +202,27 @@ cdef bint observe(Plane *p, Packet *k) noexcept nogil:
     return True
 
 
+cdef void observe_detection(Plane *p, Packet *k, const uint8_t *l4) noexcept nogil:
+    """Note the address that the guest is about to use, where it has not been seen to use any.
+
+    Before that it asks from the unspecified address whether somebody else has it
+    (RFC 4862, 5.4.2). A guest that only serves sends nothing more from an address
+    that it made up until somebody has reached it there.
+    """
+    cdef const uint8_t *target = l4 + 8
+    cdef int i
+    if l4[0] != ICMPV6_NEIGHBOUR_SOLICITATION or k.l4_size < 24 or target[0] == 0xFF or target[0] == 0:
+        return
+    for i in range(16):
+        if k.saddr[i]:
+            return
+    if is_link_local6(target):
+        if p.seen6_ll[0] == 0:
+            memcpy(p.seen6_ll, target, 16)
+    elif p.seen6[0] == 0:
+        memcpy(p.seen6, target, 16)
+
+
 cdef bint is_multicast(Packet *k) noexcept nogil:
     if k.v6:
         return k.daddr[0] == 0xFF
@@ -227,6 +249,7 @@ cdef void above_ip(Plane *p, Packet *k) noexcept nogil:
             udp_from_guest(p, k)
     elif k.proto == (IPPROTO_ICMPV6 if k.v6 else IPPROTO_ICMP) and k.l4_size >= 8:
         if k.v6 and ICMPV6_ROUTER_SOLICITATION <= l4[0] <= ICMPV6_NEIGHBOUR_ADVERTISEMENT:
+            observe_detection(p, k, l4)
             rare(p, k)
         elif l4[0] == (ICMPV6_ECHO if k.v6 else ICMP_ECHO) and not is_multicast(k) and not p.config.no_icmp:
             ping_from_guest(p, k)
