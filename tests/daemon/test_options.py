@@ -214,9 +214,22 @@ def test_fd_implies_one_off() -> None:
     assert (options.fd, options.one_off, options.socket) == (3, True, None)
 
 
-def test_passt_without_vhost_user_names_the_option() -> None:
-    with pytest.raises(OptionError, match="add --vhost-user"):
-        parse(SOCKET, Dialect.PASST)
+def test_which_protocol_is_spoken() -> None:
+    """passt speaks vhost-user only if it is told to; we do unless told otherwise."""
+    assert parse(SOCKET, Dialect.PASST).stream
+    assert not parse([*SOCKET, "--vhost-user"], Dialect.PASST).stream
+    assert not parse(SOCKET, Dialect.GODWIT).stream
+    assert parse([*SOCKET, "--stream"], Dialect.GODWIT).stream
+    with pytest.raises(OptionError, match="--vhost-user and --stream exclude each other"):
+        parse([*SOCKET, "--vhost-user", "--stream"], Dialect.PASST)
+
+
+def test_the_mtu_of_stream_mode() -> None:
+    """The largest unless told otherwise: there is no segmentation offload in it."""
+    assert parse(SOCKET, Dialect.PASST).net.mtu == 65520
+    assert parse([*SOCKET, "--mtu", "1500"], Dialect.PASST).net.mtu == 1500
+    assert parse([*SOCKET, "--mtu", "0"], Dialect.PASST).net.mtu == 0
+    assert parse(SOCKET, Dialect.GODWIT).net.mtu is None
 
 
 def test_passts_defaults() -> None:

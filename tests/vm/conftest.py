@@ -126,6 +126,11 @@ class Traffic:
             assert (answers.alive, answers.failed) == (0, count), f"job {job}: {answers}"
 
 
+def stream_netdev(path: str) -> list[str]:
+    """QEMU's words for a net device whose frames go over a socket, without vhost-user."""
+    return ["-netdev", f"stream,id=n0,server=off,addr.type=unix,addr.path={path}"]
+
+
 class World:
     """The two hosts, the server, and one guest that is ``here``, behind ``source``."""
 
@@ -138,20 +143,33 @@ class World:
         self.here = "a"
 
     def backend(
-        self, host: str, kind: str = "godwit", *, helper: str | None = "own", arguments: Sequence[str] = ()
+        self,
+        host: str,
+        kind: str = "godwit",
+        *,
+        helper: str | None = "own",
+        arguments: Sequence[str] = (),
+        stream: bool = False,
     ) -> Backend:
         """Start a back-end on a host. Both kinds forward ``INBOUND`` to the guest."""
-        backend = Backend(
-            self.net.hosts[host], self.folder, kind, helper=helper, arguments=["-t", str(INBOUND), *arguments]
-        )
+        arguments = ["-t", str(INBOUND), *arguments]
+        backend = Backend(self.net.hosts[host], self.folder, kind, helper=helper, arguments=arguments, stream=stream)
         self._cleanup.callback(backend.close)
         self.backends.append(backend)
         return backend
 
-    def boot(self, kind: str = "godwit", *, helper: str | None = "own", arguments: Sequence[str] = ()) -> QemuGuest:
-        """Boot the guest on host a, up to where its network is configured."""
-        self.source = self.backend("a", kind, helper=helper, arguments=arguments)
-        self.guest = self._cleanup.enter_context(QemuGuest(self.source.socket))
+    def boot(
+        self,
+        kind: str = "godwit",
+        *,
+        helper: str | None = "own",
+        arguments: Sequence[str] = (),
+        stream: bool = False,
+    ) -> QemuGuest:
+        """Boot the guest on host a, up to where its network is configured; with ``stream``, one that cannot move."""
+        self.source = self.backend("a", kind, helper=helper, arguments=arguments, stream=stream)
+        netdev = stream_netdev(self.source.socket) if stream else self.source.socket
+        self.guest = self._cleanup.enter_context(QemuGuest(netdev))
         self.guest.wait_network()
         return self.guest
 

@@ -27,7 +27,7 @@ from godwit.daemon.linger import LINGER_SECONDS, Linger
 from godwit.daemon.mover import Mover
 from godwit.daemon.options import Options, VirtioFeatures
 from godwit.daemon.stats import Statistics
-from godwit.dataplane import Engine
+from godwit.dataplane import Engine, StreamCard
 from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State
 from godwit.net import state
@@ -378,6 +378,18 @@ class NetDevice(BaseDevice):
         if self._advertising is None:
             assert self._loop is not None  # since start()
             self._loop.call_later(_LOOK_AFTER, self._look_at_memory)
+        self._guest_has_rings()
+
+    async def plug(self, card: StreamCard) -> None:
+        """In place of all the requests before: the guest is behind this card, and runs (`godwit.daemon.stream`)."""
+        await self._guest_runs()
+        with _refusals():
+            self._engine.plug(card)
+        self._guest_has_rings()
+
+    def _guest_has_rings(self) -> None:
+        if self._advertising is None:
+            assert self._loop is not None  # since start()
             self._advertising = self._loop.call_later(ADVERTISE_INTERVAL, self._advertise)
         self._stands_still = False
         if self._next is not None:

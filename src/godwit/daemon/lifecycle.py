@@ -19,6 +19,7 @@ import grp
 import os
 import pwd
 import resource
+import secrets
 import signal
 import socket
 import stat
@@ -110,15 +111,24 @@ def raise_descriptor_limit() -> None:
 # --- Sockets
 
 
+_PROBE = b"\0godwit-looks-whether-you-live."
+
+
 def _is_live(path: str) -> bool:
     """Whether some process listens on a socket's path.
 
     The connection says nothing and is closed at once; ours ignores such a one
-    (`godwit.daemon.main`).
+    (`godwit.daemon.main`), and knows it by its name (`is_probe`).
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a full backlog would block: live, too
+        probe.bind(_PROBE + secrets.token_hex(8).encode())
         return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
+
+
+def is_probe(address: object) -> bool:
+    """Whether a connection that was accepted from ``address`` only looks whether somebody listens."""
+    return isinstance(address, bytes) and address.startswith(_PROBE)
 
 
 def listen(path: str) -> socket.socket:

@@ -4,7 +4,8 @@
 One front-end at a time: while one is served, another waits in the socket's
 backlog, and the log says so once. A connection that closes without a word is no front-end: another
 start looked whether somebody listens (`godwit.daemon.lifecycle.listen`), and
-does not end a ``--one-off`` daemon.
+does not end a ``--one-off`` daemon. In stream mode a front-end may well say nothing for long, as
+long as its guest does: there only such a look by one of us is told from it, by its name.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from godwit.daemon.hostwatch import HostWatch
 from godwit.daemon.lifecycle import Readiness
 from godwit.daemon.log import Log
 from godwit.daemon.options import Options
+from godwit.daemon.stream import serve_stream
 from godwit.net.config import NetConfigError
 from godwit.net.forward import ForwardError
 from godwit.repair.client import RepairListener
@@ -159,6 +161,10 @@ def _listen_for_helper(path: str) -> RepairListener:
 
 def _repair_path(options: Options, path: str | None) -> str | None:
     """Where the repair helper connects; None for nowhere."""
+    if options.stream:
+        if options.repair_path:
+            logger.warning("--repair-path has no effect in stream mode: nothing migrates in it")
+        return None
     if options.repair_path is not None:
         return options.repair_path or None
     return f"{path}.repair" if path is not None else None
@@ -172,23 +178,23 @@ async def _sessions(
     With ``--migrate-exit`` it returns after one whose guest has moved away.
     """
     if connection is not None:
-        await _session(connection, device)
+        await _session(connection, device, options)
         return
     assert listener is not None  # one of the two is there
     loop = asyncio.get_running_loop()
     while True:
         try:
-            accepted, _ = await loop.sock_accept(listener)
+            accepted, address = await loop.sock_accept(listener)
         except OSError as error:
             # Mostly for want of descriptors, which come back: the front-end waits in the backlog.
             logger.warning("a front-end cannot be accepted yet: %s", error.strerror)
             await asyncio.sleep(_ACCEPT_AGAIN)
             continue
         with accepted:
-            if not await _says_something(accepted):
+            if lifecycle.is_probe(address) or not (options.stream or await _says_something(accepted)):
                 continue
             with _watched(listener):
-                await _session(accepted, device)
+                await _session(accepted, device, options)
         if options.one_off or (options.migrate_exit and device.moved_away):
             return
 
@@ -209,10 +215,10 @@ def _watched(listener: socket.socket) -> Iterator[None]:
         loop.remove_reader(listener)
 
 
-async def _session(connection: socket.socket, device: NetDevice) -> None:
+async def _session(connection: socket.socket, device: NetDevice, options: Options) -> None:
     """One front-end, to its end. Its errors end the session, never the process."""
     logger.info("a front-end has connected")
-    if await serve(connection, device) is None:
+    if await (serve_stream if options.stream else serve)(connection, device) is None:
         logger.info("the front-end has disconnected")
 
 

@@ -19,7 +19,7 @@ import enum
 import ipaddress
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 from godwit import __version__
@@ -62,6 +62,7 @@ class Options:
     socket: str | None = None
     fd: int | None = None
     vhost_user: bool = False
+    stream: bool = False  # frames over the socket itself, not vhost-user
     foreground: bool = False
     one_off: bool = False
     pid: str | None = None
@@ -230,7 +231,14 @@ def _pastas(names: str) -> list[Row]:
 TABLE: tuple[Row, ...] = (
     Row(("-s", "--socket", "--socket-path"), Kind.VALUE, "socket", "PATH", _socket_path, "listen here for a front-end"),
     Row(("-F", "--fd"), Kind.VALUE, "fd", "N", _number("descriptor", 0, 1 << 20), "use this connected socket instead"),
-    Row(("--vhost-user",), Kind.ON, "vhost_user", help="speak vhost-user"),
+    Row(("--vhost-user",), Kind.ON, "vhost_user", help="speak vhost-user (the default of godwit serve)"),
+    Row(
+        ("--stream",),
+        Kind.ON,
+        "stream",
+        help="carry frames over the socket itself, as QEMU's -netdev stream does, with no migration"
+        " (the default of godwit-passt)",
+    ),
     Row(("-f", "--foreground"), Kind.ON, "foreground", help="stay in the foreground, log to stderr"),
     Row(("-1", "--one-off"), Kind.ON, "one_off", help="end when the front-end disconnects"),
     Row(("-P", "--pid"), Kind.VALUE, "pid", "PATH", _path, "write the process id to this file"),
@@ -393,7 +401,7 @@ def parser(dialect: Dialect) -> argparse.ArgumentParser:
     """The parser that the table makes; ``--version`` and ``--print-capabilities`` end the process with status 0."""
     made = _Parser(
         prog=dialect.value,
-        description="A guest's network, over vhost-user.",
+        description="A guest's network, over vhost-user or, as frames, over a stream socket.",
         epilog=_SPECS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -456,10 +464,8 @@ def _net(given: dict[str, Any]) -> NetOptions:
 
 def _cross_check(options: Options) -> None:
     """What spans several options."""
-    if options.dialect is Dialect.PASST and not options.vhost_user:
-        raise OptionError(
-            "only vhost-user is supported yet, not the stream mode that passt has by default: add --vhost-user"
-        )
+    if options.vhost_user and options.stream:
+        raise OptionError("--vhost-user and --stream exclude each other")
     if options.socket and options.fd is not None:
         raise OptionError("--socket and --fd exclude each other")
     if options.dialect is Dialect.GODWIT and not options.socket and options.fd is None:
@@ -490,9 +496,14 @@ def parse(argv: Sequence[str], dialect: Dialect) -> Options:
     if dialect is Dialect.PASST:
         # Its guests must be able to move to passt.
         values.setdefault("virtio_features", VirtioFeatures.PASST)
+        values["stream"] |= not values["vhost_user"]
     values["one_off"] |= "fd" in values
     if given["verbosity"] is not None:
         values[given["verbosity"]] = True
-    options = Options(dialect=dialect, net=_net(given), **values)
+    net = _net(given)
+    if values["stream"] and net.mtu is None:
+        # Each frame goes through the socket by itself: the fewer, the faster. That is passt's default, too.
+        net = replace(net, mtu=MAX_MTU)
+    options = Options(dialect=dialect, net=net, **values)
     _cross_check(options)
     return options

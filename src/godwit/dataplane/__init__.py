@@ -2,6 +2,7 @@
 """The packet path: guest memory, virtqueues, flows and sockets, on a thread of its own."""
 
 from godwit.dataplane._engine import Engine
+from godwit.dataplane.card import StreamCard
 from godwit.dataplane.state import FlowState, Observed, Side, SocketState
 
-__all__ = ["Engine", "FlowState", "Observed", "Side", "SocketState"]
+__all__ = ["Engine", "FlowState", "Observed", "Side", "SocketState", "StreamCard"]

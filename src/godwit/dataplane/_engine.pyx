@@ -15,9 +15,11 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset
 
+from godwit.dataplane.card cimport StreamCard
 from godwit.dataplane.flow cimport (
     carry_left,
     carry_new,
+    WATCH_CARD,
     WATCH_KICK,
     WATCH_LISTENER,
     WATCH_WAKE,
@@ -91,6 +93,8 @@ from godwit.dataplane.sys cimport (
     EPOLL_CTL_DEL,
     EPOLLET,
     EPOLLIN,
+    EPOLLOUT,
+    EPOLLRDHUP,
     IPPROTO_IPV6,
     IPV6_V6ONLY,
     SO_BINDTODEVICE,
@@ -181,6 +185,7 @@ cdef class Engine:
     """
 
     cdef Plane *p
+    cdef StreamCard card
     cdef object thread
     cdef object lock
     cdef int parks
@@ -541,11 +546,35 @@ cdef class Engine:
         with self.parked():
             return bool(q.started and q.kicked and q.last_avail == 0 and q.avail != NULL and queue_seen(q) == 0)
 
+    def plug(self, StreamCard card not None):
+        """Serve the guest behind a card of ours: with its memory and rings, until detach() or plug()."""
+        cdef epoll_event ev
+        with self.parked():
+            self.detach()
+            self.set_features(card.FEATURES)
+            self.set_memory([(*region, os.dup(card.memory)) for region in card.regions()])
+            for index, ring in enumerate(card.rings()):
+                self.ring_num(index, ring.num)
+                self.ring_base(index, 0)
+                self.ring_addr(index, 0, ring.descriptor, ring.used, ring.available, 0)
+                self.ring_enable(index, True)
+                # Nobody kicks: the card is looked at in each turn.
+                self.ring_kick(index, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            ev.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+            ev.data.u64 = watch_data(WATCH_CARD, 0, 0)
+            check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, card.c.fd, &ev) != 0 else 0, "stream socket")
+            self.card = card
+            self.p.card = &card.c
+
     def detach(self):
         """The front-end is gone: rings, memory and log with it. Flows stay."""
         cdef int i
         cdef Queue *q
         with self.parked():
+            if self.p.card != NULL:
+                epoll_ctl(self.p.epfd, EPOLL_CTL_DEL, self.p.card.fd, NULL)
+                self.p.card = NULL
+                self.card = None
             for i in range(QUEUES):
                 q = &self.p.queues[i]
                 self._unwatch_kick(q)

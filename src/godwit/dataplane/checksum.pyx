@@ -6,6 +6,31 @@ from libc.string cimport memcpy
 from godwit.dataplane.sys cimport iovec
 
 
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <string.h>
+    /* 64 bytes at a time, their 32-bit halves added up in lanes of 64 bits: the checksum of
+       a full segment is most of what a frame costs besides the copies of its payload. */
+    typedef uint64_t gw_lanes __attribute__((vector_size(16)));
+    static uint64_t gw_sum_blocks(const uint8_t *p, size_t blocks)
+    {
+        const gw_lanes low = {0xffffffffu, 0xffffffffu};
+        gw_lanes v[4], a = {0, 0}, b = {0, 0}, c = {0, 0}, d = {0, 0};
+        for (; blocks; blocks--, p += sizeof(v)) {
+            memcpy(v, p, sizeof(v));
+            a += (v[0] & low) + (v[0] >> 32);
+            b += (v[1] & low) + (v[1] >> 32);
+            c += (v[2] & low) + (v[2] >> 32);
+            d += (v[3] & low) + (v[3] >> 32);
+        }
+        a += b + c + d;
+        return a[0] + a[1];
+    }
+    """
+    uint64_t sum_blocks "gw_sum_blocks"(const uint8_t *p, size_t blocks) nogil
+
+
 cdef uint64_t sum_bytes(const uint8_t *p, size_t n, uint64_t s) noexcept nogil:
     """Add n bytes, which start at an even offset of what is summed.
 
@@ -14,6 +39,10 @@ cdef uint64_t sum_bytes(const uint8_t *p, size_t n, uint64_t s) noexcept nogil:
     """
     cdef uint32_t w
     cdef uint16_t h = 0
+    if n >= 64:
+        s += sum_blocks(p, n // 64)
+        p += n & ~<size_t>63
+        n &= 63
     while n >= 4:
         memcpy(&w, p, 4)
         s += w

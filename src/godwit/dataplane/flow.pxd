@@ -12,6 +12,7 @@ cdef enum Watch:
     WATCH_KICK
     WATCH_FLOW
     WATCH_LISTENER
+    WATCH_CARD
 
 cdef int flows_init(Plane *p, uint32_t max_flows) noexcept nogil
 cdef void flows_free(Plane *p) noexcept nogil

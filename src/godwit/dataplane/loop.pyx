@@ -3,14 +3,18 @@
 
 One turn: wait; take the events; run the timers that are due; settle the flows
 that were touched; give receive buffers to those that wait for them; publish
-the used entries. The control thread's wish to change something is granted at
+the used entries. Where the guest's network card is ours too (``card.pyx``), it has
+its turn within this one: it fills the one ring after the events, and empties the
+other at the end. The control thread's wish to change something is granted at
 the end of a turn, when nothing is half done: the thread is then *parked* until
 it is let go.
 """
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from godwit.dataplane.card cimport card_event, card_from_socket, card_to_socket
 from godwit.dataplane.flow cimport (
+    WATCH_CARD,
     WATCH_FLOW,
     WATCH_KICK,
     WATCH_LISTENER,
@@ -173,6 +177,16 @@ cdef void finish_turn(Plane *p) noexcept nogil:
     p.again = True   # the guest adds buffers all the time: others first, then again
 
 
+cdef void card_out(Plane *p) noexcept nogil:
+    """Send what was published, where that is for us to do."""
+    if p.card == NULL:
+        return
+    if card_to_socket(p.card) and p.ring_wait != NONE:
+        p.again = True      # there are buffers again for those that wait
+    if p.card.readable:
+        p.again = True
+
+
 cdef int loop_run(Plane *p) noexcept nogil:
     cdef epoll_event events[EVENTS]
     cdef int n, i, kind
@@ -202,12 +216,17 @@ cdef int loop_run(Plane *p) noexcept nogil:
                 if <uint32_t>data == TX:
                     frames_from_guest(p)
                 # A kick of the receive ring: those that wait are served below.
+            elif kind == WATCH_CARD:
+                if p.card != NULL:
+                    card_event(p.card, events[i].events)
             elif kind == WATCH_LISTENER:
                 if <int>data < p.listener_count and p.listeners[<int>data].fd >= 0:
                     tcp_accept(p, &p.listeners[<int>data])
             elif kind == WATCH_WAKE:
                 read(p.wake, &ignored, 8)
                 woken = True
+        if p.card != NULL and card_from_socket(p.card):
+            frames_from_guest(p)
         if woken:
             frames_from_control(p)
         f = flow_due(p)
@@ -219,6 +238,7 @@ cdef int loop_run(Plane *p) noexcept nogil:
             f = flow_due(p)
         settle(p)
         finish_turn(p)
+        card_out(p)
         if woken:
             if p.stop_wanted:
                 return 0
@@ -234,3 +254,4 @@ cdef int loop_run(Plane *p) noexcept nogil:
                 frames_from_guest(p)
                 settle(p)
                 finish_turn(p)
+                card_out(p)

@@ -7,6 +7,7 @@ thread does so while that thread is parked (see ``loop.pyx``).
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from godwit.dataplane.card cimport Card
 from godwit.dataplane.memory cimport Memory
 from godwit.dataplane.sys cimport iovec, mmsghdr, sem_t, sockaddr_in6
 from godwit.dataplane.virtqueue cimport MAX_CHAIN, QUEUES, Chain, Queue
@@ -320,6 +321,7 @@ cdef struct Plane:
     # listeners: slots, fd -1 where free
     Listener *listeners
     int listener_count
+    Card *card                  # the guest's network card, if that is ours; else NULL
     # the loop
     int epfd
     int wake                    # eventfd: the control thread wants something

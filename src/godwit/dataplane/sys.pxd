@@ -21,6 +21,7 @@ cdef extern from "<errno.h>" nogil:
         ENFILE
         EPIPE
         ECONNREFUSED
+        ECONNRESET
         EACCES
         EPERM
         EIO
@@ -51,12 +52,19 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *addr, size_t n)
     void *MAP_FAILED
     enum:
+        PROT_NONE
         PROT_READ
         PROT_WRITE
         MAP_SHARED
         MAP_PRIVATE
         MAP_ANONYMOUS
         MAP_NORESERVE
+        MAP_FIXED
+
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, ...)
+    enum:
+        PR_SET_NAME
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initval, int flags)

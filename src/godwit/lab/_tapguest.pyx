@@ -26,6 +26,23 @@ from libc.string cimport memset
 import os
 import threading
 
+from godwit.dataplane.driver cimport (
+    VRING_DESC_F_INDIRECT,
+    VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE,
+    Ring,
+    ring_init,
+    ring_listen,
+    ring_put,
+    ring_quiet,
+    ring_show,
+    ring_signal,
+    ring_used,
+    ring_wants_kick,
+    vring_desc,
+    vring_used_elem,
+)
+
 cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:
         void *iov_base
@@ -34,7 +51,6 @@ cdef extern from "<sys/uio.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t n)
-    ssize_t write(int fd, const void *buf, size_t n)
 
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
@@ -66,22 +82,6 @@ cdef extern from "<poll.h>" nogil:
     enum:
         POLLIN
 
-cdef extern from "<linux/virtio_ring.h>" nogil:
-    cdef struct vring_desc:
-        uint64_t addr
-        uint32_t len
-        uint16_t flags
-        uint16_t next
-    cdef struct vring_used_elem:
-        uint32_t id
-        uint32_t len
-    enum:
-        VRING_DESC_F_NEXT
-        VRING_DESC_F_WRITE
-        VRING_DESC_F_INDIRECT
-        VRING_USED_F_NO_NOTIFY
-        VRING_AVAIL_F_NO_INTERRUPT
-
 cdef extern from "<linux/virtio_net.h>" nogil:
     cdef struct virtio_net_hdr_v1:
         uint8_t flags
@@ -101,12 +101,6 @@ cdef extern from *:
     #define GODWIT_HEADER ((size_t)12)
     #define GODWIT_IOV 1024            /* UIO_MAXIOV */
     _Static_assert(sizeof(struct virtio_net_hdr_v1) == GODWIT_HEADER, "header of virtio 1.x");
-    static inline unsigned short ring_load(const unsigned short *p)
-    { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-    static inline void ring_store(unsigned short *p, unsigned short v)
-    { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-    static inline void ring_fence(void)
-    { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     static inline int order_load(const int *p)
     { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline void order_store(int *p, int v)
@@ -114,9 +108,6 @@ cdef extern from *:
     """
     const size_t GODWIT_HEADER
     const int GODWIT_IOV
-    uint16_t ring_load(const uint16_t *p) nogil
-    void ring_store(uint16_t *p, uint16_t v) nogil
-    void ring_fence() nogil
     int order_load(const int *p) nogil
     void order_store(int *p, int v) nogil
 
@@ -149,68 +140,6 @@ _FAILURES = {
     TX_ID: "transmit ring: a used entry names a frame that the back-end did not have",
     TAP_GONE: "the TAP device failed",
 }
-
-cdef struct Ring:
-    uint32_t num
-    vring_desc *desc
-    uint16_t *avail           # flags, index, ring, used_event
-    uint16_t *used            # flags, index, then:
-    vring_used_elem *elems    # and after those avail_event
-    uint16_t made             # our shadow of the available index
-    uint16_t seen             # used entries taken
-    int kick
-    int call
-
-
-cdef void ring_init(Ring *ring, uintptr_t desc, uintptr_t avail, uintptr_t used, uint32_t num) noexcept nogil:
-    ring.num = num
-    ring.desc = <vring_desc *>desc
-    ring.avail = <uint16_t *>avail
-    ring.used = <uint16_t *>used
-    ring.elems = <vring_used_elem *>(used + 4)
-    ring.made = 0
-    ring.seen = 0
-    memset(ring.desc, 0, num * sizeof(vring_desc))
-    memset(ring.avail, 0, 6 + 2 * num)
-    memset(ring.used, 0, 6 + num * sizeof(vring_used_elem))
-
-
-cdef inline void ring_push(Ring *ring, uint16_t head) noexcept nogil:
-    ring.avail[2 + (ring.made & (ring.num - 1))] = head
-    ring.made += 1
-    ring_store(&ring.avail[1], ring.made)
-
-
-cdef inline bint ring_wants_kick(Ring *ring, uint16_t before, bint event_idx) noexcept nogil:
-    """Virtio 1.3, 2.7.10: whether to notify of what was made available since `before`."""
-    cdef uint16_t event
-    ring_fence()
-    if not event_idx:
-        return not ring_load(&ring.used[0]) & VRING_USED_F_NO_NOTIFY
-    event = ring_load(<uint16_t *>&ring.elems[ring.num])
-    return <uint16_t>(ring.made - event - 1) < <uint16_t>(ring.made - before)
-
-
-cdef inline void ring_quiet(Ring *ring, bint event_idx) noexcept nogil:
-    # With the event index nothing is needed: the event last asked for is past.
-    if not event_idx:
-        ring.avail[0] = VRING_AVAIL_F_NO_INTERRUPT
-
-
-cdef inline bint ring_listen(Ring *ring, bint event_idx) noexcept nogil:
-    """Ask to be called at the next used entry; False if there is one already."""
-    if event_idx:
-        ring_store(&ring.avail[2 + ring.num], ring.seen)
-    else:
-        ring_store(&ring.avail[0], 0)
-    ring_fence()
-    return ring_load(&ring.used[1]) == ring.seen
-
-
-cdef inline void signal(int fd) noexcept nogil:
-    cdef uint64_t one = 1
-    write(fd, &one, sizeof(one))
-
 
 cdef inline void drain(int fd) noexcept nogil:
     cdef uint64_t count
@@ -362,7 +291,8 @@ cdef class Mover:
             desc.len = self._rx_size
             desc.flags = VRING_DESC_F_WRITE
             self._rx_lent[i] = 1
-            ring_push(&self._rx, i)
+            ring_put(&self._rx, i)
+            ring_show(&self._rx)
         self._tx_free = self._tx_slots
         for i in range(self._tx_slots):
             self._tx_stack[i] = self._tx_slots - 1 - i
@@ -396,7 +326,7 @@ cdef class Mover:
 
     def used_index(self, int queue):
         """Return the used index as the back-end last wrote it: 0 the receive ring, 1 transmit."""
-        return ring_load(&(self._rx if queue == 0 else self._tx).used[1])
+        return ring_used(&self._rx if queue == 0 else &self._tx)
 
     def available_index(self, int queue):
         """Return the available index: 0 the receive ring, 1 transmit."""
@@ -437,7 +367,7 @@ cdef class Mover:
         if self._order != RUN:
             return
         order_store(&self._order, PARK)
-        signal(self._control)
+        ring_signal(self._control)
         with nogil:
             await_token(self._parked)
 
@@ -446,7 +376,7 @@ cdef class Mover:
         if self._order != PARK or self._thread is None:
             return
         order_store(&self._order, RUN)
-        signal(self._resumed)
+        ring_signal(self._resumed)
 
     def start(self):
         """Start the thread, parked."""
@@ -461,9 +391,9 @@ cdef class Mover:
         if self._thread is None:
             return
         order_store(&self._order, END)
-        signal(self._control)
+        ring_signal(self._control)
         if before == PARK:
-            signal(self._resumed)
+            ring_signal(self._resumed)
         self._thread.join()
         self._order = PARK
 
@@ -479,7 +409,7 @@ cdef class Mover:
                     self._sleep()        # failed: follow orders, but touch no ring any more
                 if order_load(&self._order) == END:
                     break
-                signal(self._parked)
+                ring_signal(self._parked)
 
     # --- the loop ---------------------------------------------------------
 
@@ -500,8 +430,8 @@ cdef class Mover:
                 self._sleep()
             return FINE
         # What was made available meanwhile may have gone unnoticed.
-        signal(self._rx.kick)
-        signal(self._tx.kick)
+        ring_signal(self._rx.kick)
+        ring_signal(self._tx.kick)
         while order_load(&self._order) == RUN:
             failure = self._reclaim()
             if failure != FINE:
@@ -537,7 +467,7 @@ cdef class Mover:
 
     cdef int _reclaim(self) noexcept nogil:
         """Take back the frames that the back-end is done with."""
-        cdef uint16_t used = ring_load(&self._tx.used[1])
+        cdef uint16_t used = ring_used(&self._tx)
         cdef uint32_t slot, head
         if <uint16_t>(used - self._tx.seen) > self._tx_slots - self._tx_free:
             return TX_JUMP
@@ -582,10 +512,11 @@ cdef class Mover:
             header.num_buffers = 0
             before = self._tx.made
             self._tx_lent[slot] = 1
-            ring_push(&self._tx, self._describe(slot, <uint32_t>size))
+            ring_put(&self._tx, self._describe(slot, <uint32_t>size))
+            ring_show(&self._tx)
             if ring_wants_kick(&self._tx, before, self._event_idx):
                 self._tx_kicks += 1
-                signal(self._tx.kick)
+                ring_signal(self._tx.kick)
             self._tx_frame_count += 1
             self._tx_bytes += size - GODWIT_HEADER
             self._tx_gso += header.gso_type != VIRTIO_NET_HDR_GSO_NONE
@@ -636,7 +567,7 @@ cdef class Mover:
         cdef virtio_net_hdr_v1 *header
         cdef ssize_t written
         while done < BATCH:
-            used = ring_load(&self._rx.used[1])
+            used = ring_used(&self._rx)
             there = <uint16_t>(used - self._rx.seen)
             if there == 0:
                 break
@@ -687,11 +618,12 @@ cdef class Mover:
             for i in range(count):
                 idx = self._rx.elems[<uint16_t>(self._rx.seen + i) & (self._rx.num - 1)].id
                 self._rx_lent[idx] = 1
-                ring_push(&self._rx, idx)
+                ring_put(&self._rx, idx)
+                ring_show(&self._rx)
             self._rx.seen += count
             if ring_wants_kick(&self._rx, before, self._event_idx):
                 self._rx_kicks += 1
-                signal(self._rx.kick)
+                ring_signal(self._rx.kick)
             done += 1
         return done
 

@@ -42,7 +42,9 @@ class Backend:
     limits how many the back-end may have open. ``wrapper`` is what runs the
     back-end's command line, in its own process. ``map_gw``: the gateway's address
     leads to the host's loopback, as it does by default outside of the laboratory,
-    where the gateway is the server too.
+    where the gateway is the server too. With ``stream`` it speaks no vhost-user,
+    but the protocol of QEMU's ``-netdev stream``; nothing migrates then, and there
+    is no helper.
     """
 
     def __init__(
@@ -56,17 +58,20 @@ class Backend:
         descriptors: int | None = None,
         wrapper: Sequence[str] = (),
         map_gw: bool = False,
+        stream: bool = False,
     ) -> None:
         self.space = space
         self.kind = kind
         self.name = f"{kind}{next(_numbers)}-{space.name}"
         self.socket = os.path.join(folder, f"{self.name}.sock")
         self.log = os.path.join(folder, f"{self.name}.log")
-        self.helper_kind = kind if helper == "own" else helper
+        self.helper_kind = None if stream else kind if helper == "own" else helper
         self._helper: subprocess.Popen[bytes] | None = None
-        common = ["-f", "--vhost-user", "-s", self.socket, *([] if map_gw else ["--no-map-gw"]), *arguments]
+        self._listens_at = {self.socket} if stream else {self.socket, f"{self.socket}.repair"}
+        common = ["-f", *(() if stream else ("--vhost-user",)), "-s", self.socket]
+        common += [*([] if map_gw else ["--no-map-gw"]), *arguments]
         if kind == "godwit":
-            words = [*_GODWIT, "serve", *common]
+            words = [*_GODWIT, "serve", *(("--stream",) if stream else ()), *common]
         elif kind == "passt":
             words = peer.fetch().command(*common)
         else:
@@ -87,7 +92,7 @@ class Backend:
         def listening() -> bool:
             if self._process.poll() is not None:
                 raise LabError(f"{self.name} ended with {self._process.returncode}: {self.messages()}")
-            return {self.socket, f"{self.socket}.repair"} <= _listening(self.pid)
+            return self._listens_at <= _listening(self.pid)
 
         wait_until(listening, f"{self.name} to listen", 20.0)
 

@@ -34,7 +34,12 @@ async def serve(sock: socket.socket, device: Device) -> VhostUserError | None:
         return await server.run()
     finally:
         server.close()
-        await _to_the_end(_disconnect(device))
+        await disconnect(device)
+
+
+async def disconnect(device: Device) -> None:
+    """Tell a device that its session is over. No cancellation interrupts that, and nothing is raised but for one."""
+    await _to_the_end(_disconnect(device))
 
 
 async def _disconnect(device: Device) -> None:
