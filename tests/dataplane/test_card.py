@@ -240,6 +240,26 @@ def test_frames_of_64_kib(family: Family) -> None:
                 conn.wait_acked()
 
 
+def test_datagrams_of_all_sizes(family: Family) -> None:
+    """As large as frames can be, and as many at once as the receive ring has buffers, and more."""
+    with StreamGuest(mtu=65520) as guest, socket.socket(family.af, socket.SOCK_DGRAM) as host:
+        host.bind((family.loopback, 0))
+        host.settimeout(TIMEOUT)
+        port = guest.port()
+        for size in (0, 1, 1472, 8180, 8192, 16384, 30000, 60000, 65000):
+            payload = pattern(size)
+            guest.send(guest.udp(family, port, host.getsockname()[1], payload))
+            data, where = host.recvfrom(65536)
+            assert data == payload
+            host.sendto(payload, where)
+            assert guest.receive(lambda f: UDP in f.ether).payload == payload
+        for burst in range(10):
+            for i in range(100):
+                host.sendto(b"%d.%d" % (burst, i), where)
+            for i in range(100):
+                assert guest.receive(lambda f: UDP in f.ether).payload == b"%d.%d" % (burst, i)
+
+
 def test_a_stream_from_the_guest(guest: StreamGuest, family: Family) -> None:
     conn, host = open_pair(guest, family)
     with host:

@@ -31,7 +31,7 @@ def addressed(space: Namespace, address: str, port: int) -> tuple[str, int] | tu
 
 
 def asks(client: Namespace, server: Namespace, version: int, called: str, at: str, port: int = 6001) -> str:
-    """Ask by UDP what is at ``called`` for the client, and the server's own ``at``; the client as the server sees it."""
+    """Ask by UDP what is at ``called`` for the client, and at the server's own ``at``; the client as seen there."""
     with udp(server, version, at, port) as there, udp(client, version) as here:
         here.sendto(b"question", addressed(client, called, port))
         data, source = there.recvfrom(64)

@@ -18,6 +18,7 @@ import socket
 from typing import Protocol
 
 from godwit.dataplane import StreamCard
+from godwit.vhost_user import DeviceError
 from godwit.vhost_user.aio import disconnect
 from godwit.vhost_user.device import Device
 
@@ -35,21 +36,28 @@ async def serve_stream(connection: socket.socket, device: Pluggable) -> str | No
     """Run one session with the front-end at the other end of a connected UNIX stream socket.
 
     Returns when it is over: None if the front-end hung up between two frames,
-    otherwise what ended it, which is also logged. The last that is called of the
-    device is ``disconnected``, also after cancellation, and that to its end.
-    The socket is closed.
+    otherwise what ended it, which is also logged. Never raises but for
+    cancellation. The last that is called of the device is ``disconnected``, also
+    after cancellation, and that to its end. The socket is closed.
     """
     with connection:
-        card = StreamCard(connection.fileno())
         try:
-            await device.plug(card)
-            await _end(card)
+            failure = await _session(connection, device)
+        except (OSError, DeviceError) as error:
+            failure = f"it could not begin: {error}"  # for want of descriptors or memory
         finally:
             await disconnect(device)
-        log.debug("what went over the socket: %s", card.counters)
-        if card.failure is not None:
-            log.error("the session is over: %s", card.failure)
-        return card.failure
+    if failure is not None:
+        log.error("the session is over: %s", failure)
+    return failure
+
+
+async def _session(connection: socket.socket, device: Pluggable) -> str | None:
+    card = StreamCard(connection.fileno())
+    await device.plug(card)
+    await _end(card)
+    log.debug("what went over the socket: %s", card.counters)
+    return card.failure
 
 
 async def _end(card: StreamCard) -> None:
