@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the two halves of the engine share."""
+
+from libc.stdint cimport uint8_t, uint16_t
+
+from godwit.dataplane.card cimport StreamCard
+from godwit.dataplane.plane cimport Plane
+from godwit.dataplane.virtqueue cimport Queue
+
+cdef class EngineBase:
+    cdef Plane *p
+    cdef StreamCard card
+    cdef object thread
+    cdef object lock
+    cdef int parks
+    cdef Queue *queue(self, int index) except NULL
+    cdef _remap(self)
+    cdef _unwatch_kick(self, Queue *q)
+    cdef _forward(self, int fd, uint16_t guest_port, bytes guest_addr)
+
+# Raise OSError for a negative error number.
+cdef object check(int rc, str what)
+# `value` must be of just this size; ValueError.
+cdef object copy_bytes(uint8_t *out, bytes value, int size, str what)

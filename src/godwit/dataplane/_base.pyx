@@ -1,0 +1,734 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The data plane as the control thread sees it, but for the flows (``_engine.pyx``).
+
+Everything here that changes the plane does so while its thread is parked. A
+failure in the plane is a negative error number; ``check`` makes an exception
+of it, and only here.
+"""
+
+from contextlib import contextmanager
+import logging
+import os
+import threading
+
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy, memset
+
+from godwit.dataplane.card cimport StreamCard
+from godwit.dataplane.flow cimport (
+    WATCH_CARD,
+    WATCH_KICK,
+    WATCH_LISTENER,
+    WATCH_WAKE,
+    flow_new,
+    flow_watch,
+    flows_free,
+    flows_init,
+    watch_data,
+)
+from godwit.dataplane.host cimport get_sockaddr, is_unspecified
+from godwit.dataplane.loop cimport clock_ms, loop_run, loop_wake
+from godwit.dataplane.memory cimport memory_add, memory_clear, memory_clear_log, memory_remove, memory_set_log
+from godwit.dataplane.pcap cimport pcap_close, pcap_flush, pcap_open
+from godwit.dataplane.plane cimport (
+    DROPS,
+    FF_FORWARD,
+    FF_TAKES_V4,
+    FF_V6,
+    FLOW_UDP_PORT,
+    MAX_MAPS,
+    NONE,
+    RARE_FRAME,
+    RARE_SLOTS,
+    Flow,
+    Listener,
+    Plane,
+    RareFrame,
+    frames_both_ways,
+)
+from godwit.dataplane.reassembly cimport reassembly_free, reassembly_init
+from godwit.dataplane.sys cimport (
+    AF_INET,
+    AF_INET6,
+    EFD_CLOEXEC,
+    EFD_NONBLOCK,
+    EPOLLET,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLRDHUP,
+    EPOLL_CLOEXEC,
+    EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL,
+    IPPROTO_IPV6,
+    IPV6_V6ONLY,
+    SOCK_CLOEXEC,
+    SOCK_DGRAM,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    SO_BINDTODEVICE,
+    SO_PEEK_OFF,
+    SO_TYPE,
+    close,
+    epoll_create1,
+    epoll_ctl,
+    epoll_event,
+    errno,
+    eventfd,
+    getsockname,
+    getsockopt,
+    load32_acquire,
+    read,
+    sem_destroy,
+    sem_init,
+    sem_post,
+    sem_wait,
+    setsockopt,
+    sockaddr,
+    sockaddr_storage,
+    socket,
+    socklen_t,
+    store32_release,
+    write,
+)
+from godwit.dataplane.udp cimport PORT_FORWARDED, PORT_FORWARDED_AT, udp_prepare
+from godwit.dataplane.udp_to_guest cimport udp_free, udp_init
+from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, RX, Queue, queue_map, queue_seen
+
+from godwit.dataplane.state import Observed
+
+cdef enum:
+    # virtio 1.2, 5.1.3 and 6
+    F_GUEST_CSUM = 1
+    F_GUEST_TSO4 = 7
+    F_GUEST_TSO6 = 8
+    F_MRG_RXBUF = 15
+    F_LOG_ALL = 26
+    F_EVENT_IDX = 29
+    F_PROTOCOL_FEATURES = 30
+    F_VERSION_1 = 32
+    F_GUEST_USO4 = 54
+    F_GUEST_USO6 = 55
+    F_HOST_USO = 56
+    VRING_F_LOG = 1     # vhost_vring_addr.flags
+
+DROP_NAMES = (
+    "short", "malformed", "fragment", "protocol", "source", "no_flow", "window", "table_full",
+    "no_socket", "ring_full", "rare_full", "send", "unreachable",
+)
+assert len(DROP_NAMES) == DROPS
+
+
+log = logging.getLogger(__name__)
+
+
+cdef object check(int rc, str what):
+    """Raise OSError for a negative error number."""
+    if rc < 0:
+        raise OSError(-rc, f"{what}: {os.strerror(-rc)}")
+
+
+cdef object copy_bytes(uint8_t *out, bytes value, int size, str what):
+    if len(value) != size:
+        raise ValueError(f"{what} must be {size} bytes, not {len(value)}")
+    memcpy(out, <const uint8_t *>value, size)
+
+
+cdef class EngineBase:
+    """One guest's data plane but for its flows: thread, memory, two virtqueues, listeners.
+
+    Descriptors that are handed in (rings, memory, log, listeners) belong to
+    the engine from then on. Methods raise OSError where the kernel refused,
+    ValueError for what the caller got wrong.
+    """
+
+    def __cinit__(self, uint32_t max_flows=131072):
+        cdef int i
+        self.p = <Plane *>calloc(1, sizeof(Plane))
+        if self.p == NULL:
+            raise MemoryError
+        self.lock = threading.Lock()
+        self.p.epfd = self.p.wake = self.p.rare_event = self.p.spare = self.p.pcap.fd = -1
+        self.p.flow_limit = max_flows
+        self.p.vnet_size = 12
+        self.p.send.flow = NONE
+        self.p.udp_out.port = NONE
+        for i in range(QUEUES):
+            self.p.queues[i].kick = self.p.queues[i].call = self.p.queues[i].err = -1
+        sem_init(&self.p.parked, 0, 0)
+        sem_init(&self.p.resume, 0, 0)
+        check(flows_init(self.p, max_flows), "flow table")
+        check(udp_init(self.p), "memory for datagrams")
+        check(reassembly_init(self.p), "memory for fragments")
+
+    def __init__(self, max_flows=131072):
+        cdef epoll_event ev
+        self.p.epfd = epoll_create1(EPOLL_CLOEXEC)
+        check(-errno if self.p.epfd < 0 else 0, "epoll")
+        self.p.wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        self.p.rare_event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        check(-errno if self.p.wake < 0 or self.p.rare_event < 0 else 0, "eventfd")
+        ev.events = EPOLLIN
+        ev.data.u64 = watch_data(WATCH_WAKE, 0, 0)
+        check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, self.p.wake, &ev) != 0 else 0, "epoll")
+        self.p.peek_offset = kernel_has_peek_offset()
+        self.p.now = clock_ms(self.p)
+
+    def __dealloc__(self):
+        cdef int i
+        cdef Queue *q
+        if self.p == NULL:
+            return
+        memory_clear(&self.p.mem)
+        memory_clear_log(&self.p.mem)
+        for i in range(QUEUES):
+            q = &self.p.queues[i]
+            for fd in (q.kick, q.call, q.err):
+                if fd >= 0:
+                    close(fd)
+        for i in range(self.p.listener_count):
+            if self.p.listeners[i].fd >= 0:
+                close(self.p.listeners[i].fd)
+        free(self.p.listeners)
+        pcap_close(self.p)
+        flows_free(self.p)
+        udp_free(self.p)
+        reassembly_free(self.p)
+        for fd in (self.p.epfd, self.p.wake, self.p.rare_event, self.p.spare):
+            if fd >= 0:
+                close(fd)
+        sem_destroy(&self.p.parked)
+        sem_destroy(&self.p.resume)
+        free(self.p)
+
+    # ---- the thread
+
+    def start(self):
+        """Start the thread."""
+        self.thread = threading.Thread(target=self._run, name="data plane", daemon=True)
+        self.thread.start()
+
+    def _run(self):
+        cdef int rc
+        with nogil:
+            rc = loop_run(self.p)
+        if rc < 0:
+            log.critical("the data plane has stopped: %s", os.strerror(-rc))
+
+    def close(self):
+        """Stop the thread. Sockets stay as they are until the engine is freed."""
+        with self.lock:
+            if self.thread is None:
+                return
+            self.p.stop_wanted = True
+            if self.parks:
+                sem_post(&self.p.resume)
+            loop_wake(self.p)
+            self.thread.join()
+            self.thread = None
+            self.p.stop_wanted = False
+            if self.p.pcap.fd >= 0:
+                pcap_flush(self.p)
+
+    def park(self):
+        """Bring the thread to a stop between two events. Counts; see unpark()."""
+        with self.lock:
+            if self.parks == 0 and self.thread is not None:
+                self.p.park_wanted = True
+                loop_wake(self.p)
+                with nogil:
+                    while sem_wait(&self.p.parked) != 0:
+                        pass
+            self.parks += 1
+
+    def unpark(self):
+        """Let the thread go on, once for each park(). One too many is an error of the caller's."""
+        with self.lock:
+            if self.parks == 0:
+                raise ValueError("unpark() without park()")
+            self.parks -= 1
+            if self.parks == 0 and self.thread is not None:
+                sem_post(&self.p.resume)
+
+    @contextmanager
+    def parked(self):
+        """The thread stands still inside the block."""
+        self.park()
+        try:
+            yield
+        finally:
+            self.unpark()
+
+    # ---- configuration
+
+    def configure(self, *, bytes our_mac, bytes addr4=None, bytes addr6=None, bytes our_ll=bytes(16),
+                  bytes our4=bytes(16), bytes broadcast4=bytes(16), bytes outbound4=bytes(16),
+                  bytes outbound6=bytes(16), str outbound_if4="", str outbound_if6="", uint32_t ifindex4=0,
+                  uint32_t ifindex=0, uint16_t mtu=0, maps=(), bint tcp=True, bint udp=True,
+                  bint icmp=True):
+        """Say who the guest is and what it may reach. May be called again at any time.
+
+        ``addr4`` and ``addr6`` are 16 bytes (v4-mapped), None without that
+        family; ``our4`` and ``our_ll`` the router as the guest knows it.
+        ``broadcast4`` is that of the guest's subnet. ``outbound...``: the
+        address and the interface that the guest's own connections and
+        datagrams leave from; zeros and "" leave that to the host's routes.
+        ``ifindex4`` and ``ifindex`` are the interfaces (of IPv4 and of IPv6)
+        for multicast, limited broadcast and link-local addresses.
+        ``maps`` lists (address as the guest names it, port or 0 for any,
+        address as the host knows it, its scope or 0), 16 bytes each address.
+        """
+        maps = list(maps)
+        if len(maps) > MAX_MAPS:
+            raise ValueError(f"at most {MAX_MAPS} address mappings, not {len(maps)}")
+        with self.parked():
+            copy_bytes(self.p.config.our_mac, our_mac, 6, "MAC address")
+            self.p.config.has_v4 = addr4 is not None
+            self.p.config.has_v6 = addr6 is not None
+            copy_bytes(self.p.config.addr4, addr4 or bytes(16), 16, "IPv4 address")
+            copy_bytes(self.p.config.addr6, addr6 or bytes(16), 16, "IPv6 address")
+            copy_bytes(self.p.config.our4, our4, 16, "router's address")
+            copy_bytes(self.p.config.our_ll, our_ll, 16, "link-local address")
+            copy_bytes(self.p.config.broadcast4, broadcast4, 16, "broadcast address")
+            copy_bytes(self.p.config.outbound4, outbound4, 16, "outbound address")
+            copy_bytes(self.p.config.outbound6, outbound6, 16, "outbound address")
+            copy_bytes(self.p.config.outbound_if4, os.fsencode(outbound_if4)[:15].ljust(16, b"\0"), 16, "interface")
+            copy_bytes(self.p.config.outbound_if6, os.fsencode(outbound_if6)[:15].ljust(16, b"\0"), 16, "interface")
+            self.p.config.ifindex4 = ifindex4
+            self.p.config.ifindex = ifindex
+            self.p.config.mtu = mtu
+            self.p.config.no_tcp = not tcp
+            self.p.config.no_udp = not udp
+            self.p.config.no_icmp = not icmp
+            self.p.config.map_count = 0
+            for guest, port, host, scope in maps:
+                copy_bytes(self.p.config.maps[self.p.config.map_count].guest, guest, 16, "address")
+                copy_bytes(self.p.config.maps[self.p.config.map_count].host, host, 16, "address")
+                self.p.config.maps[self.p.config.map_count].port = port
+                self.p.config.maps[self.p.config.map_count].scope = scope
+                self.p.config.map_count += 1
+
+    def set_guest_mac(self, bytes mac):
+        """The guest's MAC address, where it is known before its first frame."""
+        with self.parked():
+            copy_bytes(self.p.config.guest_mac, mac, 6, "MAC address")
+            self.p.config.guest_mac_known = True
+
+    def set_features(self, uint64_t features):
+        """The virtio and vhost features that the driver has taken."""
+        cdef int i
+        with self.parked():
+            self.p.features = features
+            self.p.mergeable = features >> F_MRG_RXBUF & 1
+            self.p.vnet_size = 12 if features & (1ULL << F_VERSION_1 | 1ULL << F_MRG_RXBUF) else 10
+            self.p.guest_csum = features >> F_GUEST_CSUM & 1
+            self.p.guest_tso4 = features >> F_GUEST_TSO4 & 1
+            self.p.guest_tso6 = features >> F_GUEST_TSO6 & 1
+            self.p.guest_uso4 = features >> F_GUEST_USO4 & 1
+            self.p.guest_uso6 = features >> F_GUEST_USO6 & 1
+            self.p.host_uso = features >> F_HOST_USO & 1
+            self.p.mem.log_all = features >> F_LOG_ALL & 1
+            for i in range(QUEUES):
+                self.p.queues[i].event_idx = features >> F_EVENT_IDX & 1
+                if not features >> F_PROTOCOL_FEATURES & 1:
+                    self.p.queues[i].enabled = True
+
+    # ---- memory
+
+    def set_memory(self, regions):
+        """Replace all regions: (guest address, size, user address, offset, descriptor) each."""
+        regions = list(regions)
+        try:
+            with self.parked():
+                memory_clear(&self.p.mem)
+                try:
+                    for guest_addr, size, user_addr, offset, fd in regions:
+                        check(memory_add(&self.p.mem, guest_addr, size, user_addr, offset, fd),
+                              f"memory region at {guest_addr:#x}, {size:#x} bytes")
+                finally:
+                    self._remap()
+        finally:
+            for region in regions:
+                os.close(region[4])
+
+    def add_region(self, uint64_t guest_addr, uint64_t size, uint64_t user_addr, uint64_t offset, int fd):
+        """Add one region."""
+        try:
+            with self.parked():
+                check(memory_add(&self.p.mem, guest_addr, size, user_addr, offset, fd),
+                      f"memory region at {guest_addr:#x}, {size:#x} bytes")
+                self._remap()
+        finally:
+            os.close(fd)
+
+    def remove_region(self, uint64_t guest_addr, uint64_t size, uint64_t user_addr):
+        """Remove one region; rings that lay in it stop."""
+        with self.parked():
+            check(memory_remove(&self.p.mem, guest_addr, size, user_addr),
+                  f"no memory region at {guest_addr:#x}, {size:#x} bytes")
+            self._remap()
+
+    cdef _remap(self):
+        """Find the rings again after the memory changed."""
+        cdef int i
+        for i in range(QUEUES):
+            if self.p.queues[i].addr_set:
+                queue_map(&self.p.queues[i], &self.p.mem)
+
+    def set_log(self, int fd, uint64_t size, uint64_t offset):
+        """Map the dirty log: one bit for each page, ``size`` bytes."""
+        try:
+            with self.parked():
+                check(memory_set_log(&self.p.mem, fd, size, offset), f"dirty log of {size} bytes")
+        finally:
+            os.close(fd)
+
+    # ---- rings
+
+    cdef Queue *queue(self, int index) except NULL:
+        if not 0 <= index < QUEUES:
+            raise ValueError(f"no ring {index}")
+        return &self.p.queues[index]
+
+    def ring_num(self, int index, uint32_t num):
+        """The ring's size: a power of two."""
+        cdef Queue *q = self.queue(index)
+        if num == 0 or num > MAX_QUEUE_SIZE or num & (num - 1):
+            raise ValueError(f"ring {index}: a size of {num} is not a power of two up to {MAX_QUEUE_SIZE}")
+        with self.parked():
+            q.num = num
+            if q.addr_set:
+                queue_map(q, &self.p.mem)
+
+    def ring_addr(self, int index, uint32_t flags, uint64_t desc, uint64_t used, uint64_t avail, uint64_t log):
+        """Where the ring lies, in the front-end's address space; ``log`` is guest-physical."""
+        cdef Queue *q = self.queue(index)
+        with self.parked():
+            q.user_desc = desc
+            q.user_used = used
+            q.user_avail = avail
+            q.log_addr = log
+            q.log_used = flags & VRING_F_LOG
+            q.addr_set = True
+            check(queue_map(q, &self.p.mem), f"ring {index} does not lie in the memory that was shared")
+
+    def ring_base(self, int index, uint16_t base):
+        """The next available entry to take."""
+        cdef Queue *q = self.queue(index)
+        with self.parked():
+            q.last_avail = base
+
+    def ring_kick(self, int index, fd):
+        """Start the ring; ``fd`` tells of new entries."""
+        cdef Queue *q = self.queue(index)
+        cdef epoll_event ev
+        if fd is None:
+            raise ValueError(f"ring {index}: polling is not supported, a kick descriptor is needed")
+        with self.parked():
+            self._unwatch_kick(q)
+            q.kick = fd
+            # Edge-triggered: every write to an eventfd is an edge, so it is never read.
+            ev.events = EPOLLIN | EPOLLET
+            ev.data.u64 = watch_data(WATCH_KICK, 0, index)
+            check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, q.kick, &ev) != 0 else 0,
+                  f"ring {index}: the kick descriptor")
+            if q.used == NULL:
+                raise ValueError(f"ring {index} was started before its address was set")
+            q.used_idx = q.published = (<uint16_t *>(q.used + 2))[0]
+            q.broken = q.kicked = False
+            q.started = True
+
+    cdef _unwatch_kick(self, Queue *q):
+        if q.kick >= 0:
+            epoll_ctl(self.p.epfd, EPOLL_CTL_DEL, q.kick, NULL)
+            close(q.kick)
+            q.kick = -1
+
+    def ring_call(self, int index, fd):
+        """How the guest is interrupted; None: it polls."""
+        cdef Queue *q = self.queue(index)
+        cdef uint64_t one = 1
+        if fd is not None:
+            os.set_blocking(fd, False)  # whatever it is, a write to it must not stop us
+        with self.parked():
+            if q.call >= 0:
+                close(q.call)
+            q.call = -1 if fd is None else fd
+            # QEMU starts a ring first and sets this after: what was used in
+            # between went to the descriptor of before, which nobody reads. An
+            # interrupt too many does no harm.
+            if q.call >= 0 and q.started:
+                write(q.call, &one, 8)
+
+    def ring_err(self, int index, fd):
+        """How the front-end is told that the ring is broken."""
+        cdef Queue *q = self.queue(index)
+        if fd is not None:
+            os.set_blocking(fd, False)
+        with self.parked():
+            if q.err >= 0:
+                close(q.err)
+            q.err = -1 if fd is None else fd
+
+    def ring_enable(self, int index, bint enabled):
+        """Enable or disable the ring (it runs when it is started too)."""
+        cdef Queue *q = self.queue(index)
+        with self.parked():
+            q.enabled = enabled
+
+    def ring_stop(self, int index):
+        """Stop the ring. Returns the next available entry to take."""
+        cdef Queue *q = self.queue(index)
+        with self.parked():
+            q.started = False
+            self._unwatch_kick(q)
+            return q.last_avail
+
+    def rings(self):
+        """For each ring: (started, enabled, broken, next available entry, used index)."""
+        return [(bool(self.p.queues[i].started), bool(self.p.queues[i].enabled), bool(self.p.queues[i].broken),
+                 self.p.queues[i].last_avail, self.p.queues[i].used_idx) for i in range(QUEUES)]
+
+    def sees_nothing(self):
+        """Whether the guest says that it has put buffers into its receive ring, and there is none, ever.
+
+        So it is when its memory is a private copy of what we were given.
+        """
+        cdef Queue *q = &self.p.queues[RX]
+        with self.parked():
+            return bool(q.started and q.kicked and q.last_avail == 0 and q.avail != NULL and queue_seen(q) == 0)
+
+    def plug(self, StreamCard card not None):
+        """Serve the guest behind a card of ours: with its memory and rings, until detach() or plug()."""
+        cdef epoll_event ev
+        with self.parked():
+            self.detach()
+            self.set_features(card.FEATURES)
+            self.set_memory([(*region, os.dup(card.memory)) for region in card.regions()])
+            for index, ring in enumerate(card.rings()):
+                self.ring_num(index, ring.num)
+                self.ring_base(index, 0)
+                self.ring_addr(index, 0, ring.descriptor, ring.used, ring.available, 0)
+                self.ring_enable(index, True)
+                # Nobody kicks: the card is looked at in each turn.
+                self.ring_kick(index, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            ev.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+            ev.data.u64 = watch_data(WATCH_CARD, 0, 0)
+            check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, card.c.fd, &ev) != 0 else 0, "stream socket")
+            self.card = card
+            self.p.card = &card.c
+
+    def detach(self):
+        """The front-end is gone: rings, memory and log with it. Flows stay."""
+        cdef int i
+        cdef Queue *q
+        with self.parked():
+            if self.p.card != NULL:
+                epoll_ctl(self.p.epfd, EPOLL_CTL_DEL, self.p.card.fd, NULL)
+                self.p.card = NULL
+                self.card = None
+            for i in range(QUEUES):
+                q = &self.p.queues[i]
+                self._unwatch_kick(q)
+                for fd in (q.call, q.err):
+                    if fd >= 0:
+                        close(fd)
+                memset(q, 0, sizeof(Queue))
+                q.kick = q.call = q.err = -1
+            memory_clear(&self.p.mem)
+            memory_clear_log(&self.p.mem)
+            self.p.mem.log_all = False
+            self.p.features = 0
+            self.p.config.guest_mac_known = False
+
+    # ---- rare frames
+
+    def rare_fileno(self):
+        """An eventfd that is readable when frames wait for take_rare(), or flows for take_found()."""
+        return self.p.rare_event
+
+    def take_rare(self):
+        """The whole Ethernet frames that wait for the control thread, a list of bytes; perhaps none."""
+        cdef uint64_t ignored
+        cdef uint32_t tail = self.p.up.tail
+        cdef RareFrame *slot
+        frames = []
+        read(self.p.rare_event, &ignored, 8)
+        while tail != load32_acquire(&self.p.up.head):
+            slot = &self.p.up.frames[tail % RARE_SLOTS]
+            frames.append(slot.data[:slot.size])
+            tail += 1
+            store32_release(&self.p.up.tail, tail)
+        return frames
+
+    def inject(self, bytes frame not None):
+        """Send the guest a whole Ethernet frame. False: too many wait already."""
+        cdef uint32_t head = self.p.down.head
+        cdef RareFrame *slot
+        if len(frame) > RARE_FRAME:
+            raise ValueError(f"a frame of {len(frame)} bytes is too long, {RARE_FRAME} is the most")
+        if head - load32_acquire(&self.p.down.tail) >= RARE_SLOTS:
+            return False
+        slot = &self.p.down.frames[head % RARE_SLOTS]
+        memcpy(slot.data, <const uint8_t *>frame, len(frame))
+        slot.size = <uint32_t>len(frame)
+        store32_release(&self.p.down.head, head + 1)
+        loop_wake(self.p)
+        return True
+
+    # ---- listeners
+
+    def listen(self, int fd, uint16_t guest_port, bytes guest_addr=None):
+        """What comes to this socket goes to a port of the guest's: connections, or datagrams if it is one of UDP.
+
+        ``guest_addr`` (16 bytes): to this address behind the guest's MAC
+        address, not to the guest's own.
+        """
+        cdef int i, kind = 0
+        cdef socklen_t n = sizeof(kind)
+        cdef Listener *grown
+        cdef epoll_event ev
+        os.set_blocking(fd, False)
+        with self.parked():
+            if self.p.spare < 0:
+                self.p.spare = eventfd(0, EFD_CLOEXEC)  # now, while there are descriptors (see refuse_one())
+            check(-errno if getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &n) != 0 else 0, "listening socket")
+            if kind == SOCK_DGRAM:
+                self._forward(fd, guest_port, guest_addr or bytes(16))
+                return
+            i = self.p.listener_count
+            if i & (i - 1) == 0:    # room for twice as many, each time
+                grown = <Listener *>realloc(self.p.listeners, (2 * i if i else 1) * sizeof(Listener))
+                if grown == NULL:
+                    raise MemoryError
+                self.p.listeners = grown
+            copy_bytes(self.p.listeners[i].guest_addr, guest_addr or bytes(16), 16, "address")
+            self.p.listener_count += 1
+            self.p.listeners[i].fd = fd
+            self.p.listeners[i].guest_port = guest_port
+            ev.events = EPOLLIN
+            ev.data.u64 = watch_data(WATCH_LISTENER, 0, i)
+            check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, fd, &ev) != 0 else 0, "listening socket")
+
+    cdef _forward(self, int fd, uint16_t guest_port, bytes guest_addr):
+        """A forwarded UDP port."""
+        cdef sockaddr_storage addr
+        cdef socklen_t n = sizeof(addr)
+        cdef uint8_t bound[16]
+        cdef uint8_t ignored[16]
+        cdef uint8_t *nobody = ignored
+        cdef char device[16]
+        cdef socklen_t device_size = sizeof(device)
+        cdef int only = 1
+        cdef socklen_t only_size = sizeof(only)
+        cdef uint16_t port
+        cdef Flow *f
+        cdef bint v6, wild
+        check(-errno if getsockname(fd, <sockaddr *>&addr, &n) != 0 else 0, "UDP socket")
+        get_sockaddr(<sockaddr *>&addr, bound, &port)
+        v6 = addr.ss_family == AF_INET6
+        if v6:
+            getsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &only_size)
+        if getsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, device, &device_size) != 0:
+            device_size = 0
+        # What the guest itself sends from the port leaves through a socket that anyone can be reached from.
+        wild = is_unspecified(bound) and device_size == 0 and not any(guest_addr)
+        copy_bytes(bound, guest_addr, 16, "address")
+        memset(nobody, 0, 16)
+        limit, self.p.flow_limit = self.p.flow_limit, 0xFFFFFFFF
+        f = flow_new(self.p, FLOW_UDP_PORT, bound, guest_port, nobody, PORT_FORWARDED if wild else PORT_FORWARDED_AT)
+        self.p.flow_limit = limit
+        if f == NULL:
+            raise ValueError("the flow table is full")
+        self.p.open_sockets -= 1    # it was there before the limit was set
+        f.flags = FF_FORWARD | (FF_V6 if v6 else 0) | (FF_TAKES_V4 if not v6 or not only else 0)
+        f.sock = fd
+        udp_prepare(fd, v6, not v6 or not only, True)
+        check(flow_watch(self.p, f), "UDP socket")
+
+    def listen_many(self, sockets):
+        """`listen` for each (descriptor, port of the guest's, address or None). The thread stops once."""
+        with self.parked():
+            for fd, guest_port, guest_addr in sockets:
+                self.listen(fd, guest_port, guest_addr)
+
+    def listeners(self):
+        """The descriptors of the listening sockets, those of forwarded UDP ports not among them."""
+        return [self.p.listeners[i].fd for i in range(self.p.listener_count) if self.p.listeners[i].fd >= 0]
+
+    def advance(self, uint64_t ms):
+        """Have the plane's clock go ahead of the system's: for tests of what takes minutes."""
+        with self.parked():
+            self.p.ahead += ms
+            self.p.now = clock_ms(self.p)
+
+    # ---- what there is
+
+    def capture(self, int fd):
+        """Write all frames from and to the guest to ``fd``, as pcap, until the engine ends or writing fails."""
+        os.set_blocking(fd, False)  # a pipe that nobody reads must not stop the guest
+        with self.parked():
+            pcap_close(self.p)
+            check(pcap_open(self.p, fd), "capture")
+
+    def capture_error(self):
+        """The error number that has ended the capture; 0 if it goes on, or there was none."""
+        return self.p.pcap.error
+
+    def capture_missed(self):
+        """Frames that the capture lacks, since what it is written to did not take them in time."""
+        return self.p.pcap.missed
+
+    def watch_activity(self):
+        """Have rare_fileno() become readable at the next frame, whatever it is; see was_active()."""
+        with self.parked():
+            self.p.quiet_frames = frames_both_ways(self.p)
+            self.p.tell_activity = True
+
+    def was_active(self):
+        """Whether there was a frame since watch_activity()."""
+        return not self.p.tell_activity
+
+    def counters(self):
+        """Counters since the start; ``drops`` by reason."""
+        c = self.p.counters
+        return {
+            "frames_from_guest": c.frames_from_guest,
+            "frames_to_guest": c.frames_to_guest,
+            "bytes_from_guest": c.bytes_from_guest,
+            "bytes_to_guest": c.bytes_to_guest,
+            "retransmits": c.retransmits,
+            "flows_opened": c.flows_opened,
+            "flows_reset": c.flows_reset,
+            "flows": self.p.open_flows,
+            "drops": {name: c.drops[i] for i, name in enumerate(DROP_NAMES)},
+        }
+
+    def observed(self):
+        """The guest's addresses as last seen in its frames."""
+        return Observed(self.p.seen6[:16], self.p.seen6_ll[:16], self.p.seen4[12:16],
+                        self.p.config.guest_mac[:6] if self.p.config.guest_mac_known else bytes(6))
+
+    def set_observed(self, seen):
+        """Take over what another back-end saw; zeros leave things as they are."""
+        with self.parked():
+            if any(seen.addr6):
+                copy_bytes(self.p.seen6, seen.addr6, 16, "IPv6 address")
+            if any(seen.addr6_ll):
+                copy_bytes(self.p.seen6_ll, seen.addr6_ll, 16, "link-local address")
+            if any(seen.addr4):
+                copy_bytes(self.p.seen4, bytes(10) + b"\xff\xff" + seen.addr4, 16, "IPv4 address")
+            if any(seen.mac):
+                copy_bytes(self.p.config.guest_mac, seen.mac, 6, "MAC address")
+                self.p.config.guest_mac_known = True
+
+
+cdef bint kernel_has_peek_offset():
+    """SO_PEEK_OFF works on TCP since Linux 6.9; older kernels refuse it there."""
+    cdef int zero = 0, rc
+    cdef int s = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)
+    if s < 0:
+        return False
+    rc = setsockopt(s, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
+    close(s)
+    return rc == 0
