@@ -37,10 +37,10 @@ from godwit.dataplane.tcp cimport (
     tcp_drop_socket,
     tcp_hurry,
     tcp_local_end,
-    tcp_refuse_waiting,
     tcp_reset,
     tcp_resume,
 )
+from godwit.dataplane.tcp_open cimport tcp_refuse_waiting
 from godwit.dataplane.udp_to_guest cimport udp_drain
 
 from godwit.dataplane.state import FlowState, Side

@@ -58,7 +58,8 @@ from godwit.dataplane.sys cimport (
     timespec,
     write,
 )
-from godwit.dataplane.tcp cimport tcp_accept, tcp_from_sock, tcp_settle, tcp_timer
+from godwit.dataplane.tcp cimport tcp_from_sock, tcp_settle, tcp_timer
+from godwit.dataplane.tcp_open cimport tcp_accept
 from godwit.dataplane.to_guest cimport frame_to_guest
 from godwit.dataplane.udp_to_guest cimport udp_from_sock
 from godwit.dataplane.virtqueue cimport (
