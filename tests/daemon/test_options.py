@@ -280,7 +280,7 @@ def test_the_helps_examples_of_forwards_are_understood(capsys: pytest.CaptureFix
         parse(["--help"], Dialect.GODWIT)
     shown = capsys.readouterr().out.partition("\nSPEC, ")[2]
     specs = re.findall(r"^  (\S+)  ", shown, re.MULTILINE)
-    assert len(specs) == 9
+    assert len(specs) == 10
     for spec in specs:
         assert bool(parse([*SOCKET, "-t", spec], Dialect.GODWIT).tcp_ports) == (spec != "none")
 

@@ -390,6 +390,7 @@ SPEC, which may be given more than once:
   8000-8010           these ports, each to the same in the guest
   8000-8010:80-90     or to others
   80,443,8000-8010    several at once
+  80:192.0.2.5/8080   to another address in the guest's network
   all                 all ports that are free, but those that the host itself
                       opens connections from (net.ipv4.ip_local_port_range)
   all,~22,~6000-6063  and but these

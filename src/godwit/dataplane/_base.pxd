@@ -16,6 +16,7 @@ cdef class EngineBase:
     cdef Queue *queue(self, int index) except NULL
     cdef _remap(self)
     cdef _unwatch_kick(self, Queue *q)
+    cdef _note_target(self, bytes addr)
     cdef _forward(self, int fd, uint16_t guest_port, bytes guest_addr)
 
 # Raise OSError for a negative error number.

@@ -38,6 +38,7 @@ from godwit.dataplane.plane cimport (
     FF_V6,
     FLOW_UDP_PORT,
     MAX_MAPS,
+    MAX_TARGETS,
     NONE,
     RARE_FRAME,
     RARE_SLOTS,
@@ -592,6 +593,8 @@ cdef class EngineBase:
         with self.parked():
             if self.p.spare < 0:
                 self.p.spare = eventfd(0, EFD_CLOEXEC)  # now, while there are descriptors (see refuse_one())
+            if guest_addr is not None:
+                self._note_target(guest_addr)
             check(-errno if getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &n) != 0 else 0, "listening socket")
             if kind == SOCK_DGRAM:
                 self._forward(fd, guest_port, guest_addr or bytes(16))
@@ -609,6 +612,16 @@ cdef class EngineBase:
             ev.events = EPOLLIN
             ev.data.u64 = watch_data(WATCH_LISTENER, 0, i)
             check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, fd, &ev) != 0 else 0, "listening socket")
+
+    cdef _note_target(self, bytes addr):
+        """What comes from this address is not from the guest's own; of so many as one would ever have."""
+        cdef int i
+        for i in range(self.p.target_count):
+            if self.p.targets[i][:16] == addr:
+                return
+        if self.p.target_count < MAX_TARGETS:
+            copy_bytes(self.p.targets[self.p.target_count], addr, 16, "address")
+            self.p.target_count += 1
 
     cdef _forward(self, int fd, uint16_t guest_port, bytes guest_addr):
         """A forwarded UDP port."""

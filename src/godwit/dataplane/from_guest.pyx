@@ -174,6 +174,17 @@ cdef int parse_ipv6(Plane *p, Packet *k, const uint8_t *ip, uint32_t room) noexc
     return 0
 
 
+cdef void note(Plane *p, uint8_t *seen, const uint8_t *a) noexcept nogil:
+    """The guest uses this address. Not if it is another machine's, to which a forwarded port leads."""
+    cdef int i
+    if memcmp(seen, a, 16) == 0:
+        return
+    for i in range(p.target_count):
+        if memcmp(p.targets[i], a, 16) == 0:
+            return
+    memcpy(seen, a, 16)
+
+
 cdef bint observe(Plane *p, Packet *k) noexcept nogil:
     """Note the address that the guest uses. False: it cannot be the guest's."""
     cdef const uint8_t *a = k.saddr
@@ -184,21 +195,18 @@ cdef bint observe(Plane *p, Packet *k) noexcept nogil:
             return True     # 0.0.0.0 while it has none: DHCP
         if a[12] == 127 or a[12] >= 224:
             return False
-        if memcmp(p.seen4, a, 16) != 0:
-            memcpy(p.seen4, a, 16)
+        note(p, p.seen4, a)
         return True
     if a[0] == 0xFF:
         return False
     if is_link_local6(a):
-        if memcmp(p.seen6_ll, a, 16) != 0:
-            memcpy(p.seen6_ll, a, 16)
+        note(p, p.seen6_ll, a)
         return True
     for i in range(15):
         any_bit |= a[i]
     if any_bit == 0:
         return a[15] == 0   # "::" while it has none; "::1" is nobody's on a wire
-    if memcmp(p.seen6, a, 16) != 0:
-        memcpy(p.seen6, a, 16)
+    note(p, p.seen6, a)
     return True
 
 

@@ -15,6 +15,7 @@ from godwit.dataplane.virtqueue cimport MAX_CHAIN, QUEUES, Chain, Queue
 cdef enum:
     NONE = 0xFFFFFFFFU      # no flow: end of a list, no place in the heap
     MAX_MAPS = 32
+    MAX_TARGETS = 32
     RARE_SLOTS = 64
     RARE_FRAME = 2048       # bytes; rare frames (ARP, DHCP, NDP) are small
     ETH_HLEN = 14
@@ -301,6 +302,8 @@ cdef struct Plane:
     uint8_t seen4[16]
     uint8_t seen6[16]
     uint8_t seen6_ll[16]
+    uint8_t targets[MAX_TARGETS][16]    # behind its MAC address, where forwarded ports lead: not the guest's own
+    int target_count
     # flows
     Flow *flows
     uint32_t max_flows
