@@ -303,3 +303,23 @@ def test_a_start_with_nothing(tmp_path: Path, client: str) -> None:
         assert lab.reaches(SERVER4)
     finally:
         lab.close()
+
+
+def test_networkd_follows_the_host(lab: Lab) -> None:
+    """It takes router advertisements itself, name servers with them."""
+    network = lab.system.start_networkd()
+    lab.has(f"{HOST4}/24", f"{HOST6}/128", SLAAC)
+    lab.expect("name servers", lambda: set(lab.system.networkd().get("DNS", ())) == {DNS4, DNS6})
+    lab.resolv.write_text("nameserver 192.0.2.54\nnameserver 2001:db8::54\nsearch example.com\n")
+    lab.host.ip(
+        "addr add 2001:db8:5::10/64 dev eth0 nodad",
+        f"addr del {HOST6}/64 dev eth0",
+        "route replace default via fe80::77 dev eth0",
+    )
+    new = SLAAC.replace("2001:db8::", "2001:db8:5:0:")
+    lab.expect("another prefix", lambda: new in addresses(lab.guest.space, deprecated=False))
+    lab.expect("the end of the old one", lambda: SLAAC in addresses(lab.guest.space, deprecated=True))
+    lab.expect("another router", lambda: routers(lab.guest.space) == {GATEWAY4, "fe80::77"})
+    lab.expect("another name server", lambda: "2001:db8::54" in lab.system.networkd()["DNS"])
+    lab.expect("another search list", lambda: "example.com" in lab.system.networkd()["DOMAINS"])
+    assert network.poll() is None

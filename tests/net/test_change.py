@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from godwit.dataplane import Engine
 from godwit.net.change import describe, settle
 from godwit.net.config import NetConfig, NetOptions, choose, packed16
 from godwit.net.netlink import (
@@ -109,15 +110,28 @@ def test_there_and_back() -> None:
 
 def test_no_more_is_withdrawn_than_can_be_told() -> None:
     config = take()
+    options: dict[str, Any] = {
+        "map_host4": IPv4Address("10.0.0.1"),
+        "map_host6": IPv6Address("fd00::1"),
+        "map_guest4": IPv4Address("10.0.0.2"),
+        "map_guest6": IPv6Address("fd00::2"),
+        "dns_forward4": IPv4Address("10.0.0.3"),
+        "dns_forward6": IPv6Address("fd00::3"),
+    }
     for number in range(8):
         address = Address(2, IPv6Address(f"2001:db8:{number + 10}::7"), 64, RT_SCOPE_UNIVERSE, 0)
-        config = follow(HostNetwork((LO, ETH0), (A4, address), (RA4, RA6)), old=config)
+        resolv = f"nameserver 198.51.100.{number + 1}\nnameserver 2001:db8:53::{number + 1}\n"
+        host = HostNetwork((LO, ETH0), (A4, address), (RA4, RA6))
+        config = settle(config, choose(NetOptions(**options), host, parse_resolv(resolv), config))
     assert [str(one) for one in config.withdrawn.prefixes6] == [
         "2001:db8:16::/64",
         "2001:db8:15::/64",
         "2001:db8:14::/64",
     ]
-    assert len(config.rewrites()) <= 16
+    assert len(config.rewrites()) == 20
+    Engine().configure(
+        our_mac=config.our_mac, maps=[(row.guest, row.port, row.host, row.scope) for row in config.rewrites()]
+    )
 
 
 @pytest.mark.parametrize("resolv", [RESOLV, ""])
