@@ -51,8 +51,7 @@ class HostWatch:
         self._follow: Callable[[NetConfig], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._again = False
-        self._read_at = 0.0
+        self._read_at = -AT_MOST_EVERY
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._events: NetEvents | None = None
         try:
@@ -71,9 +70,7 @@ class HostWatch:
         """Watch from now on; ``follow`` is called with each configuration that is another."""
         self._loop = asyncio.get_running_loop()
         self._follow = follow
-        if self._events is not None:
-            self._loop.add_reader(self._events, self._heard)
-            self._heard()  # what has come since the first look
+        self._listen()  # to what has come since the first look, too
 
     def close(self) -> None:
         """Watch no more. May be repeated."""
@@ -115,7 +112,18 @@ class HostWatch:
 
     # ---- when
 
+    def _listen(self) -> None:
+        if self._events is not None and self._loop is not None:
+            self._loop.add_reader(self._events, self._heard)
+
     def _heard(self) -> None:
+        """Something has come. What it is can wait: a storm of events shall cost a look now and then, no more."""
+        assert self._loop is not None  # since start()
+        assert self._events is not None  # or nothing would be watched
+        self._loop.remove_reader(self._events)
+        self._later("look", max(SETTLES, self._read_at + AT_MOST_EVERY - self._loop.time()), self._due)
+
+    def _due(self) -> None:
         assert self._events is not None  # or nothing would be watched
         try:
             matters = self._events.drain()
@@ -124,15 +132,9 @@ class HostWatch:
             self.close()
             return
         if matters:
-            self._look_soon()
-
-    def _look_soon(self) -> None:
-        assert self._loop is not None  # since start()
-        if self._reading is not None:
-            self._again = True
-        elif "look" not in self._timers:
-            wait = max(SETTLES, self._read_at + AT_MOST_EVERY - self._loop.time())
-            self._later("look", wait, self._begin)
+            self._reading = asyncio.ensure_future(self._read_again())
+        else:
+            self._listen()
 
     def _later(self, name: str, delay: float, work: Callable[[], None]) -> None:
         """Do it then, and not when it was to be done before."""
@@ -146,24 +148,19 @@ class HostWatch:
             self._timers[name].cancel()
         self._timers[name] = self._loop.call_later(delay, due)
 
-    def _begin(self) -> None:
-        self._reading = asyncio.ensure_future(self._read_again())
-
     async def _read_again(self) -> None:
         assert self._loop is not None  # since start()
         try:
             self._take(*await asyncio.to_thread(self._look))
             self._decide()
-        except OSError as error:
+        except Exception as error:  # the guest has what it had, and the next event may find it better
             self._warn(f"the host's network cannot be read: {error}")
-        finally:
-            self._reading = None
-            self._read_at = self._loop.time()
+            log.debug("where that came from:", exc_info=True)
+        self._reading = None
+        self._read_at = self._loop.time()
         for delay in GLANCES:
             self._later(f"glance {delay}", delay, self.glance)
-        if self._again:
-            self._again = False
-            self._look_soon()
+        self._listen()  # to what has come meanwhile, too
 
     # ---- what
 
