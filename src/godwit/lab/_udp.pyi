@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 MIN_SIZE: int
 
-def send_numbered(fd: int, *, size: int, seconds: float, rate: float = 0.0) -> tuple[int, int, float]: ...
+def send_numbered(
+    fd: int, *, size: int, seconds: float, rate: float = 0.0, joined: bool = False
+) -> tuple[int, int, float]: ...
 
 class Receiver:
     received: int

@@ -36,9 +36,15 @@ cdef extern from "<sys/socket.h>" nogil:
     int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
     ssize_t send(int fd, const void *data, size_t size, int flags)
     ssize_t recv(int fd, void *data, size_t size, int flags)
+    int setsockopt(int fd, int level, int option, const void *value, socklen_t size)
     enum:
         MSG_DONTWAIT
         MSG_TRUNC
+
+cdef extern from "<netinet/udp.h>" nogil:
+    enum:
+        SOL_UDP
+        UDP_SEGMENT
 
 cdef extern from "<poll.h>" nogil:
     cdef struct pollfd:
@@ -115,8 +121,11 @@ cdef class _Batch:
         free(self.data)
 
 
-def send_numbered(int fd, *, uint32_t size, double seconds, double rate=0.0):
+def send_numbered(int fd, *, uint32_t size, double seconds, double rate=0.0, bint joined=False):
     """Send numbered datagrams of ``size`` bytes for so long; ``rate``: so many each second, 0 for no limit.
+
+    ``joined``: those that are sent in one call are one message, which is cut up
+    on its way (udp(7), UDP_SEGMENT); all of a call must fit into 64 KiB then.
 
     A paced sender that was kept from running does not make up for what it owes
     beyond one batch: the measure is a rate, not a burst. Returns (datagrams
@@ -124,6 +133,11 @@ def send_numbered(int fd, *, uint32_t size, double seconds, double rate=0.0):
     """
     if not MIN_SIZE <= size <= LARGEST:
         raise ValueError(f"a datagram has {MIN_SIZE} to {LARGEST} bytes")
+    if joined:
+        if BATCH * size > LARGEST - 100:
+            raise ValueError(f"{BATCH} datagrams of {size} bytes are too many for one message")
+        if setsockopt(fd, SOL_UDP, UDP_SEGMENT, &size, sizeof(int)) != 0:
+            raise OSError(errno, "UDP_SEGMENT")
     cdef _Batch batch = _Batch(size)
     cdef uint64_t sent = 0, refused = 0, number = 0, start, now, end, owed, forgiven = 0
     cdef int i, n, count, error = 0
@@ -152,7 +166,13 @@ def send_numbered(int fd, *, uint32_t size, double seconds, double rate=0.0):
                 memcpy(data, &number, HEAD)
                 memcpy(data + size - HEAD, &number, HEAD)
                 number += 1
-            n = sendmmsg(fd, batch.messages, count, 0)
+            if joined:
+                batch.vectors[0].iov_len = <size_t>count * size
+                n = sendmmsg(fd, batch.messages, 1, 0)
+                if n > 0:
+                    n = count
+            else:
+                n = sendmmsg(fd, batch.messages, count, 0)
             if n < 0:
                 if not passing():
                     error = errno

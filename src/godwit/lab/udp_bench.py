@@ -121,18 +121,30 @@ def stream(
     seconds: float,
     rate: float = 0.0,
     forwarded: bool = False,
+    joined: bool = False,
 ) -> Run:
     """Send numbered datagrams one way and count what arrives."""
     with _pair(side, forwarded) as (guest, server):
-        return _stream(side, *((guest, server) if up else (server, guest)), size, seconds, rate)
+        source, target = (guest, server) if up else (server, guest)
+        return _stream(side, source, target, size, seconds, rate, joined)
 
 
-def _stream(side: Side, source: socket.socket, target: socket.socket, size: int, seconds: float, rate: float) -> Run:
+def _stream(
+    side: Side,
+    source: socket.socket,
+    target: socket.socket,
+    size: int,
+    seconds: float,
+    rate: float,
+    joined: bool = False,
+) -> Run:
     receiver = Receiver(target.fileno(), size=size)
     dropped = _dropped(target)
     frames, cpu = side.frames_from_guest(), side.cpu()
     receiving = Working(receiver.run)
-    sending = Working(functools.partial(send_numbered, source.fileno(), size=size, seconds=seconds, rate=rate))
+    sending = Working(
+        functools.partial(send_numbered, source.fileno(), size=size, seconds=seconds, rate=rate, joined=joined)
+    )
     try:
         outcome = sending.result()
     finally:
@@ -157,11 +169,18 @@ def _stream(side: Side, source: socket.socket, target: socket.socket, size: int,
 
 
 def _throughput(
-    side: Side, seconds: float, *, up: bool, size: int, rate: float = 0.0, forwarded: bool = False
+    side: Side,
+    seconds: float,
+    *,
+    up: bool,
+    size: int,
+    rate: float = 0.0,
+    forwarded: bool = False,
+    joined: bool = False,
 ) -> dict[str, float]:
-    run = stream(side, up=up, size=size, seconds=seconds, rate=rate, forwarded=forwarded)
+    run = stream(side, up=up, size=size, seconds=seconds, rate=rate, forwarded=forwarded, joined=joined)
     values = {"sent/s": run.sent / run.seconds, "delivered/s": run.delivered, "lost %": 100 * run.loss}
-    if up and run.frames and size <= 1472:
+    if up and run.frames and size <= 1472 and not joined:
         values["lost by back-end %"] = max(0.0, 100 * (1 - (run.received - run.duplicates) / run.frames))
     if side.guest is not None and run.received:
         values["CPU us"] = run.cpu / run.received * 1e6
@@ -193,6 +212,22 @@ def _ladder(side: Side, seconds: float, *, up: bool, size: int, forwarded: bool 
     if side.guest is not None:
         values["CPU us"] = cpu
     return values
+
+
+def _beside_a_flood(side: Side, seconds: float, *, size: int, rate: float) -> dict[str, float]:
+    """What a slow flow to the guest loses while another one is flooded."""
+    with _pair(side, False) as (guest, server), _pair(side, False) as (other_guest, other_server):
+        flooding = Working(functools.partial(_stream, side, other_server, other_guest, size, seconds, 0.0))
+        try:
+            run = _stream(side, server, guest, size, seconds, rate)
+        finally:
+            flood = flooding.result()
+    assert isinstance(flood, Run)
+    return {
+        "lost of the slow %": 100 * run.loss,
+        "lost of the flood %": 100 * flood.loss,
+        "reordered": run.reordered + flood.reordered,
+    }
 
 
 def _latency(side: Side, seconds: float, *, size: int) -> dict[str, float]:
@@ -230,17 +265,33 @@ def _case(name: str, title: str, mtu: int, **options: object) -> Case:
 
 CASES = (
     _case("up-1400", "up, 1400 B, unpaced", 1500, up=True, size=1400),
+    _case("up-1400-joined", "up, 1400 B, unpaced, cut up by the card", 1500, up=True, size=1400, joined=True),
     _case("up-1400-paced", "up, 1400 B, 20 000/s", 1500, up=True, size=1400, rate=20_000.0),
     Case("up-1400-ladder", "up, 1400 B, rising rates", 1500, functools.partial(_ladder, up=True, size=1400)),
     _case("down-1400", "down, 1400 B, flooded", 1500, up=False, size=1400),
     _case("down-1400-paced", "down, 1400 B, 20 000/s", 1500, up=False, size=1400, rate=20_000.0),
     Case("down-1400-ladder", "down, 1400 B, rising rates", 1500, functools.partial(_ladder, up=False, size=1400)),
     _case("forward-1400", "down to a forwarded port, 1400 B, flooded", 1500, up=False, size=1400, forwarded=True),
+    _case(
+        "forward-1400-paced",
+        "down to a forwarded port, 1400 B, 20 000/s",
+        1500,
+        up=False,
+        size=1400,
+        rate=20_000.0,
+        forwarded=True,
+    ),
     Case(
         "forward-1400-ladder",
         "down to a forwarded port, 1400 B, rising rates",
         1500,
         functools.partial(_ladder, up=False, size=1400, forwarded=True),
+    ),
+    Case(
+        "flood",
+        "down, 1000/s beside a flood, 1400 B",
+        1500,
+        functools.partial(_beside_a_flood, size=1400, rate=1000.0),
     ),
     _case("up-64", "up, 64 B, unpaced", 1500, up=True, size=64),
     _case("down-64", "down, 64 B, flooded", 1500, up=False, size=64),

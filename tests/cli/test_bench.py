@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``godwit bench``: what it measures, how it shows it, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from godwit.cli import bench
+from godwit.lab.bench import Results
+from godwit.lab.errors import LabError, UnavailableError
+
+
+def test_a_short_run(tmp_path: Path) -> None:
+    """Without passt, which would have to be fetched."""
+    words = ["--of", "godwit,none", "--rounds", "1", "--seconds", "0.1", "--json", str(tmp_path / "values")]
+    for case in ("up-1400-paced", "down-1400-paced", "forward-1400-paced", "latency-64"):
+        words += ["--case", case]
+    done = subprocess.run(
+        [sys.executable, "-m", "godwit.cli.main", "bench", "udp", *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in ("up, 1400 B", "down, 1400 B", "delivered/s", "p50 us", "no back-end"):
+        assert text in done.stdout
+    assert done.stderr == ""
+    values = json.loads((tmp_path / "values").read_text())
+    assert values["rounds"] == 1
+    assert set(values["cases"]) == {"up-1400-paced", "down-1400-paced", "forward-1400-paced", "latency-64"}
+    for case in ("up-1400-paced", "down-1400-paced", "forward-1400-paced"):
+        for kind in ("godwit", "none"):
+            measured = {metric: values["cases"][case][metric][kind] for metric in ("delivered/s", "reordered")}
+            assert measured["delivered/s"][0] > 100
+            assert measured["reordered"] == [0]
+        assert values["cases"][case]["CPU us"]["godwit"][0] > 0
+
+
+def results() -> Results:
+    made = Results(["godwit", "passt"], 3)
+    for rate in (1000.0, 3000.0, 2000.0):
+        made.add("up-1400", "godwit", {"delivered/s": rate, "reordered": 0})
+        made.add("up-1400", "passt", {"delivered/s": rate / 2, "reordered": 0})
+    return made
+
+
+def test_medians_and_ratios() -> None:
+    made = results()
+    summary = made.summary("up-1400", "delivered/s", "godwit")
+    assert summary is not None
+    assert (summary.median, summary.least, summary.most) == (2000, 1000, 3000)
+    assert made.ratio("up-1400", "delivered/s") == 2
+    assert made.ratio("up-1400", "reordered") is None
+    assert made.summary("up-1400", "delivered/s", "none") is None
+
+
+def test_what_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made = results()
+    monkeypatch.setattr(bench, "run", lambda *args, **options: made)
+    assert bench.main(["udp", "--of", "godwit,passt"]) == 0
+    shown = capsys.readouterr().out
+    assert "2,000 (1,000..3,000)" in shown
+    assert "1,000 (500..1,500)" in shown
+    assert "2.00" in shown
+    made.failures.append("up-1400, passt: nothing arrives")
+    assert bench.main(["udp", "--of", "godwit,passt"]) == 1
+    assert "failed: up-1400, passt: nothing arrives" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (LabError("the moon fell down"), 1, "godwit bench: the moon fell down"),
+        (UnavailableError("no tun"), 2, "godwit bench: cannot run here: no tun"),
+        (KeyboardInterrupt(), 130, "godwit bench: interrupted"),
+    ],
+)
+def test_status_of_failures(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    def fail(*args: Any, **options: Any) -> Results:
+        raise error
+
+    monkeypatch.setattr(bench, "run", fail)
+    assert bench.main(["udp"]) == status
+    assert capsys.readouterr().err.strip() == message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["udp", "--rounds", "0"], "--rounds is at least 1"),
+        (["udp", "--seconds", "0"], "--seconds more than 0"),
+        (["udp", "--case", "sideways"], "no such case: sideways"),
+        (["udp", "--of", "godwit,slirp"], "'slirp' is none of godwit, passt, none"),
+        (["icmp"], "invalid choice"),
+    ],
+)
+def test_impossible_wishes(words: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench.main(words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_case_has_another_ones_name() -> None:
+    for cases in bench.BENCHES.values():
+        names = [case.name for case in cases]
+        assert len(names) == len(set(names))
