@@ -111,6 +111,7 @@ cdef extern from "<poll.h>" nogil:
         short revents
     int poll(pollfd *fds, unsigned long n, int timeout)
     enum:
+        POLLIN
         POLLOUT
 
 cdef extern from "<semaphore.h>" nogil:

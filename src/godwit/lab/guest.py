@@ -23,6 +23,7 @@ import contextlib
 import fcntl
 import os
 import select
+import socket
 import struct
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from godwit.lab._tapguest import Mover
+from godwit.lab._tapstream import Pump
 from godwit.lab.attachment import DRIVER_FEATURES, Attachment
 from godwit.lab.errors import LabError, UnavailableError
 from godwit.lab.memory import PAGE, RX, TX, TX_FRAME, GuestMemory
@@ -71,87 +73,29 @@ HEADER = 12  # struct virtio_net_hdr_v1
 TX_LAYOUTS = {"single": 0, "chain": 1, "indirect": 2}
 
 
-class EmbeddedGuest:
-    """A guest that is a network namespace. Not to be used from two threads at once.
+class NamespaceGuest:
+    """What a guest is that is a network namespace, whatever its network card is: ``eth0``, and commands."""
 
-    ``queue_size``: entries of each ring. ``rx_buffer``: bytes of each buffer for
-    what the guest receives; a frame takes as many as it needs. ``tx_layout``:
-    how sent frames are described: ``single`` (one descriptor), ``chain`` or
-    ``indirect`` (the header apart, the frame in pieces of ``tx_chunk`` bytes).
-    ``features``: virtio features to accept where offered. ``acks``: ask for
-    an acknowledgement of each request (REPLY_ACK). ``timeout``: seconds for a
-    vhost-user request, for CHECK_DEVICE_STATE too.
-    """
-
-    def __init__(
-        self,
-        name: str = "guest",
-        *,
-        mac: str = GUEST_MAC,
-        mtu: int = 1500,
-        queue_size: int = 256,
-        rx_buffer: int = PAGE,
-        tx_layout: str = "single",
-        tx_chunk: int = 16 * 1024,
-        features: int = DRIVER_FEATURES,
-        acks: bool = True,
-        timeout: float = 30.0,
-    ) -> None:
+    def __init__(self, name: str, mac: str, mtu: int) -> None:
         reason = missing_tun()
         if reason is not None:
             raise UnavailableError(reason)
-        if tx_layout == "indirect":
-            features |= Feature.VIRTIO_F_INDIRECT_DESC
         self.mac = mac
         self.mtu = mtu
-        self.attachment: Attachment | None = None
-        self._queue_size = queue_size
-        self._driver_features = features
-        self._acks = acks
-        self.timeout = timeout
-        self._tx_layout = tx_layout
-        self._offloads = -1
         self._agent: Traffic | None = None
-        self._left: Migration | None = None
         self._cleanup = contextlib.ExitStack()
-        try:
-            self.space = Namespace(name)
-            self._cleanup.callback(self.space.close)
-            self._tap = self._open_tap()
-            pieces = 1 + -(-TX_FRAME // tx_chunk)
-            table_size = queue_size * pieces * 16 if tx_layout == "indirect" else 0
-            self.memory = GuestMemory(queue_size, rx_buffer, table_size)
-            self._cleanup.callback(self.memory.close)
-            memory = self.memory
-            self.mover = Mover(
-                self._tap,
-                num=queue_size,
-                rx_ring=memory.ring_addresses(RX),
-                rx_buffers=memory.base + memory.rx_buffers,
-                rx_gpa=memory.gpa(memory.rx_buffers),
-                rx_size=rx_buffer,
-                tx_ring=memory.ring_addresses(TX),
-                tx_frames=memory.base + memory.tx_frames,
-                tx_gpa=memory.gpa(memory.tx_frames),
-                tx_size=TX_FRAME,
-                tx_tables=memory.base + memory.tables,
-                tx_tables_gpa=memory.gpa(memory.tables),
-                tx_chunk=tx_chunk,
-                tx_layout=TX_LAYOUTS[tx_layout],
-            )
-            self.mover.start()
-            self._cleanup.callback(self.mover.end)
-        except BaseException:
-            self._cleanup.close()
-            raise
+        self.space = Namespace(name)
+        self._cleanup.callback(self.space.close)
 
-    def _open_tap(self) -> int:
+    def _open_tap(self, *, headers: bool) -> int:
+        """Make ``eth0``, and return its other end: for frames with a virtio header each, or without."""
         with self.space.enter():
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             self._cleanup.callback(os.close, fd)
-            request = struct.pack("16sH22x", b"eth0", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
-            fcntl.ioctl(fd, TUNSETIFF, request)
-            fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER))
+            flags = IFF_TAP | IFF_NO_PI | (IFF_VNET_HDR if headers else 0)
+            fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"eth0", flags))
+            if headers:
+                fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER))
         self.space.ip(
             # The TAP device drops what its queue cannot hold, where a virtio card
             # would stop the stack's queue: so let it hold a window's worth.
@@ -205,6 +149,85 @@ class EmbeddedGuest:
             if gateway6 is not None:
                 commands.append(f"route replace default via {gateway6} dev eth0")
         self.space.ip(*commands)
+
+    def close(self) -> None:
+        """End the guest and all that runs inside. May be repeated."""
+        self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class EmbeddedGuest(NamespaceGuest):
+    """A guest that is a network namespace. Not to be used from two threads at once.
+
+    ``queue_size``: entries of each ring. ``rx_buffer``: bytes of each buffer for
+    what the guest receives; a frame takes as many as it needs. ``tx_layout``:
+    how sent frames are described: ``single`` (one descriptor), ``chain`` or
+    ``indirect`` (the header apart, the frame in pieces of ``tx_chunk`` bytes).
+    ``features``: virtio features to accept where offered. ``acks``: ask for
+    an acknowledgement of each request (REPLY_ACK). ``timeout``: seconds for a
+    vhost-user request, for CHECK_DEVICE_STATE too.
+    """
+
+    def __init__(
+        self,
+        name: str = "guest",
+        *,
+        mac: str = GUEST_MAC,
+        mtu: int = 1500,
+        queue_size: int = 256,
+        rx_buffer: int = PAGE,
+        tx_layout: str = "single",
+        tx_chunk: int = 16 * 1024,
+        features: int = DRIVER_FEATURES,
+        acks: bool = True,
+        timeout: float = 30.0,
+    ) -> None:
+        super().__init__(name, mac, mtu)
+        if tx_layout == "indirect":
+            features |= Feature.VIRTIO_F_INDIRECT_DESC
+        self.attachment: Attachment | None = None
+        self._queue_size = queue_size
+        self._driver_features = features
+        self._acks = acks
+        self.timeout = timeout
+        self._tx_layout = tx_layout
+        self._offloads = -1
+        self._left: Migration | None = None
+        try:
+            self._tap = self._open_tap(headers=True)
+            pieces = 1 + -(-TX_FRAME // tx_chunk)
+            table_size = queue_size * pieces * 16 if tx_layout == "indirect" else 0
+            self.memory = GuestMemory(queue_size, rx_buffer, table_size)
+            self._cleanup.callback(self.memory.close)
+            memory = self.memory
+            self.mover = Mover(
+                self._tap,
+                num=queue_size,
+                rx_ring=memory.ring_addresses(RX),
+                rx_buffers=memory.base + memory.rx_buffers,
+                rx_gpa=memory.gpa(memory.rx_buffers),
+                rx_size=rx_buffer,
+                tx_ring=memory.ring_addresses(TX),
+                tx_frames=memory.base + memory.tx_frames,
+                tx_gpa=memory.gpa(memory.tx_frames),
+                tx_size=TX_FRAME,
+                tx_tables=memory.base + memory.tables,
+                tx_tables_gpa=memory.gpa(memory.tables),
+                tx_chunk=tx_chunk,
+                tx_layout=TX_LAYOUTS[tx_layout],
+            )
+            self.mover.start()
+            self._cleanup.callback(self.mover.end)
+        except BaseException:
+            self._cleanup.close()
+            raise
 
     # --- the back-end -------------------------------------------------------
 
@@ -363,15 +386,46 @@ class EmbeddedGuest:
         self.retire()
         if self.attachment is not None:
             self.disconnect()
-        self._cleanup.close()
+        super().close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+class StreamGuest(NamespaceGuest):
+    """A guest behind a back-end in stream mode: frames over a socket, no vhost-user, no offloads, no migration."""
+
+    def __init__(self, name: str = "guest", *, mac: str = GUEST_MAC, mtu: int = 1500) -> None:
+        super().__init__(name, mac, mtu)
+        self._sock: socket.socket | None = None
+        try:
+            self._tap = self._open_tap(headers=False)
+        except BaseException:
+            self._cleanup.close()
+            raise
+
+    def connect(self, path: str) -> None:
+        """Connect to the back-end at ``path``; a connection that there was is closed."""
+        self.disconnect()
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._sock.connect(path)
+        self._pump = Pump(self._tap, self._sock.fileno())
+
+    def disconnect(self) -> None:
+        """Hang up. May be repeated."""
+        if self._sock is not None:
+            with contextlib.suppress(OSError):  # the other side has hung up
+                self._sock.shutdown(socket.SHUT_RDWR)
+            self._pump.end()
+            self._sock.close()
+            self._sock = None
+
+    def check(self) -> None:
+        """Raise :class:`LabError` if the back-end has done what none may do."""
+        if self._sock is not None and self._pump.failure is not None:
+            raise LabError(f"the back-end has sent {self._pump.failure}")
+
+    def close(self) -> None:
+        """End the guest and all that runs inside. May be repeated."""
+        self.disconnect()
+        super().close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
