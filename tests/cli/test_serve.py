@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from scapy.layers.l2 import ARP, Ether
+from scapy.utils import RawPcapReader
 
 from godwit.vhost_user import FrontendClient
 
@@ -357,6 +359,29 @@ def test_a_capture_into_a_pipe_needs_its_reader_first(place: Place) -> None:
     assert place.launch("-p", str(pipe)).returncode == 0
     assert os.read(reader, 4) == b"\x4d\x3c\xb2\xa1"
     os.close(reader)
+
+
+def test_without_vhost_user_frames_are_captured_too(place: Place) -> None:
+    path = place.socket.parent / "pcap"
+    place.start("--stream", "-p", str(path), "-a", "192.0.2.2", "-g", "192.0.2.1")
+    asked = bytes(
+        Ether(src="02:00:00:00:00:02", dst="ff:ff:ff:ff:ff:ff")
+        / ARP(hwsrc="02:00:00:00:00:02", psrc="192.0.2.2", pdst="192.0.2.1")
+    )
+    with socket.socket(socket.AF_UNIX) as guest:
+        guest.settimeout(10)
+        guest.connect(str(place.socket))
+        guest.sendall(len(asked).to_bytes(4) + asked)
+        while True:
+            answer = guest.recv(int.from_bytes(guest.recv(4, socket.MSG_WAITALL)), socket.MSG_WAITALL)
+            if Ether(answer).type == 0x0806:
+                break
+
+    def captured() -> list[bytes]:
+        with RawPcapReader(str(path)) as reader:
+            return [data for data, _ in reader]
+
+    eventually(lambda: asked in captured() and answer in captured(), "both frames in the file")
 
 
 def _limited(most: int) -> list[str]:
