@@ -323,3 +323,23 @@ def test_networkd_follows_the_host(lab: Lab) -> None:
     lab.expect("another name server", lambda: "2001:db8::54" in lab.system.networkd()["DNS"])
     lab.expect("another search list", lambda: "example.com" in lab.system.networkd()["DOMAINS"])
     assert network.poll() is None
+
+
+def test_a_guest_that_moves_is_told_of_its_new_host(lab: Lab) -> None:
+    """And a change while it stands still waits until it runs."""
+    lab.up()
+    lab.has(SLAAC, router=GATEWAY6)
+    target = lab.network.b
+    with Backend(target, str(lab.folder), helper=None, arguments=["--no-dhcp"]) as backend:
+
+        def change() -> None:
+            target.ip("addr add 2001:db8:7::10/64 dev eth0 nodad", f"addr del {HOST6}/64 dev eth0")
+            wait_until(lambda: "IPv6 2001:db8:7::10/64 (was" in backend.messages(), "the target's change")
+            time.sleep(0.5)
+            assert addresses(lab.guest.space) == {SLAAC}
+
+        lab.guest.migrate(backend.socket, before_run=change)
+        new = SLAAC.replace("2001:db8::", "2001:db8:7:0:")
+        lab.expect("the target's prefix", lambda: new in addresses(lab.guest.space, deprecated=False))
+        lab.expect("the end of the old one", lambda: SLAAC in addresses(lab.guest.space, deprecated=True))
+        lab.guest.disconnect()
