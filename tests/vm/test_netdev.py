@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from godwit.lab.qemu import QemuGuest
 from godwit.lab.transfer import Peer
 
 from . import online
+from .conftest import FAILED
 
 # What -netdev passt may speak with the program.
 MODES = pytest.mark.parametrize("vhost_user", [pytest.param(True, id="vhost-user")])
@@ -71,10 +73,12 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """Give a test its network."""
     made = Place(tmp_path)
     yield made
+    if request.node.stash.get(FAILED, False) and made.log.exists():
+        sys.stderr.write(f"--- {made.log.name}\n{made.log.read_text(errors='replace')[-6000:]}\n")
     made.close()
 
 

@@ -177,6 +177,16 @@ class Qemu:
         with open(self.log, errors="replace") as file:
             return file.read().strip()
 
+    def ending(self) -> str:
+        """Return how it stands with QEMU and its guest, for a message: status, last words of both."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)  # where its sockets have closed already
+        with open(self.console, errors="replace") as file:
+            console = file.read()[-1000:]
+        return (
+            f"QEMU's exit status is {self.process.poll()}, it says: {self.messages()}; the guest's console: {console}"
+        )
+
     def quit(self, timeout: float = 10.0) -> None:
         """End QEMU in an orderly way; a QEMU that does not is killed."""
         with contextlib.suppress(LabError):
@@ -359,7 +369,10 @@ class QemuGuest:
             self.qemu = Qemu(self.machine, backend, self.folder, launcher=launcher)
             self._processes.append(self.qemu)
             self.agent = Agent(self.qemu.line)
-            self.agent.hello(timeout)
+            try:
+                self.agent.hello(timeout)
+            except LabError as error:
+                raise LabError(f"the guest did not boot: {error}; {self.qemu.ending()}") from error
         except BaseException:
             self.close()
             raise
