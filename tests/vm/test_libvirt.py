@@ -22,7 +22,7 @@ from . import online
 from .conftest import FAILED
 
 # libvirt's types of an interface that passt serves.
-KINDS = pytest.mark.parametrize("kind", ["vhostuser"])
+KINDS = pytest.mark.parametrize("kind", ["vhostuser", "user"])
 
 INSIDE = f"""
 <mtu size='{online.MTU}'/>
@@ -131,12 +131,7 @@ def test_a_domain_is_online(session: Session, define: Define, kind: str) -> None
 def test_a_domain_is_started_again(session: Session, define: Define, kind: str) -> None:
     """However it ends, nothing of passt is left, and the same domain starts at once."""
     domain = define(kind)
-    ends: list[Callable[[], None]] = [
-        domain.destroy,
-        domain.shutdown,
-        lambda: domain.power_off_inside(),
-        domain.destroy,
-    ]
+    ends: list[Callable[[], None]] = [domain.destroy, domain.shutdown, domain.power_off_inside]
     for end in ends:
         domain.start()
         assert len(session.passt()) == 1

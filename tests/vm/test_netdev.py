@@ -21,7 +21,7 @@ from . import online
 from .conftest import FAILED
 
 # What -netdev passt may speak with the program.
-MODES = pytest.mark.parametrize("vhost_user", [pytest.param(True, id="vhost-user")])
+MODES = pytest.mark.parametrize("vhost_user", [True, False], ids=["vhost-user", "stream"])
 PROGRAM = os.path.join(sysconfig.get_path("scripts"), "godwit-passt")
 
 
