@@ -72,7 +72,7 @@ from godwit.dataplane.sys cimport (
     sockaddr_in6,
 )
 from godwit.dataplane.udp cimport udp_add_peer, udp_peer, udp_used
-from godwit.dataplane.virtqueue cimport RX, queue_active, queue_pending
+from godwit.dataplane.virtqueue cimport RX, Queue, queue_active, queue_break, queue_pending
 
 cdef enum:
     UDP_HLEN = 8
@@ -306,15 +306,23 @@ cdef void udp_drain(Plane *p, Flow *port) noexcept nogil:
 
 
 cdef void udp_from_sock(Plane *p, Flow *port) noexcept nogil:
+    cdef Queue *q = &p.queues[RX]
     cdef int i, most
     for i in range(ROUNDS):
         most = 0
-        if empty_hand(p) and queue_active(&p.queues[RX]):
-            most = queue_pending(&p.queues[RX])
+        if empty_hand(p) and queue_active(q):
+            most = queue_pending(q)
+            if most < 0:
+                queue_break(q)
         if most <= 0:
             flow_wait_ring(p, port)
             return
-        if take_in(p, port, most if most < UDP_IN else UDP_IN) == 0:
+        if most > UDP_IN:
+            most = UDP_IN
+        if take_in(p, port, most) < most:
+            # There were no more, or there was an error after these: the next event tells of either.
+            if not empty_hand(p):
+                flow_wait_ring(p, port)
             return
     if not empty_hand(p):
         flow_wait_ring(p, port)
