@@ -149,6 +149,30 @@ def test_a_host_that_has_lost_its_routes() -> None:
     assert follow(HostNetwork(WIRED.links, WIRED.addresses), old=old) == old
 
 
+@pytest.mark.parametrize("let_go", [False, True])
+def test_what_is_left_is_no_way_out(let_go: bool) -> None:
+    """A bridge of containers, say: the only interface with an address while the network is away."""
+    bridge = Link(5, "docker0", 1400, IFF_UP)
+    inside = Address(5, IPv4Address("172.17.0.1"), 16, RT_SCOPE_UNIVERSE, 0)
+    old = take()
+    host = HostNetwork((LO, ETH0, bridge), (inside,))
+    assert str(take(host).addr4) == "172.17.0.1"
+    assert follow(host, old=old, let_go=let_go) == old
+    # With a way out for the other version the guest gets what there is.
+    online6 = HostNetwork((LO, ETH0, bridge), (A6, inside), (RA6,))
+    assert follow(online6, old=old) == old
+    assert str(follow(online6, old=old, let_go=True).addr4) == "172.17.0.1"
+    # Started with it alone, the guest follows it.
+    other = HostNetwork((LO, bridge), (replace(inside, address=IPv4Address("172.18.0.1")),))
+    assert str(follow(other, old=take(host)).addr4) == "172.18.0.1"
+
+
+def test_another_address_without_a_route() -> None:
+    """On the same interface: that is where the host is now."""
+    new = follow(HostNetwork((LO, ETH0), (replace(A4, address=IPv4Address("192.0.2.99")), A6), (RA6,)))
+    assert (str(new.addr4), str(new.gateway4)) == ("192.0.2.99", "169.254.2.2")
+
+
 def test_a_version_that_was_lost_is_kept_for_a_while() -> None:
     old = take()
     only4 = HostNetwork((LO, ETH0), (A4,), (RA4,))
@@ -188,6 +212,15 @@ def test_what_the_command_line_says_stays() -> None:
         assert getattr(new, name) == getattr(old, name), name
     assert (new.interface4, str(new.addr6)) == ("wlan0", "2001:db8:2::7")
     assert new.withdrawn.dns4 == new.withdrawn.servers4 == ()
+
+
+@pytest.mark.parametrize("mtu", [0, 1400, 1500])
+def test_a_given_mtu_stays(mtu: int) -> None:
+    old = take(mtu=mtu)
+    for host in (WIRELESS, NOTHING, HostNetwork((LO, WLAN0), (B4,), (RB4,))):
+        assert follow(host, old=old, mtu=mtu).mtu == mtu
+    # Not given, it is the smaller one of what is kept and what is new.
+    assert follow(HostNetwork((LO, WLAN0), (B4,), (RB4,))).mtu == 1492
 
 
 def test_another_interface_of_the_same_address() -> None:

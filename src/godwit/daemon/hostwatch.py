@@ -172,12 +172,13 @@ class HostWatch:
             self._warn(f"{error}; the guest keeps what it has")
             return
         config = settle(old, new, let_go=let_go)
-        kept = (config.local4, config.local6) != (new.local4, new.local6)
+        kept = (config.addr4, config.addr6) != (new.addr4, new.addr6)
         if kept and not let_go and "let go" not in self._timers:
             self._later("let go", LET_GO_SECONDS, lambda: self._decide(let_go=True))
         elif not kept and "let go" in self._timers:
             self._timers.pop("let go").cancel()
         if config == old:
+            self._config = config  # where what the guest is not told is another
             return
         log.info("the host's network has changed, the guest's follows: %s", describe(old, config) or "nothing it sees")
         self._say(new)

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
-from godwit.net.config import FALLBACK_GATEWAY4, IPAddress, NetConfig, Withdrawn, link_local
+from godwit.net.config import IPAddress, NetConfig, Withdrawn
 
 LET_GO_SECONDS = 60.0  # that "while"
 WITHDRAWN_SECONDS = 7200.0  # by then the guest has heard of it, or does not believe in it any more
@@ -32,21 +32,20 @@ def settle(old: NetConfig, new: NetConfig, *, let_go: bool = False) -> NetConfig
 
     ``let_go``: an IP version that the host has lost was kept for long enough.
     """
-    kept4 = new.local4 and old.addr4 is not None and not old.local4 and not (let_go and new.addr6 is not None)
-    kept6 = new.local6 and old.addr6 is not None and not (let_go and new.addr4 is not None and not new.local4)
+    kept4 = _lost4(old, new) and not (let_go and new.routed6)
+    kept6 = _lost6(old, new) and not (let_go and new.routed4)
     config = replace(new, guest_mac=old.guest_mac)
     if kept4:
-        _keep(config, old, "addr4", "prefix_len4", "gateway4", "local4", "interface4", "scope4")
+        _keep(config, old, "addr4", "prefix_len4", "gateway4", "local4", "routed4", "interface4", "scope4", "mtu4")
         _keep(config, old, "map_host4", "map_guest4")
     elif _lost_route4(old, new):
-        _keep(config, old, "gateway4", "map_host4")
+        _keep(config, old, "gateway4", "routed4", "map_host4")
     if kept6:
-        _keep(config, old, "addr6", "prefix_len6", "gateway6", "our_link_local", "local6", "interface6", "scope6")
-        _keep(config, old, "map_host6", "map_guest6")
+        _keep(config, old, "addr6", "prefix_len6", "gateway6", "our_link_local", "local6", "routed6")
+        _keep(config, old, "interface6", "scope6", "mtu6", "map_host6", "map_guest6")
     elif _lost_route6(old, new):
-        _keep(config, old, "gateway6", "our_link_local", "map_host6")
-    if (kept4 or kept6) and not (new.interface4 or new.interface6):
-        _keep(config, old, "mtu")
+        _keep(config, old, "gateway6", "our_link_local", "routed6", "map_host6")
+    config.mtu = min(config.mtu4, config.mtu6)
     # Name servers go by how the addresses above are mapped, and are lost with the link as well.
     if kept4 or config.gateway4 != new.gateway4 or not (new.dns_host4 or new.dns_host6):
         _keep(config, old, "dns4", "dns_match4", "dns_host4")
@@ -63,14 +62,27 @@ def _keep(config: NetConfig, old: NetConfig, *names: str) -> None:
         setattr(config, name, getattr(old, name))
 
 
+def _lost4(old: NetConfig, new: NetConfig) -> bool:
+    """Whether the host has no address any more, or none that leads as far: that of another interface, with no route."""
+    if old.addr4 is None or old.local4:
+        return False
+    return new.local4 or (old.routed4 and not new.routed4 and old.interface4 != new.interface4)
+
+
+def _lost6(old: NetConfig, new: NetConfig) -> bool:
+    if old.addr6 is None:
+        return False
+    return new.local6 or (old.routed6 and not new.routed6 and old.interface6 != new.interface6)
+
+
 def _lost_route4(old: NetConfig, new: NetConfig) -> bool:
     same = (old.addr4, old.interface4) == (new.addr4, new.interface4)
-    return same and new.gateway4 == FALLBACK_GATEWAY4
+    return same and old.routed4 and not new.routed4
 
 
 def _lost_route6(old: NetConfig, new: NetConfig) -> bool:
     same = (old.addr6, old.interface6) == (new.addr6, new.interface6)
-    return same and new.gateway6 == link_local(new.our_mac)
+    return same and old.routed6 and not new.routed6
 
 
 def _withdrawn(old: NetConfig, new: NetConfig) -> Withdrawn:

@@ -151,6 +151,8 @@ class NetConfig:
     outbound_if4: str = ""  # the interface that it leaves through
     outbound_if6: str = ""
     mtu: int = MAX_MTU  # told to the guest; 0: nothing is told
+    mtu4: int = field(default=MAX_MTU, compare=False)  # the interface's, unless one was given
+    mtu6: int = field(default=MAX_MTU, compare=False)
     our_mac: bytes = OUR_MAC
     guest_mac: bytes | None = field(default=None, compare=False)  # learned from its frames
 
@@ -159,11 +161,13 @@ class NetConfig:
     gateway4: IPv4Address | None = None  # the guest's router and DHCP server; set where addr4 is
 
     local4: bool = False  # the host has no IPv4 address, the guest a link-local one
+    routed4: bool = field(default=False, compare=False)  # the host has a default route
 
     addr6: IPv6Address | None = None
     prefix_len6: int = 64
     gateway6: IPv6Address | None = None  # the host's gateway as it is, perhaps not link-local
     local6: bool = False  # the host has no IPv6 address, the guest but its own link-local ones
+    routed6: bool = field(default=False, compare=False)
     our_link_local: IPv6Address = FALLBACK_LINK_LOCAL  # the guest's router: source of RA, NA, DHCPv6
 
     dns4: list[IPv4Address] = field(default_factory=list)  # as the guest is told
@@ -281,15 +285,14 @@ def choose(options: NetOptions, host: HostNetwork, resolv: Resolv, previous: Net
         ra=options.ra and options.ndp,
         map_gw=options.map_gw,
     )
-    mtus = []
     if options.ipv4:
-        mtus += _choose4(config, options, host, previous)
+        _choose4(config, options, host, previous)
     if options.ipv6:
-        mtus += _choose6(config, options, host, previous)
+        _choose6(config, options, host, previous)
     if options.mtu is not None:
-        config.mtu = options.mtu
+        config.mtu = config.mtu4 = config.mtu6 = options.mtu
     else:
-        config.mtu = min([MAX_MTU, *mtus])
+        config.mtu = min(config.mtu4, config.mtu6)
         if config.mtu < MIN_MTU and config.addr6 is not None:
             config.warnings.append(f"the host's MTU of {config.mtu} is below what IPv6 needs; IPv6 is told {MIN_MTU}")
     _choose_maps(config, options)
@@ -319,8 +322,8 @@ def _check(options: NetOptions) -> None:
             raise NetConfigError(f"{name!r} is not a name that DNS can carry")
 
 
-def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork, previous: NetConfig) -> list[int]:
-    """Set the IPv4 part; return the MTU of the interface it is taken from."""
+def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork, previous: NetConfig) -> None:
+    """Set the IPv4 part."""
     link, route = _pick(4, config, options, host, previous)
     found = _best_address(4, link, route, host, previous.addr4)
     outbound = next((one for one in host.links if one.name == options.outbound_if4), link)
@@ -337,20 +340,21 @@ def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork, previous
         config.local4 = True
         config.addr4, config.prefix_len4 = LOCAL_ADDRESS4, LOCAL_PREFIX_LEN4
         config.gateway4 = options.gateway4 or FALLBACK_GATEWAY4
-        return []
+        return
     gateway = route.gateway if route is not None else None
+    config.routed4 = route is not None
     if options.gateway4 is not None:
         config.gateway4 = options.gateway4
     else:
         config.gateway4 = gateway if isinstance(gateway, IPv4Address) else FALLBACK_GATEWAY4
     if link is None:
-        return []
+        return
     config.interface4 = link.name
-    return [link.mtu]
+    config.mtu4 = min(MAX_MTU, link.mtu)
 
 
-def _choose6(config: NetConfig, options: NetOptions, host: HostNetwork, previous: NetConfig) -> list[int]:
-    """Set the IPv6 part; return the MTU of the interface it is taken from."""
+def _choose6(config: NetConfig, options: NetOptions, host: HostNetwork, previous: NetConfig) -> None:
+    """Set the IPv6 part."""
     link, route = _pick(6, config, options, host, previous)
     found = _best_address(6, link, route, host, previous.addr6)
     outbound = next((one for one in host.links if one.name == options.outbound_if6), link)
@@ -367,6 +371,7 @@ def _choose6(config: NetConfig, options: NetOptions, host: HostNetwork, previous
         config.local6 = True
         route = None
     gateway = route.gateway if route is not None else None
+    config.routed6 = route is not None
     if options.gateway6 is not None:
         config.gateway6 = options.gateway6
     elif isinstance(gateway, IPv6Address):
@@ -380,9 +385,9 @@ def _choose6(config: NetConfig, options: NetOptions, host: HostNetwork, previous
         if config.gateway6 is None or config.local6:
             config.gateway6 = config.our_link_local
     if link is None or config.local6:
-        return []
+        return
     config.interface6 = link.name
-    return [link.mtu]
+    config.mtu6 = min(MAX_MTU, link.mtu)
 
 
 def _pick(
