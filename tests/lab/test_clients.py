@@ -274,6 +274,18 @@ def test_another_resolv_conf(lab: Lab) -> None:
     lab.has(f"{HOST4}/24", SLAAC)
     lab.expect("a name server", lambda: lab.system.resolv_conf().get("nameserver") == [DNS4])
     lab.resolv.write_text(f"nameserver {SERVER4}\n")
+    with lab.network.server.enter():
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with lab.guest.space.enter():
+        guest = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with server, guest:
+        server.bind((SERVER4, 53))
+        for sock in (server, guest):
+            sock.settimeout(10)
+        guest.sendto(b"question", (DNS4, 53))
+        _, source = server.recvfrom(64)
+        server.sendto(b"answer", source)
+        assert guest.recvfrom(64) == (b"answer", (DNS4, 53))
     os.kill(_pid(lab), signal.SIGUSR1)
     lab.expect("another name server", lambda: lab.system.resolv_conf().get("nameserver") == [SERVER4])
     assert f"name servers {SERVER4} (was {DNS4} {DNS6})" in lab.backend.messages()
