@@ -17,7 +17,7 @@ import pytest
 
 from godwit.lab.netns import GATEWAY4, GATEWAY6, Namespace, wait_until
 
-from .world import FAR, FAR_MTU, HOST, NOWHERE, OTHER, SERVER, TIMEOUT, World, silent, udp
+from .world import FAR, FAR_MTU, HOST, NOWHERE, OTHER, SERVER, TIMEOUT, World, run, silent, udp
 
 FORWARDED = 7001
 MAPPED, MAPPED_TO = 7002, 7003
@@ -223,14 +223,14 @@ def test_traceroute(world: World, version: int, mode: str) -> None:
     words = ["traceroute", f"-{version}", mode, "-n", "-q", "2", "-w", "1", "-m", "4", FAR[version]]
     if mode == "-U":
         words.remove("-U")  # which would be UDP to one port; without it, a port for each
-    _, *lines = world.guest.run(*words, timeout=15).stdout.splitlines()
+    _, *lines = run(world.guest, *words, timeout=15).stdout.splitlines()
     shown = [re.sub(r" +[0-9.]+ ms", " ms", line).split() for line in lines]
     assert shown == [["1", SERVER[version], "ms", "ms"], ["2", FAR[version], "ms", "ms"]]
 
 
 def test_tracepath(world: World, version: int) -> None:
     """Hops and path MTU, found by errors alone."""
-    said = world.guest.run("tracepath", f"-{version}", "-n", "-m", "4", FAR[version], timeout=15).stdout
+    said = run(world.guest, "tracepath", f"-{version}", "-n", "-m", "4", FAR[version], timeout=15).stdout
     hops = dict(re.findall(r"^ ?(\d+):\s+([0-9a-f.:]+)\s", said, re.MULTILINE))
     assert hops == {"1": SERVER[version], "2": FAR[version]}, said
     assert f"Resume: pmtu {FAR_MTU} hops 2" in said
@@ -307,8 +307,21 @@ def test_large_datagrams_from_afar(world: World, version: int, size: int) -> Non
 
 def test_ping_learns_the_narrow_path(fresh: World, version: int) -> None:
     size = MTU - HEADERS[version]
-    said = fresh.guest.run(
-        "ping", f"-{version}", "-n", "-M", "do", "-c", "1", "-W", "2", "-s", str(size), FAR[version], check=False
+    said = run(
+        fresh.guest,
+        "ping",
+        f"-{version}",
+        "-n",
+        "-M",
+        "do",
+        "-c",
+        "1",
+        "-W",
+        "2",
+        "-s",
+        str(size),
+        FAR[version],
+        check=False,
     ).stdout
     reason = f"Frag needed and DF set (mtu = {FAR_MTU})" if version == 4 else f"Packet too big: mtu={FAR_MTU}"
     assert re.search(rf"From {re.escape(SERVER[version])}:? icmp_seq=1 {re.escape(reason)}", said), said
@@ -504,7 +517,7 @@ def test_broadcast_from_the_guest(world: World, address: str) -> None:
 
 
 def ping(space: Namespace, version: int, address: str, *words: str) -> str:
-    return space.run("ping", f"-{version}", "-n", "-W", "2", "-i", "0.05", *words, address, check=False).stdout
+    return run(space, "ping", f"-{version}", "-n", "-W", "2", "-i", "0.05", *words, address, check=False).stdout
 
 
 @pytest.mark.parametrize("size", [0, 8, 56, 1452, 1472, 8000, 65000])
@@ -527,10 +540,10 @@ def test_two_pings_at_once(world: World, version: int) -> None:
     """Each is told its own answers."""
     said: dict[int, str] = {}
 
-    def run(size: int) -> None:
+    def of_size(size: int) -> None:
         said[size] = ping(world.guest, version, SERVER[version], "-c", "10", "-s", str(size))
 
-    threads = [threading.Thread(target=run, args=(size,)) for size in (100, 200)]
+    threads = [threading.Thread(target=of_size, args=(size,)) for size in (100, 200)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -13,7 +13,7 @@ import pytest
 from godwit.lab.netns import GATEWAY4, GATEWAY6, Namespace
 from godwit.net.config import OUR_MAC
 
-from .world import FAMILY, HOST, LOOPBACK, NOWHERE, OTHER, SERVER, World, connect, silent, tcp, udp
+from .world import FAMILY, HOST, LOOPBACK, NOWHERE, OTHER, SERVER, World, connect, run, silent, tcp, udp
 
 PORT = 7001
 GATEWAY = {4: GATEWAY4, 6: f"{GATEWAY6}%eth0"}
@@ -57,7 +57,7 @@ def connects(client: Namespace, server: Namespace, version: int, called: str, at
 
 
 def pings(space: Namespace, version: int, address: str, wait: float = 2) -> bool:
-    done = space.run("ping", f"-{version}", "-n", "-q", "-c", "1", "-W", f"{wait:g}", address, check=False)
+    done = run(space, "ping", f"-{version}", "-n", "-q", "-c", "1", "-W", f"{wait:g}", address, check=False)
     assert ("1 received" in done.stdout) == (done.returncode == 0)
     return done.returncode == 0
 

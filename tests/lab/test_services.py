@@ -13,7 +13,7 @@ import pytest
 
 from godwit.lab.netns import HOST4, HOST6, SERVER4, SERVER6, Namespace
 
-from .world import HOST, LOOPBACK, SERVER, World
+from .world import HOST, LOOPBACK, SERVER, World, run
 
 MAP_HOST = {4: "192.0.2.100", 6: "2001:db8::100"}
 MAP_GUEST = {4: "192.0.2.101", 6: "2001:db8::101"}
@@ -74,7 +74,7 @@ def names(world: World) -> World:
 
 def dig(world: World, server: str, *words: str) -> list[str]:
     """Ask from the guest; the answers' data, sorted."""
-    done = world.guest.run("dig", "+short", "+tries=1", "+time=3", f"@{server}", *words)
+    done = run(world.guest, "dig", "+short", "+tries=1", "+time=3", f"@{server}", *words)
     return sorted(done.stdout.split("\n")[:-1])
 
 
@@ -89,7 +89,7 @@ def test_names_from_a_server_in_the_network(names: World, version: int, transpor
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_an_answer_too_long_is_fetched_over_tcp(names: World, version: int) -> None:
-    cut = names.guest.run("dig", "+ignore", "+noedns", "+time=3", f"@{SERVER[version]}", "long.test", "TXT").stdout
+    cut = run(names.guest, "dig", "+ignore", "+noedns", "+time=3", f"@{SERVER[version]}", "long.test", "TXT").stdout
     assert "flags: qr aa tc" in cut
     assert dig(names, SERVER[version], "+noedns", "long.test", "TXT") == sorted(f'"{text}"' for text in LONG_TEXT)
 
@@ -97,8 +97,8 @@ def test_an_answer_too_long_is_fetched_over_tcp(names: World, version: int) -> N
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_long_answer_in_one_datagram(names: World, version: int) -> None:
     """EDNS: 4 KiB at MTU 1500."""
-    answer = names.guest.run(
-        "dig", "+ignore", "+bufsize=8192", "+time=3", f"@{SERVER[version]}", "long.test", "TXT"
+    answer = run(
+        names.guest, "dig", "+ignore", "+bufsize=8192", "+time=3", f"@{SERVER[version]}", "long.test", "TXT"
     ).stdout
     assert "flags: qr aa rd ra;" in answer  # not cut short
     assert f"SERVER: {SERVER[version]}#53({SERVER[version]}) (UDP)" in answer
@@ -120,9 +120,9 @@ def test_a_resolver_on_the_hosts_loopback(names: World, address: str, transport:
 def test_only_name_service_goes_to_the_resolver(names: World) -> None:
     """``--dns-forward`` maps ports 53 and 853: nothing else at that address leads to the host."""
     names.serve(names.host, *web_server(names, "loopback", "127.0.0.1", 8765), port=8765)
-    done = names.guest.run("curl", "-sS", "-m1", url(DNS_FORWARD[4], 8765), check=False)
+    done = run(names.guest, "curl", "-sS", "-m1", url(DNS_FORWARD[4], 8765), check=False)
     assert done.returncode in (7, 28), done.stdout  # could not connect, or timed out
-    assert names.guest.run("curl", "-sS", "-m3", url(MAP_HOST[4], 8765)).stdout == "loopback"
+    assert run(names.guest, "curl", "-sS", "-m3", url(MAP_HOST[4], 8765)).stdout == "loopback"
 
 
 # --- web ----------------------------------------------------------------------
@@ -153,34 +153,34 @@ def web(world: World) -> World:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_web_from_the_guest(web: World, version: int) -> None:
-    assert web.guest.run("curl", "-sS", "-m5", url(SERVER[version])).stdout == "server"
+    assert run(web.guest, "curl", "-sS", "-m5", url(SERVER[version])).stdout == "server"
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_web_to_a_forwarded_port(web: World, version: int) -> None:
-    assert web.server.run("curl", "-sS", "-m5", url(HOST[version])).stdout == "guest"
+    assert run(web.server, "curl", "-sS", "-m5", url(HOST[version])).stdout == "guest"
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_web_to_a_forwarded_port_from_afar(web: World, version: int) -> None:
     """Across a router and a link of a smaller MTU."""
-    assert web.far.run("curl", "-sS", "-m5", url(HOST[version])).stdout == "guest"
+    assert run(web.far, "curl", "-sS", "-m5", url(HOST[version])).stdout == "guest"
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_web_on_the_hosts_loopback(web: World, version: int) -> None:
-    assert web.guest.run("curl", "-sS", "-m5", url(MAP_HOST[version], 8090)).stdout == "loopback"
+    assert run(web.guest, "curl", "-sS", "-m5", url(MAP_HOST[version], 8090)).stdout == "loopback"
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_web_at_the_hosts_own_address(web: World, version: int) -> None:
     """``--map-guest-addr``: the guest has the host's address itself, and needs another one to name the host."""
-    assert web.guest.run("curl", "-sS", "-m5", url(MAP_GUEST[version], 8090)).stdout == "host"
+    assert run(web.guest, "curl", "-sS", "-m5", url(MAP_GUEST[version], 8090)).stdout == "host"
 
 
 def test_nothing_listens_there(web: World) -> None:
     """A refused connection is refused for the guest, at once."""
-    done = web.guest.run("curl", "-sS", "-m5", url(SERVER4, 9), check=False)
+    done = run(web.guest, "curl", "-sS", "-m5", url(SERVER4, 9), check=False)
     assert done.returncode == 7, done.stdout  # could not connect; not 28, a timeout
 
 
@@ -193,7 +193,7 @@ def test_a_large_file(web: World, tmp_path: Path, version: int, up: bool) -> Non
     server = f"[{SERVER6}]" if version == 6 else SERVER4
     target = tmp_path / "large"
     space, where = (web.server, addr) if up else (web.guest, server)
-    space.run("curl", "-sS", "-m10", "-o", str(target), f"http://{where}:{WEB}/large")
+    run(space, "curl", "-sS", "-m10", "-o", str(target), f"http://{where}:{WEB}/large")
     assert hashlib.sha256(target.read_bytes()).digest() == hashlib.sha256(content).digest()
 
 
@@ -205,7 +205,7 @@ def shells(world: World) -> World:
     """With sshd in the guest and at the server, and a key that opens both."""
     for name in ("host", "user"):
         key = os.path.join(world.folder, name)
-        world.host.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+        run(world.host, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
     os.makedirs("/run/sshd", mode=0o755, exist_ok=True)  # the system's service would make it
     for space in (world.guest, world.server):
         world.serve(
@@ -236,7 +236,8 @@ def option(**options: str) -> list[str]:
 
 def ssh(world: World, space: Namespace, addr: str, port: int, command: str, stdin: str | None = None) -> str:
     """Log in and run a command; its output."""
-    done = space.run(
+    done = run(
+        space,
         "ssh",
         "-F/dev/null",
         "-i",

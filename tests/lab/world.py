@@ -51,6 +51,9 @@ FAR = {4: FAR4, 6: FAR6}
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 
+# For programs of others: what the sanitizers need is for ours.
+PLAIN = ("env", "-u", "LD_PRELOAD", "-u", "PYTHONMALLOC")
+
 TIMEOUT = 3.0  # seconds, for what is to come
 SILENCE = 0.15  # seconds, for what is not
 
@@ -140,7 +143,7 @@ class World:
     def serve(self, space: Namespace, *words: str, port: int, addr: str = "127.0.0.1") -> subprocess.Popen[bytes]:
         """Start a server; TCP connections to ``port`` are taken when this returns."""
         with open(os.path.join(self.folder, f"{os.path.basename(words[0])}-{port}.log"), "wb") as log:
-            process = space.popen(words, stdout=log, stderr=log)
+            process = space.popen([*PLAIN, *words], stdout=log, stderr=log)
 
         def listens() -> bool:
             if process.poll() is not None:
@@ -172,6 +175,13 @@ class World:
             self.cleanup.close()
         else:
             self.close()
+
+
+def run(
+    space: Namespace, *words: str, check: bool = True, timeout: float = 20.0, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of others in ``space`` to its end."""
+    return space.run(*PLAIN, *words, check=check, timeout=timeout, stdin=stdin)
 
 
 def udp(space: Namespace, version: int, addr: str = "", port: int = 0) -> socket.socket:
