@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 from godwit.lab.qemu import QemuGuest
 
 from .conftest import Traffic, World, stream_netdev
@@ -31,3 +34,25 @@ def test_the_next_guest_is_served_too(world: World) -> None:
         # Killed in the middle of a stream, and perhaps of a frame.
     assert backend.running
     assert "Traceback" not in backend.messages()
+
+
+def test_the_guest_outlives_its_back_end(world: World) -> None:
+    """QEMU connects again to one that was started anew, and the guest is online as before."""
+    path = os.path.join(world.folder, "link")
+    first = world.backend("a", stream=True)
+    os.symlink(first.socket, path)
+    netdev = stream_netdev(path)
+    with QemuGuest([*netdev[:-1], f"{netdev[-1]},reconnect-ms=200"]) as guest:
+        guest.wait_network()
+        first.kill()
+        second = world.backend("a", stream=True)
+        os.unlink(path)
+        os.symlink(second.socket, path)
+        end = time.monotonic() + 30
+        while True:
+            job = guest.agent.get(world.net.server.addr4, world.peer.port, 1, 1_000_000)
+            result = guest.agent.wait(job, 30)
+            if result.ok:
+                break
+            assert time.monotonic() < end, result
+        assert "a front-end has connected" in second.messages()

@@ -2,7 +2,7 @@
 """Split virtqueues, the driver's side (virtio 1.3, section 2.7).
 
 Used where this project is the guest's network card itself: in front of a
-stream socket (``_stream.pyx``), and in the laboratory, in front of a TAP device.
+stream socket (``card.pyx``), and in the laboratory, in front of a TAP device.
 Memory barriers as in ``virtqueue.pyx``, the device's side.
 """
 
