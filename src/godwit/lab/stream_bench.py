@@ -4,8 +4,9 @@
 By hand: ``python -m godwit.lab.stream_bench [--rounds N] [--seconds S] [--mtus M,...]``
 prints a table: for each MTU and direction the median over the rounds, in Gbit/s,
 with the least and the most, their ratio, and the processor time that each
-program took for a second. Every second round begins with the other program, so
-that what the machine does meanwhile meets both.
+program took for a second. A transfer that does not end counts as 0, and is told.
+Every second round begins with the other program, so that what the machine does
+meanwhile meets both.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from godwit.lab.netns import Network, enter_user_namespace
 
 PORT = 5001
 UP, DOWN = "up", "down"  # from the guest, to the guest
+_PATIENCE = 8.0  # seconds after which a transfer that has not ended is taken for one that never will
 
 # Both ends are as thin as they can be. The client says in its first byte which way it goes.
 _SERVER = """
@@ -40,8 +42,11 @@ while True:
                 pass
         else:
             end = time.monotonic() + float(sys.argv[2])
-            while time.monotonic() < end:
-                sock.sendall(buffer)
+            try:
+                while time.monotonic() < end:
+                    sock.sendall(buffer)
+            except ConnectionError:
+                pass
 """
 _CLIENT = """
 import socket, sys, time
@@ -81,7 +86,10 @@ def measure(net: Network, folder: str, kind: str, mtu: int, seconds: float) -> d
         for direction in (UP, DOWN):
             before, began = _processor_time(backend.pid), time.monotonic()
             words = [sys.executable, "-c", _CLIENT, net.server.addr4, str(PORT), direction, str(seconds)]
-            rate = float(guest.run(*words, timeout=seconds + 30).stdout)
+            try:
+                rate = float(guest.run(*words, timeout=seconds + _PATIENCE).stdout)
+            except subprocess.TimeoutExpired:
+                rate = 0.0
             found[direction] = rate, (_processor_time(backend.pid) - before) / (time.monotonic() - began)
         guest.check()
     return found
@@ -122,9 +130,11 @@ def _row(mtu: int, direction: str, results: dict[tuple[str, str], list[tuple[flo
     for kind in KINDS:
         rates, times = zip(*results[direction, kind], strict=True)
         medians.append(statistics.median(rates))
-        span = f"({min(rates):.1f} to {max(rates):.1f})"
+        stalled = f", {rates.count(0.0)} stalled" if 0.0 in rates else ""
+        span = f"({min(rates):.1f} to {max(rates):.1f}{stalled})"
         cells.append(f"{kind} {medians[-1]:.2f} Gbit/s {span}, {statistics.median(times):.2f} s/s")
-    return f"MTU {mtu:5} {direction:4}: {'; '.join(cells)}; ratio {medians[0] / medians[1]:.2f}"
+    ratio = medians[0] / medians[1] if medians[1] else float("inf")
+    return f"MTU {mtu:5} {direction:4}: {'; '.join(cells)}; ratio {ratio:.2f}"
 
 
 if __name__ == "__main__":
