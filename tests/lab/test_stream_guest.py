@@ -11,7 +11,7 @@ import pytest
 
 from godwit.lab.backend import Backend
 from godwit.lab.guest import StreamGuest
-from godwit.lab.netns import HOST4, HOST6, Network
+from godwit.lab.netns import HOST4, HOST6, Network, wait_until
 from godwit.lab.traffic import Traffic, served
 
 INBOUND, PORT = 7000, 5001
@@ -72,6 +72,7 @@ def test_the_guest_is_gone_and_comes_again(lab: Lab) -> None:
         agent, server = lab.guest.agent, lab.net.server.addr4
         job = agent.put(server, PORT, 1, rate=1_000_000)
         agent.echo(server, PORT, 5)
+        wait_until(lambda: agent.status(job).bytes > 500_000, "the stream to flow")
         lab.guest.disconnect()
         assert lab.server.wait(served(job)).error == "Connection reset by peer"
         lab.guest.connect(backend.socket)
