@@ -136,6 +136,7 @@ def test_overlap_is_no_datagram(guest: Guest, family: Family, peer: Peer) -> Non
         (((0, True, 0),), "malformed"),  # nothing
         (((8, False, 100), (16, False, 200)), "fragment"),  # two ends
         (((80, False, 8), (160, True, 8)), "fragment"),  # beyond the end
+        (((24, True, 8), (8, False, 8)), "fragment"),  # the same, the other way round
     ],
 )
 def test_fragments_that_contradict(

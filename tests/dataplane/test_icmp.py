@@ -234,6 +234,20 @@ def test_forwarded_port_that_is_closed_in_the_guest(guest: Guest, family: Family
         assert guest.receive(is_udp).payload == b"y"
 
 
+def test_closed_port_in_the_midst_of_a_batch(guest: Guest, family: Family, peer: Peer) -> None:
+    """What is on its way to the host goes to whom it was sent, whatever becomes of the flow."""
+    with Peer(family) as one, Peer(family) as two:
+        meet(guest, one)
+        meet(guest, peer)
+        one.write(b"x")
+        error = unreachable(guest, family, guest.receive(is_udp))
+        guest.send_all(
+            [guest.udp(family, 5000, one.port, b"for one"), error, guest.udp(family, 5000, two.port, b"for two")]
+        )
+        assert one.read() == b"for one"
+        assert two.read() == b"for two"
+
+
 def test_errors_that_mean_nothing(guest: Guest, family: Family, peer: Peer) -> None:
     meet(guest, peer)
     peer.write(b"x")

@@ -22,6 +22,7 @@ from .driver import (
     PLAIN,
     V4,
     V6,
+    Conn,
     Family,
     Frame,
     Guest,
@@ -434,3 +435,104 @@ def test_joined_where_the_ring_is_short(family: Family, features: int) -> None:
                 break
         assert got == data
         assert guest.drops("ring_full") == 0
+
+
+# ---- what goes wrong
+
+
+@pytest.fixture
+def lan() -> Iterator[Namespace]:
+    """A host with a link, and a second address there that can go."""
+    with Namespace("lan") as space, space.enter():
+        space.ip("link add d0 type veth peer name d1")
+        space.ip("link set d0 up")
+        space.ip("link set d1 up")
+        space.ip("addr add 192.0.2.10/24 brd + dev d0")
+        space.ip("addr add 198.51.100.1/24 dev d0")
+        yield space
+
+
+def many_of(guest: Guest) -> None:
+    index = socket.if_nametoindex("d0")
+    guest.configure(ifindex4=index, ifindex=index, broadcast4=address("192.0.2.255"))
+
+
+@pytest.mark.parametrize("group", ["224.0.0.251", "192.0.2.255"])
+def test_to_many_from_a_forwarded_port(lan: Namespace, group: str) -> None:
+    with Guest() as guest, forwarded(guest, V4, 5353) as port:
+        many_of(guest)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as member_sock:
+            if group.startswith("224"):
+                member_sock.setsockopt(
+                    socket.IPPROTO_IP,
+                    socket.IP_ADD_MEMBERSHIP,
+                    socket.inet_aton(group) + socket.inet_aton("192.0.2.10"),
+                )
+            member_sock.settimeout(10)
+            member_sock.bind(("", 0))
+            guest.send(guest.udp(V4, 5353, member_sock.getsockname()[1], b"who?", dst=group))
+            data, where = member_sock.recvfrom(100)
+            assert (data, where[1]) == (b"who?", port)
+
+
+@pytest.mark.parametrize("where", [None, "0.0.0.0"], ids=["both_versions", "ipv4"])
+def test_answer_to_a_broadcast(lan: Namespace, where: str | None) -> None:
+    """The answer cannot come from where the question went: it comes from the host's address there."""
+    with Guest() as guest, forwarded(guest, V4, 5353, where) as port:
+        many_of(guest)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(("198.51.100.1", 0))
+            sock.settimeout(10)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            sock.sendto(b"who?", ("192.0.2.255", port))
+            frame = guest.receive(is_udp)
+            guest.send(guest.udp(V4, 5353, frame.ether[UDP].sport, b"me", dst=frame.ether[IP].src))
+            data, answering = sock.recvfrom(10)
+            assert (data, answering[1]) == (b"me", port)
+        assert guest.drops("send") == 0
+
+
+@pytest.mark.parametrize("where", [None, "0.0.0.0"], ids=["both_versions", "ipv4"])
+def test_address_that_was_asked_is_gone(lan: Namespace, where: str | None) -> None:
+    with Guest() as guest, forwarded(guest, V4, 53, where) as port:
+        many_of(guest)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(("192.0.2.10", 0))
+            sock.settimeout(10)
+            sock.sendto(b"x", ("198.51.100.1", port))
+            frame = guest.receive(is_udp)
+            answer = guest.udp(V4, 53, frame.ether[UDP].sport, b"y", dst=frame.ether[IP].src)
+            guest.send(answer)
+            assert sock.recvfrom(10) == (b"y", ("198.51.100.1", port))
+            lan.ip("addr del 198.51.100.1/24 dev d0")
+            guest.send(answer)
+            assert sock.recvfrom(10) == (b"y", ("192.0.2.10", port))
+
+
+def test_own_broadcast_does_not_come_back(lan: Namespace) -> None:
+    with Guest() as guest, forwarded(guest, V4, 9999, "0.0.0.0") as port:
+        many_of(guest)
+        for own in (9999, 6000):
+            guest.send(guest.udp(V4, own, port, b"hello", dst="192.0.2.255"))
+        guest.barrier()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            other.bind(("192.0.2.10", 0))  # of the host, but not the guest's
+            other.sendto(b"others", ("192.0.2.255", port))
+            assert guest.receive(is_udp).payload == b"others"
+        assert guest.look(is_udp, 0.05) is None
+
+
+def test_datagrams_leave_descriptors_for_connections(family: Family, peer: Peer) -> None:
+    with Guest() as guest, socket.create_server((family.loopback, 0), family=family.af) as server:
+        guest.engine.limit_flows(16)
+        for n in range(16):
+            guest.send(guest.udp(family, 6000 + n, peer.port, b"x"))
+        assert guest.drops("table_full") == 7
+        Conn(guest, family, server.getsockname()[1]).connect()
+
+
+def test_hop_limit_of_zero_goes_nowhere(guest: Guest, family: Family, peer: Peer) -> None:
+    guest.send(guest.udp(family, 5000, peer.port, b"x", **{"hlim" if family.v6 else "ttl": 0}))
+    assert guest.drops("malformed") == 1
+    assert guest.engine.counters()["flows"] == 0

@@ -653,6 +653,7 @@ cdef class EngineBase:
         self.p.flow_limit = limit
         if f == NULL:
             raise ValueError("the flow table is full")
+        self.p.open_ports -= 1
         self.p.open_sockets -= 1    # it was there before the limit was set
         f.flags = FF_FORWARD | (FF_V6 if v6 else 0) | (FF_TAKES_V4 if not v6 or not only else 0)
         f.sock = fd

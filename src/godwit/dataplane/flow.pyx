@@ -10,6 +10,7 @@ from godwit.dataplane.plane cimport (
     FF_TOUCHED,
     FLOW_DEAD,
     FLOW_FREE,
+    FLOW_PING,
     FLOW_TCP,
     FLOW_UDP,
     FLOW_UDP_PORT,
@@ -146,6 +147,9 @@ cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t
     cdef Flow *f
     if kind != FLOW_UDP and p.open_sockets >= p.flow_limit:
         return NULL
+    # A guest that asks the whole world by UDP shall still have connections.
+    if (kind == FLOW_UDP_PORT or kind == FLOW_PING) and p.open_ports >= (p.flow_limit >> 1) + 1:
+        return NULL
     if p.free_head != NONE:
         i = p.free_head
         p.free_head = p.flows[i].hash_next
@@ -182,6 +186,8 @@ cdef void count(Plane *p, Flow *f, int change) noexcept nogil:
         p.open_peers += change
     elif not f.flags & FF_FORWARD:
         p.open_sockets += change
+        if f.kind != FLOW_TCP:
+            p.open_ports += change
 
 
 cdef int flow_watch(Plane *p, Flow *f) noexcept nogil:

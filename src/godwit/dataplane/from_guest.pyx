@@ -109,7 +109,7 @@ cdef int parse_ipv4(Plane *p, Packet *k, const uint8_t *ip, uint32_t room) noexc
         return DROP_SHORT + 1
     size = (ip[0] & 0xF) << 2
     total = be16(ip + 2)
-    if ip[0] >> 4 != 4 or size < IPV4_HLEN or total < size or total > k.size - ETH_HLEN:
+    if ip[0] >> 4 != 4 or ip[8] == 0 or size < IPV4_HLEN or total < size or total > k.size - ETH_HLEN:
         return DROP_MALFORMED + 1
     k.v6 = False
     k.tos = ip[1]
@@ -134,7 +134,7 @@ cdef int parse_ipv6(Plane *p, Packet *k, const uint8_t *ip, uint32_t room) noexc
     if room < IPV6_HLEN:
         return DROP_SHORT + 1
     total = be16(ip + 4)
-    if ip[0] >> 4 != 6 or total > k.size - ETH_HLEN - IPV6_HLEN:
+    if ip[0] >> 4 != 6 or ip[7] == 0 or total > k.size - ETH_HLEN - IPV6_HLEN:
         return DROP_MALFORMED + 1
     total += IPV6_HLEN
     following = ip[6]

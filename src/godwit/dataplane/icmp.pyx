@@ -114,7 +114,7 @@ from godwit.dataplane.sys cimport (
     socklen_t,
 )
 from godwit.dataplane.to_guest cimport IPV4_HLEN, IPV6_HLEN
-from godwit.dataplane.udp cimport udp_peer
+from godwit.dataplane.udp cimport udp_flush, udp_peer
 from godwit.dataplane.virtqueue cimport MAX_CHAIN
 
 cdef enum:
@@ -481,4 +481,6 @@ cdef void error_from_guest(Plane *p, Packet *k) noexcept nogil:
     if f == NULL:
         drop(p, DROP_NO_FLOW)
         return
+    # What waits for the host refers to flows by their place in the table, and is still to go.
+    udp_flush(p)
     flow_close(p, f)    # and the socket with its last peer

@@ -245,6 +245,7 @@ cdef struct Partial:
     uint64_t since              # ms
     uint32_t size               # of the whole payload above IP; 0: the last fragment has not come
     uint32_t have               # bytes
+    uint32_t end                # of the fragment that reaches furthest
     uint32_t header_size        # 0: the first fragment has not come
     uint8_t header[HEADERS]     # Ethernet and IP, of the first fragment
     uint64_t map[128]           # one bit for each 8 bytes that have come
@@ -311,6 +312,7 @@ cdef struct Plane:
     uint32_t used_flows         # slots ever used
     uint32_t open_flows
     uint32_t open_peers         # of those the UDP ones
+    uint32_t open_ports         # UDP ports of the guest's own, and pings
     uint32_t open_sockets       # of flows and UDP ports, forwarded ones not counted: what flow_limit limits
     uint32_t free_head
     uint32_t *buckets

@@ -83,7 +83,7 @@ cdef Partial *partial_for(Plane *p, Packet *k) noexcept nogil:
     memcpy(chosen.saddr, k.saddr, 16)
     memcpy(chosen.daddr, k.daddr, 16)
     chosen.since = p.now
-    chosen.size = chosen.have = chosen.header_size = 0
+    chosen.size = chosen.have = chosen.end = chosen.header_size = 0
     memset(chosen.map, 0, sizeof(chosen.map))
     return chosen
 
@@ -119,7 +119,9 @@ cdef bint fragment_in(Plane *p, Packet *k) noexcept nogil:
         if part.size and part.size != k.offset + k.l4_size:
             return give_up(p, part, DROP_FRAGMENT)
         part.size = k.offset + k.l4_size
-    if part.size and k.offset + k.l4_size > part.size:
+    if part.end < k.offset + k.l4_size:
+        part.end = k.offset + k.l4_size
+    if part.size and part.end > part.size:
         return give_up(p, part, DROP_FRAGMENT)
     units = (k.l4_size + 7) >> 3
     seen = note(part, k.offset >> 3, units)

@@ -28,6 +28,7 @@ cdef extern from "<errno.h>" nogil:
         EMSGSIZE
         ENETUNREACH
         EHOSTUNREACH
+        EADDRNOTAVAIL
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)

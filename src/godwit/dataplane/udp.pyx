@@ -32,6 +32,7 @@ from godwit.dataplane.host cimport (
     is_loopback,
     is_unspecified,
     is_v4,
+    map_v4,
     put_sockaddr,
     put_sockaddr6,
     to_guest_name,
@@ -71,11 +72,13 @@ from godwit.dataplane.sys cimport (
     CMSG_DATA,
     CMSG_LEN,
     CMSG_SPACE,
+    EADDRNOTAVAIL,
     EAGAIN,
     EINTR,
     EINVAL,
     EIO,
     EMSGSIZE,
+    ENETUNREACH,
     ENOBUFS,
     IPPROTO_IP,
     IPPROTO_IPV6,
@@ -339,6 +342,9 @@ cdef void put_source(Plane *p, UdpOut *o, int i, Flow *port, Flow *f) noexcept n
     if port.flags & FF_V6:
         info6 = <in6_pktinfo *>CMSG_DATA(control(o, i, IPPROTO_IPV6, IPV6_PKTINFO, sizeof(in6_pktinfo)))
         memcpy(&info6.ipi6_addr, f.local_addr, 16)
+        if v4:
+            # Also where it is left to the route: of IPv4, that is said as v4-mapped.
+            map_v4(<uint8_t *>&info6.ipi6_addr, f.local_addr + 12)
         info6.ipi6_ifindex = index
     else:
         info4 = <in_pktinfo *>CMSG_DATA(control(o, i, IPPROTO_IP, IP_PKTINFO, sizeof(in_pktinfo)))
@@ -454,10 +460,29 @@ cdef int send_apart(Plane *p, Flow *port, int i) noexcept nogil:
     return sent
 
 
+cdef bint from_elsewhere(Plane *p, Flow *port, int i) noexcept nogil:
+    """Send message i from the address that the route gives. False: it was to, or the kernel does not take that either.
+
+    Where the question went may be no address to answer from: a broadcast, or
+    one that the host has no more.
+    """
+    cdef UdpOut *o = &p.udp_out
+    cdef Flow *f = &p.flows[o.flows[i]]
+    if is_unspecified(f.local_addr):
+        return False
+    memset(f.local_addr, 0, 16)
+    o.msgs[i].msg_hdr.msg_controllen = 0
+    put_source(p, o, i, port, f)
+    put_segment(o, i)
+    return sendmsg(port.sock, &o.msgs[i].msg_hdr, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0
+
+
 cdef void refused(Plane *p, Flow *port, int i, int why) noexcept nogil:
     """The kernel does not take message i, for a reason that is its own."""
     cdef UdpOut *o = &p.udp_out
     cdef int sent
+    if (why == EINVAL or why == EADDRNOTAVAIL or why == ENETUNREACH) and from_elsewhere(p, port, i):
+        return
     if o.segments[i] > 1 and (why == EINVAL or why == EIO or why == EMSGSIZE):
         # Larger than the way allows, or an interface that cannot: as they were, then.
         if why != EMSGSIZE:

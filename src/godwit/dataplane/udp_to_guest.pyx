@@ -15,7 +15,7 @@ is the socket's own queue, where the kernel drops the newest.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest
 from godwit.dataplane.flow cimport flow_close, flow_find, flow_index, flow_wait_ring
@@ -27,6 +27,7 @@ from godwit.dataplane.plane cimport (
     FF_FORWARD,
     FF_V6,
     FLOW_UDP,
+    FLOW_UDP_PORT,
     NONE,
     UDP_CONTROL,
     UDP_IN,
@@ -60,6 +61,7 @@ from godwit.dataplane.sys cimport (
     UDP_GRO,
     cmsghdr,
     errno,
+    getsockname,
     in6_pktinfo,
     in_pktinfo,
     mmap,
@@ -70,6 +72,7 @@ from godwit.dataplane.sys cimport (
     recvmmsg,
     sockaddr,
     sockaddr_in6,
+    socklen_t,
 )
 from godwit.dataplane.udp cimport udp_add_peer, udp_peer, udp_used
 from godwit.dataplane.virtqueue cimport RX, Queue, queue_active, queue_break, queue_pending
@@ -151,17 +154,41 @@ cdef void look_at_control(msghdr *m, Seen *seen) noexcept nogil:
             memcpy(&value, CMSG_DATA(c), sizeof(int))
             seen.tos = <uint8_t>value
         elif c.cmsg_level == IPPROTO_IP and c.cmsg_type == IP_PKTINFO:
-            map_v4(seen.local_addr, <const uint8_t *>&(<in_pktinfo *>CMSG_DATA(c)).ipi_spec_dst)
+            map_v4(seen.local_addr, <const uint8_t *>&(<in_pktinfo *>CMSG_DATA(c)).ipi_addr)
         elif c.cmsg_level == IPPROTO_IPV6 and c.cmsg_type == IPV6_PKTINFO:
             memcpy(seen.local_addr, &(<in6_pktinfo *>CMSG_DATA(c)).ipi6_addr, 16)
         c = CMSG_NXTHDR(m, c)
 
 
-cdef bint to_one(const uint8_t *addr) noexcept nogil:
+cdef bint to_one(Plane *p, const uint8_t *addr) noexcept nogil:
     """Whether an address can be a source as well: neither multicast nor broadcast."""
     if is_v4(addr):
-        return 0 < addr[12] < 224
+        return 0 < addr[12] < 224 and memcmp(addr, p.config.broadcast4, 16) != 0
     return addr[0] != 0xFF
+
+
+cdef bint is_own_echo(Plane *p, const uint8_t *remote, uint16_t remote_port) noexcept nogil:
+    """Whether a datagram to many is the guest's own: the host hears itself, and the guest has heard itself already."""
+    cdef const uint8_t *own = p.config.addr6
+    cdef const uint8_t *outbound = p.config.outbound6
+    cdef sockaddr_in6 addr
+    cdef uint8_t ignored[16]
+    cdef uint16_t port
+    cdef socklen_t n
+    cdef uint32_t i
+    if is_v4(remote):
+        own = p.config.addr4
+        outbound = p.config.outbound4
+    if memcmp(remote, own, 16) != 0 and memcmp(remote, outbound, 16) != 0:
+        return False
+    for i in range(p.used_flows):
+        if p.flows[i].kind == FLOW_UDP_PORT and p.flows[i].flags & FF_ANY_PEER:
+            n = sizeof(addr)
+            if getsockname(p.flows[i].sock, <sockaddr *>&addr, &n) == 0:
+                get_sockaddr(<sockaddr *>&addr, ignored, &port)
+                if port == remote_port:
+                    return True
+    return False
 
 
 cdef Flow *known(Plane *p, Flow *port, const uint8_t *guest, const uint8_t *name, uint16_t name_port) noexcept nogil:
@@ -198,6 +225,8 @@ cdef Flow *flow_from(Plane *p, Flow *port, int i, Seen *seen, uint8_t *guest, ui
         memcpy(guest, f.guest_addr, 16)
         memcpy(name, f.our_addr, 16)
         return f
+    if port.flags & FF_FORWARD and not to_one(p, seen.local_addr) and is_own_echo(p, remote, remote_port):
+        return NULL
     if port.flags & FF_FORWARD and is_unspecified(port.guest_addr):
         memcpy(guest, guest_side(p, remote), 16)
     elif is_v4(port.guest_addr) == is_v4(remote):
@@ -219,7 +248,7 @@ cdef Flow *flow_from(Plane *p, Flow *port, int i, Seen *seen, uint8_t *guest, ui
         memcpy(f.remote_addr, remote, 16)
         f.remote_port = remote_port
         f.scope = sender.sin6_scope_id if is_link_local6(remote) else 0
-    if port.flags & FF_FORWARD and to_one(seen.local_addr):
+    if port.flags & FF_FORWARD and to_one(p, seen.local_addr):
         memcpy(f.local_addr, seen.local_addr, 16)   # the answer comes from where the question went
     return f
 
