@@ -173,6 +173,29 @@ def test_a_connected_descriptor() -> None:
         assert made.recv(1) == b"x"
 
 
+def test_descriptor_where_standard_input_was(pid_file: Path) -> None:
+    """The null device goes there when the daemon is ready; the connection must not."""
+    ours, theirs = socket.socketpair()
+    code = """
+import sys, time
+from godwit.daemon import lifecycle
+readiness = lifecycle.background([0])
+pid = lifecycle.PidFile(sys.argv[1])
+connection = lifecycle.connected(0)
+pid.write()
+readiness.declare()
+connection.setblocking(True)
+connection.send(connection.recv(10))
+time.sleep(60)
+"""
+    with ours:
+        subprocess.run([sys.executable, "-c", code, str(pid_file)], stdin=theirs.fileno(), timeout=30, check=True)
+        theirs.close()
+        ours.settimeout(10)
+        ours.send(b"there?")
+        assert ours.recv(10) == b"there?"
+
+
 def test_descriptors_that_will_not_do(tmp_path: Path) -> None:
     with (
         open(tmp_path / "file", "w") as file,
@@ -196,11 +219,26 @@ def test_the_pid_file(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     path.write_text("123456789 of a dead daemon\n")
     pid = lifecycle.PidFile(str(path))
-    assert path.read_text() == ""
     pid.write()
     assert path.read_text() == f"{os.getpid()}\n"
     pid.close()
     assert not path.exists()
+
+
+def test_a_start_that_fails_leaves_the_pid_file_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    path.write_text("1\n")
+    lifecycle.PidFile(str(path)).close()
+    assert path.read_text() == "1\n"
+
+
+def test_the_pid_file_of_who_came_after(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    pid = lifecycle.PidFile(str(path))
+    pid.write()
+    path.write_text("1\n")  # of the next one, which has started while we end
+    pid.close()
+    assert path.read_text() == "1\n"
 
 
 def test_a_pid_file_that_cannot_be(tmp_path: Path) -> None:

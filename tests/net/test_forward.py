@@ -336,6 +336,7 @@ def test_in_all_a_port_taken_is_passed_over(listeners: list[Listener]) -> None:
     ("spec", "advice"),
     [
         ("192.0.2.199/4444", "does not have this address"),
+        ("fe80::1/4444", "a link-local address needs its interface"),
         ("%nosuchif0/4444", "there is no such interface"),
     ],
 )

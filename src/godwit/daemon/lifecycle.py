@@ -15,6 +15,7 @@ opened, sockets bound, `User.assume`, PID written, `Readiness.declare`.
 from __future__ import annotations
 
 import errno
+import fcntl
 import grp
 import os
 import pwd
@@ -187,6 +188,9 @@ def connected(descriptor: int) -> socket.socket:
     except OSError as error:
         made.detach()
         raise StartError(f"--fd {descriptor} is not connected") from error
+    if descriptor <= 2:  # where the null device will be: `Readiness.declare`
+        standard, made = made, socket.socket(fileno=fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3))
+        standard.detach()
     made.setblocking(False)
     made.set_inheritable(False)
     return made
@@ -204,24 +208,32 @@ def remove(path: str) -> None:
 
 
 class PidFile:
-    """Opened while we still may, written when all is ready."""
+    """Opened while we still may, written when all is ready.
+
+    Until then it is left as it is: it may be that of a process which lives, and
+    because of which this start fails.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise StartError(f"cannot write the PID file {path}: {error.strerror}") from error
 
     def write(self) -> None:
         """Write the process id."""
-        os.write(self._fd, b"%d\n" % os.getpid())
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
 
     def close(self) -> None:
-        """Remove the file; where that is not allowed, leave it empty."""
-        os.ftruncate(self._fd, 0)
+        """Remove the file, unless another process's id is in it; where that is not allowed, leave it empty."""
+        ours = os.pread(self._fd, 32, 0) in (b"", b"%d\n" % os.getpid())
+        if ours:
+            os.ftruncate(self._fd, 0)
         os.close(self._fd)
-        remove(self._path)
+        if ours:
+            remove(self._path)
 
 
 # --- The user

@@ -90,8 +90,8 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
                 listener, path = lifecycle.listen_on_first(lifecycle.PASST_SOCKETS)
             else:
                 listener = lifecycle.listen(path)
-            names.callback(lifecycle.remove, path)
             names.callback(listener.close)
+            names.callback(lifecycle.remove, path)  # before that: once it is closed, the next daemon may make it anew
 
         repair_path = _repair_path(options, path)
         repair = None if repair_path is None else _listen_for_helper(repair_path)

@@ -317,6 +317,22 @@ def _check(options: NetOptions) -> None:
     ]
     if unusable:
         raise NetConfigError(f"{unusable[0]} cannot be an address on the guest's network")
+    for option, address, loopback in (
+        ("--map-host-loopback", options.map_host4, False),
+        ("--map-host-loopback", options.map_host6, False),
+        ("--map-guest-addr", options.map_guest4, False),
+        ("--map-guest-addr", options.map_guest6, False),
+        ("--dns-forward", options.dns_forward4, False),
+        ("--dns-forward", options.dns_forward6, False),
+        ("--dns-host", options.dns_host4, True),
+        ("--dns-host", options.dns_host6, True),
+        ("--outbound", options.outbound4, False),
+        ("--outbound", options.outbound6, False),
+    ):
+        if address is not None and (
+            address.is_multicast or address.is_unspecified or (address.is_loopback and not loopback)
+        ):
+            raise NetConfigError(f"{option}: {address} cannot be such an address; it takes one of a single machine")
     for name in (options.hostname, options.fqdn, *(options.search or ())):
         if name and not is_domain(name.rstrip(".")):
             raise NetConfigError(f"{name!r} is not a name that DNS can carry")

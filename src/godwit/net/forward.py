@@ -416,6 +416,9 @@ def _reason(place: Place, port: int, error: int, ports: int) -> str:
         errno.EADDRINUSE: "; another program has it",
         errno.EADDRNOTAVAIL: "; the host does not have this address (--freebind listens all the same)",
         errno.ENODEV: "; there is no such interface",
+        errno.EINVAL: "; a link-local address needs its interface: ADDRESS%INTERFACE/PORT"
+        if place.address is not None and place.address.is_link_local and place.device is None
+        else "",
         errno.EMFILE: f"; each of the {ports} ports to forward takes one, and the limit (ulimit -n) is"
         f" {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}: raise it or forward fewer ports",
         errno.EPERM: "; binding to an interface needs Linux 5.7 or CAP_NET_RAW",
