@@ -106,7 +106,7 @@ from godwit.dataplane.sys cimport (
     recv,
     recvmsg,
     sendmsg,
-    setsockopt,
+    set_option,
     sock_extended_err,
     sockaddr,
     sockaddr_storage,
@@ -147,10 +147,6 @@ cdef enum:
     QUOTED4 = 576 - 20 - ICMP_HLEN - 20 - 8
     QUOTED6 = 1280 - 40 - ICMP_HLEN - 40 - 8
     ERROR_CONTROL = 64      # words of 8 bytes
-
-
-cdef void set_option(int fd, int level, int option, int value) noexcept nogil:
-    setsockopt(fd, level, option, &value, sizeof(value))
 
 
 # ---- echo

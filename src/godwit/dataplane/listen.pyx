@@ -13,22 +13,23 @@ from godwit.dataplane.sys cimport (
     ENFILE,
     ENOBUFS,
     ENOMEM,
-    IP_FREEBIND,
     IPPROTO_IP,
     IPPROTO_IPV6,
     IPV6_FREEBIND,
     IPV6_V6ONLY,
-    SO_BINDTODEVICE,
-    SO_REUSEADDR,
+    IP_FREEBIND,
     SOCK_CLOEXEC,
     SOCK_NONBLOCK,
     SOCK_STREAM,
     SOL_SOCKET,
+    SO_BINDTODEVICE,
+    SO_REUSEADDR,
     bind,
     close,
     errno,
     listen,
     put16,
+    set_option,
     setsockopt,
     sockaddr,
     sockaddr_in,
@@ -52,10 +53,6 @@ cdef struct Place:
     socklen_t device_size   # 0: any
     sockaddr_storage addr
     socklen_t addr_size
-
-
-cdef int set_option(int fd, int level, int option, int value) noexcept nogil:
-    return setsockopt(fd, level, option, &value, sizeof(value))
 
 
 cdef int prepare(Place *at, int fd) noexcept nogil:

@@ -342,3 +342,8 @@ cdef extern from *:
 cdef inline bint before(uint32_t a, uint32_t b) noexcept nogil:
     """Whether sequence number a comes before b (RFC 9293, 3.4: modulo 2^32)."""
     return <int>(a - b) < 0
+
+
+cdef inline int set_option(int fd, int level, int option, int value) noexcept nogil:
+    """setsockopt with a whole number; 0, or -1 and errno."""
+    return setsockopt(fd, level, option, &value, sizeof(value))

@@ -122,7 +122,7 @@ from godwit.dataplane.sys cimport (
     msghdr,
     sendmmsg,
     sendmsg,
-    setsockopt,
+    set_option,
     sockaddr,
     socket,
 )
@@ -144,10 +144,6 @@ cdef uint8_t NOBODY[16]   # zeros
 
 
 # ---- ports and peers
-
-cdef void set_option(int fd, int level, int option, int value) noexcept nogil:
-    setsockopt(fd, level, option, &value, sizeof(value))
-
 
 cdef void udp_prepare(int fd, bint v6, bint v4, bint forwarded) noexcept nogil:
     # What one kernel does not know, it does without.
