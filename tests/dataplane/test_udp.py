@@ -509,6 +509,30 @@ def test_address_that_was_asked_is_gone(lan: Namespace, where: str | None) -> No
             assert sock.recvfrom(10) == (b"y", ("192.0.2.10", port))
 
 
+@pytest.mark.parametrize("where", [None, "0.0.0.0"], ids=["both_versions", "ipv4"])
+def test_refused_for_another_reason(lan: Namespace, where: str | None) -> None:
+    """What the kernel refuses not for its source still leaves from where the question went, and so does the next."""
+    with (
+        Guest(FULL | USO) as guest,
+        forwarded(guest, V4, 53, where) as port,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking,
+    ):
+        asking.bind(("192.0.2.10", 0))
+        asking.settimeout(10)
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        asking.sendto(b"?", ("198.51.100.1", port))
+        question = guest.receive(is_udp).ether
+        # More datagrams than the kernel makes of one message: it is sent in pieces.
+        data = pattern(2000)
+        frame = guest.udp(V4, 53, question[UDP].sport, data, dst=question[IP].src)
+        guest.send_parts(guest.layout(struct.pack("<BBHHHHH", 0, 5, 42, 10, 0, 0, 0) + bytes(frame), []))
+        answers = [asking.recvfrom(100) for _ in range(200)]
+        assert b"".join(piece for piece, _ in answers) == data
+        assert {source for _, source in answers} == {("198.51.100.1", port)}
+        guest.send(guest.udp(V4, 53, question[UDP].sport, b"!", dst=question[IP].src))
+        assert asking.recvfrom(100) == (b"!", ("198.51.100.1", port))
+
+
 def test_own_broadcast_does_not_come_back(lan: Namespace) -> None:
     with Guest() as guest, forwarded(guest, V4, 9999, "0.0.0.0") as port:
         many_of(guest)

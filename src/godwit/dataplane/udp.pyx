@@ -460,17 +460,27 @@ cdef bint from_elsewhere(Plane *p, Flow *port, int i) noexcept nogil:
     """Send message i from the address that the route gives. False: it was to, or the kernel does not take that either.
 
     Where the question went may be no address to answer from: a broadcast, or
-    one that the host has no more.
+    one that the host has no more. If it was not for that, things stay as they
+    were: the kernel refuses a cut with the same error, and a network is out of
+    reach only for a while.
     """
     cdef UdpOut *o = &p.udp_out
     cdef Flow *f = &p.flows[o.flows[i]]
+    cdef uint8_t before[16]
+    cdef int attempt
     if is_unspecified(f.local_addr):
         return False
+    memcpy(before, f.local_addr, 16)
     memset(f.local_addr, 0, 16)
-    o.msgs[i].msg_hdr.msg_controllen = 0
-    put_source(p, o, i, port, f)
-    put_segment(o, i)
-    return sendmsg(port.sock, &o.msgs[i].msg_hdr, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0
+    for attempt in range(2):
+        o.msgs[i].msg_hdr.msg_controllen = 0
+        put_source(p, o, i, port, f)
+        put_segment(o, i)
+        if attempt:
+            return False
+        if sendmsg(port.sock, &o.msgs[i].msg_hdr, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0:
+            return True
+        memcpy(f.local_addr, before, 16)
 
 
 cdef void refused(Plane *p, Flow *port, int i, int why) noexcept nogil:
