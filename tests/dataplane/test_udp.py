@@ -286,10 +286,10 @@ def test_outbound_address(family: Family) -> None:
 # ---- multicast and broadcast
 
 
-@pytest.mark.parametrize("where", ["multicast", "subnet", "limited"])
+@pytest.mark.parametrize(
+    ("family", "where"), [(V4, "multicast"), (V4, "subnet"), (V4, "limited"), (V6, "multicast")], ids=str
+)
 def test_to_many(family: Family, where: str) -> None:
-    if family.v6 and where != "multicast":
-        return  # IPv6 has no broadcast
     group = {"multicast": "ff02::fb" if family.v6 else "224.0.0.251", "subnet": "192.0.2.255"}.get(
         where, "255.255.255.255"
     )
@@ -393,6 +393,9 @@ def test_frame_that_the_kernel_cuts_up(family: Family, peer: Peer) -> None:
         for sizes in ([], [1, 2, 1, 1, 3, 30, 700]):
             guest.send_parts(guest.layout(frame, sizes))
             assert [peer.read() for _ in range(15)] == [data[at : at + 1000] for at in range(0, len(data), 1000)]
+        # So many that each would be a call of the kernel's.
+        guest.send_parts(guest.layout(frame[:4] + struct.pack("<H", 27) + frame[6:], []))
+        assert guest.drops("malformed") == 1
         # A size that is nonsense, or was not negotiated, is not followed.
         for size in (0, 60000):
             wrong = frame[:4] + struct.pack("<H", size) + frame[6:]
@@ -533,11 +536,17 @@ def test_refused_for_another_reason(lan: Namespace, where: str | None) -> None:
         assert asking.recvfrom(100) == (b"!", ("198.51.100.1", port))
 
 
-def test_own_broadcast_does_not_come_back(lan: Namespace) -> None:
+@pytest.mark.parametrize("own_address", [V4.guest, "192.0.2.77"], ids=["the_hosts", "another"])
+def test_own_broadcast_does_not_come_back(lan: Namespace, own_address: str) -> None:
     with Guest() as guest, forwarded(guest, V4, 9999, "0.0.0.0") as port:
         many_of(guest)
+        guest.configure(
+            addr4=address(own_address),
+            ifindex4=socket.if_nametoindex("d0"),
+            broadcast4=address("192.0.2.255"),
+        )
         for own in (9999, 6000):
-            guest.send(guest.udp(V4, own, port, b"hello", dst="192.0.2.255"))
+            guest.send(guest.udp(V4, own, port, b"hello", src=own_address, dst="192.0.2.255"))
         guest.barrier()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
             other.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)

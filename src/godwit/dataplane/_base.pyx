@@ -280,6 +280,8 @@ cdef class EngineBase:
         address as the host knows it, its scope or 0), 16 bytes each address.
         """
         maps = list(maps)
+        if 0 < mtu < 68:
+            raise ValueError(f"an MTU of {mtu} is below what IPv4 needs")
         if len(maps) > MAX_MAPS:
             raise ValueError(f"at most {MAX_MAPS} address mappings, not {len(maps)}")
         with self.parked():

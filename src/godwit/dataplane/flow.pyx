@@ -5,6 +5,7 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.plane cimport (
+    FF_ANY_PEER,
     FF_FORWARD,
     FF_RING_WAIT,
     FF_TOUCHED,
@@ -231,6 +232,8 @@ cdef void flow_close(Plane *p, Flow *f) noexcept nogil:
         p.udp_out.port = NONE
         p.udp_out.count = p.udp_out.iovs = 0
     count(p, f, -1)
+    if f.flags & FF_ANY_PEER:
+        p.many_ports -= 1
     if f.kind == FLOW_UDP:
         port = &p.flows[f.port]
         port.peers -= 1

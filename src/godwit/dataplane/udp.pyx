@@ -137,6 +137,7 @@ cdef enum:
     TIMEOUT_DNS = 20000
     TIMEOUT_UNANSWERED = 30000  # opened from outside, and the guest has said nothing
     MAX_SEGMENTS = 64           # of one message, in every kernel that can do it (UDP_MAX_SEGMENTS)
+    MOST_SEGMENTS = 512         # of a frame of the guest's
     MAX_JOINED = 64000          # bytes of one message
     RECEIVE_BUFFER = 16 << 20   # bytes; as much of it as the system allows (net.core.rmem_max)
 
@@ -276,8 +277,9 @@ cdef Flow *flow_of(Plane *p, Packet *k, uint16_t guest_port, uint16_t our_port) 
         memcpy(f.local_addr, &p.config.outbound4[0] if is_v4(host) else &p.config.outbound6[0], 16)
         if is_loopback(host):
             memset(f.local_addr, 0, 16)
-    if to_many(p, host):
+    if to_many(p, host) and not port.flags & FF_ANY_PEER:
         port.flags |= FF_ANY_PEER
+        p.many_ports += 1
     return f
 
 
@@ -373,6 +375,9 @@ cdef void collect(Plane *p, Flow *port, Flow *f, Packet *k) noexcept nogil:
     cdef bint v4 = is_v4(f.remote_addr)
     cdef msghdr *m
     cdef int n, i
+    if k.gso and k.payload_size > <uint32_t>k.gso * MOST_SEGMENTS:
+        drop(p, DROP_MALFORMED)     # where the kernel does not cut it up, each would be a call
+        return
     if o.port != own:
         udp_flush(p)
         o.port = own
@@ -491,7 +496,7 @@ cdef void refused(Plane *p, Flow *port, int i, int why) noexcept nogil:
         return
     if o.segments[i] > 1 and (why == EINVAL or why == EIO or why == EMSGSIZE):
         # Larger than the way allows, or an interface that cannot: as they were, then.
-        if why != EMSGSIZE:
+        if why != EMSGSIZE and o.segments[i] <= MAX_SEGMENTS:
             port.flags |= FF_NO_GSO
         sent = send_apart(p, port, i)
         drop_all(p, DROP_SEND, o.segments[i] - sent)

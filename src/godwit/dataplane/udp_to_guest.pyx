@@ -19,7 +19,16 @@ from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest
 from godwit.dataplane.flow cimport flow_close, flow_find, flow_index, flow_wait_ring
-from godwit.dataplane.host cimport get_sockaddr, guest_side, is_link_local6, is_unspecified, is_v4, map_v4, to_guest_name
+from godwit.dataplane.host cimport (
+    get_sockaddr,
+    guest_side,
+    is_link_local6,
+    is_unspecified,
+    is_v4,
+    map_v4,
+    put_sockaddr6,
+    to_guest_name,
+)
 from godwit.dataplane.plane cimport (
     DROP_NO_FLOW,
     DROP_UNREACHABLE,
@@ -38,6 +47,7 @@ from godwit.dataplane.plane cimport (
     drop,
 )
 from godwit.dataplane.sys cimport (
+    AF_INET6,
     CMSG_DATA,
     CMSG_FIRSTHDR,
     CMSG_NXTHDR,
@@ -58,7 +68,11 @@ from godwit.dataplane.sys cimport (
     MSG_TRUNC,
     PROT_READ,
     PROT_WRITE,
+    SOCK_CLOEXEC,
+    SOCK_DGRAM,
     UDP_GRO,
+    bind,
+    close,
     cmsghdr,
     errno,
     getsockname,
@@ -72,6 +86,7 @@ from godwit.dataplane.sys cimport (
     recvmmsg,
     sockaddr,
     sockaddr_in6,
+    socket,
     socklen_t,
 )
 from godwit.dataplane.udp cimport udp_add_peer, udp_peer, udp_used
@@ -167,19 +182,27 @@ cdef bint to_one(Plane *p, const uint8_t *addr) noexcept nogil:
     return addr[0] != 0xFF
 
 
+cdef bint is_local(const uint8_t *addr) noexcept nogil:
+    """Whether the host has this address: then, and only then, may it be bound to."""
+    cdef sockaddr_in6 name
+    cdef int fd = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0)
+    cdef bint found
+    if fd < 0:
+        return False
+    put_sockaddr6(<sockaddr *>&name, addr, 0, 0)
+    found = bind(fd, <sockaddr *>&name, sizeof(name)) == 0
+    close(fd)
+    return found
+
+
 cdef bint is_own_echo(Plane *p, const uint8_t *remote, uint16_t remote_port) noexcept nogil:
     """Whether a datagram to many is the guest's own: the host hears itself, and the guest has heard itself already."""
-    cdef const uint8_t *own = p.config.addr6
-    cdef const uint8_t *outbound = p.config.outbound6
     cdef sockaddr_in6 addr
     cdef uint8_t ignored[16]
     cdef uint16_t port
     cdef socklen_t n
     cdef uint32_t i
-    if is_v4(remote):
-        own = p.config.addr4
-        outbound = p.config.outbound4
-    if memcmp(remote, own, 16) != 0 and memcmp(remote, outbound, 16) != 0:
+    if p.many_ports == 0 or not is_local(remote):
         return False
     for i in range(p.used_flows):
         if p.flows[i].kind == FLOW_UDP_PORT and p.flows[i].flags & FF_ANY_PEER:
@@ -240,6 +263,9 @@ cdef Flow *flow_from(Plane *p, Flow *port, int i, Seen *seen, uint8_t *guest, ui
         memcpy(name, f.our_addr, 16)
     else:
         f = known(p, port, guest, name, remote_port)
+        if f != NULL:
+            # Addresses of the host's own may share a name: the answer goes to who asked last.
+            memcpy(f.remote_addr, remote, 16)
     if f == NULL:
         f = udp_add_peer(p, port, guest, port.guest_port, name, remote_port, True)
         if f == NULL:
