@@ -19,6 +19,9 @@ from dataclasses import dataclass
 
 from godwit.lab.errors import CommandError, LabError
 
+# One number for each job, whichever guest has it: what serves several guests tells them apart by it.
+_JOBS = itertools.count(1)
+
 
 class AgentError(LabError):
     """The agent in the guest refused a command, or is silent."""
@@ -70,7 +73,6 @@ class Agent:
         self._buffer = b""
         self._lines: list[list[str]] = []
         self._gone = False
-        self._jobs = itertools.count(1)
         self._listen_to(sock)
 
     def _listen_to(self, sock: socket.socket) -> None:
@@ -146,7 +148,7 @@ class Agent:
         keep it short where transfers run. Raises :class:`CommandError` unless it
         exits with status 0, or ``check`` is false.
         """
-        job = next(self._jobs)
+        job = next(_JOBS)
         text = command[0] if len(command) == 1 else shlex.join(command)
         self._send(f"exec {job} {{ {text}; }} 2>&1 </dev/null")
         lines: list[str] = []
@@ -170,7 +172,7 @@ class Agent:
         return self._transfer("put", addr, port, seed, length, rate)
 
     def _transfer(self, word: str, addr: str, port: int, seed: int, length: int, rate: int) -> int:
-        job = next(self._jobs)
+        job = next(_JOBS)
         self._send(f"{word} {job} {addr} {port} {seed} {length} {rate}")
         return job
 
@@ -179,7 +181,7 @@ class Agent:
 
         Raises :class:`AgentError` if not all of them open.
         """
-        job = next(self._jobs)
+        job = next(_JOBS)
         self._send(f"echo {job} {addr} {port} {count}")
         opened, failed = map(int, self._answer("open", job, timeout))
         if failed:
