@@ -253,6 +253,25 @@ def test_hop_limit_and_traffic_class(guest: Guest, family: Family, peer: Peer) -
     assert [(got[level, ttl], got[level, tos] & 0xFF) for got in found] == batch
 
 
+def test_both_families_through_one_socket(guest: Guest) -> None:
+    """What one family's datagram had set counts for the other's too."""
+    with Peer(V6) as six, Peer(V4) as four, forwarded(guest, V4, 5353):
+        four.sock.setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
+        four.sock.setsockopt(socket.IPPROTO_IP, IP_RECVTOS, 1)
+        six.sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVHOPLIMIT, 1)
+        six.sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVTCLASS, 1)
+        for hops, value in ((255, 0xB8), (7, 0)):
+            guest.send(guest.udp(V6, 5353, six.port, b"x", hlim=hops, tc=value))
+            got = control(six.sock)
+            assert (got[socket.IPPROTO_IPV6, IPV6_HOPLIMIT], got[socket.IPPROTO_IPV6, IPV6_TCLASS]) == (hops, value)
+            guest.send(guest.udp(V4, 5353, four.port, b"x", ttl=hops, tos=value))
+            got = control(four.sock)
+            assert (got[socket.IPPROTO_IP, socket.IP_TTL], got[socket.IPPROTO_IP, socket.IP_TOS] & 0xFF) == (
+                hops,
+                value,
+            )
+
+
 def test_traffic_class_to_the_guest(guest: Guest, family: Family, peer: Peer) -> None:
     meet(guest, peer)
     if family.v6:

@@ -288,6 +288,8 @@ cdef Flow *flow_of(Plane *p, Packet *k, uint16_t guest_port, uint16_t our_port) 
 cdef void mark(Plane *p, Flow *port, Packet *k, bint v4) noexcept nogil:
     """Have what follows leave as the guest's datagram came: hop limit, traffic class, may it be fragmented."""
     cdef bint whole = k.dont_fragment
+    # What a socket was told is noted once: one of both families is told for both, whichever this is of.
+    v4 = v4 or port.flags & FF_TAKES_V4 != 0
     if port.ttl != k.ttl:
         udp_flush(p)
         port.ttl = k.ttl
