@@ -186,6 +186,19 @@ def test_datagram_too_large_for_what_the_ring_has(family: Family, peer: Peer) ->
         assert guest.drops("ring_full") == 1
 
 
+@pytest.mark.parametrize(("size", "count"), [(8000, 60), (60000, 12)])
+def test_large_ones_wait_for_their_turn(family: Family, peer: Peer, size: int, count: int) -> None:
+    """What the ring has no room for now, but will have, stays in the socket."""
+    with Guest(mtu=65520) as guest:
+        meet(guest, peer)
+        with guest.engine.parked():
+            for n in range(count):
+                peer.write(pattern(size, n))
+        for n in range(count):
+            assert guest.receive(is_udp).payload == pattern(size, n)
+        assert guest.drops("ring_full") == 0
+
+
 def test_many_at_once_come_in_order(guest: Guest, family: Family, peer: Peer) -> None:
     """More than one look at the socket takes, and more than the ring has buffers."""
     meet(guest, peer)

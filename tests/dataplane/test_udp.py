@@ -441,6 +441,17 @@ def test_joined_by_the_kernel(family: Family, features: int) -> None:
         assert got == [data[at : at + 1000] for at in range(0, len(data), 1000)]
 
 
+def test_joined_of_what_the_guest_gets_in_fragments(family: Family) -> None:
+    """A frame that it cuts up itself does not become frames beyond its MTU."""
+    with Guest(FULL | USO, mtu=1500) as guest, Peer(family) as peer:
+        meet(guest, peer)
+        peer.sock.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 3000)
+        peer.write(pattern(9000))
+        frames = [guest.receive() for _ in range(9)]
+        assert [frame.fragment.more for frame in frames if frame.fragment] == [True, True, False] * 3
+        assert max(len(frame.raw) for frame in frames) <= 14 + 1500
+
+
 @pytest.mark.parametrize("features", [FULL | USO, FULL], ids=["uso", "full"])
 def test_joined_where_the_ring_is_short(family: Family, features: int) -> None:
     data = pattern(30 * 1000)

@@ -439,6 +439,7 @@ cdef class EngineBase:
                 raise ValueError(f"ring {index} was started before its address was set")
             q.used_idx = q.published = (<uint16_t *>(q.used + 2))[0]
             q.broken = q.kicked = False
+            q.most = 0
             q.started = True
 
     cdef _unwatch_kick(self, Queue *q):

@@ -24,4 +24,6 @@ cdef enum Delivery:
     DROPPED                     # and counted
     RING_SHORT                  # call again when there is room
 
+# Whether so many bytes of payload go unfragmented, by the guest's MTU; only `v6` of the datagram counts.
+cdef bint fits_mtu(Plane *p, Datagram *d, uint32_t size) noexcept nogil
 cdef int datagram_to_guest(Plane *p, Datagram *d) noexcept nogil

@@ -4,7 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from godwit.dataplane.checksum cimport fold, sum_bytes, sum_pseudo
-from godwit.dataplane.plane cimport DROP_MALFORMED, DROP_RING_FULL, ETH_HLEN, HEADERS, Plane, drop
+from godwit.dataplane.plane cimport DROP_MALFORMED, DROP_RING_FULL, ETH_HLEN, HEADERS, Plane, RxBuf, drop
 from godwit.dataplane.sys cimport IPPROTO_ICMP, IPPROTO_UDP, put16, put32
 from godwit.dataplane.to_guest cimport (
     IPV4_HLEN,
@@ -23,7 +23,7 @@ cdef enum:
     FRAGMENT_HLEN = 8       # of IPv6 (RFC 8200, 4.5)
     IPV6_FRAGMENT = 44
     IPV4_MORE = 0x2000
-    SMALL = 2048            # bytes that a ring of a guest's is expected to have room for, sooner or later
+    SMALL = 2048 + HEADERS  # bytes that a ring of a guest's is expected to have room for, sooner or later
 
 
 cdef void put_tos(uint8_t *ip, bint v6, uint8_t tos) noexcept nogil:
@@ -70,9 +70,18 @@ cdef void copy_out(Plane *p, uint32_t head, const uint8_t *data, uint32_t size) 
         data += p.rx.view[i].iov_len
 
 
-cdef int no_room(Plane *p, bint wait) noexcept nogil:
-    """The ring has less than is needed: drop the frame, or wait for more."""
-    if wait:
+cdef int no_room(Plane *p, uint32_t size, bint wait) noexcept nogil:
+    """The ring has less than the `size` bytes that are needed: drop the frame, or wait for more.
+
+    Wait for what the guest gives without our doing: for some such buffer, or
+    for so many as are half of those that it has once given. No driver keeps
+    back more than half of its buffers while it waits for frames.
+    """
+    cdef RxBuf *rx = &p.rx
+    if p.mergeable and rx.chains == rx.pending:     # else there are more, and they do not help
+        if size <= SMALL or <uint64_t>size * rx.chains <= <uint64_t>rx.capacity * (p.queues[RX].most >> 1):
+            wait = True
+    if wait or rx.capacity == 0:
         return RING_SHORT
     drop(p, DROP_RING_FULL)
     return DROPPED
@@ -96,7 +105,7 @@ cdef int in_fragments(Plane *p, Datagram *d, uint8_t *h, uint32_t l4) noexcept n
         part = each if total - at > each else total - at
         capacity = rx_reserve(p, head + part)
         if capacity < head + part:
-            return no_room(p, capacity == 0 or p.mergeable)
+            return no_room(p, head + part, False)
         more = 1 if at + part < total else 0
         if d.v6:
             put16(h + ip + 4, <uint16_t>(FRAGMENT_HLEN + part))
@@ -123,6 +132,10 @@ cdef int in_fragments(Plane *p, Datagram *d, uint8_t *h, uint32_t l4) noexcept n
     return DELIVERED
 
 
+cdef bint fits_mtu(Plane *p, Datagram *d, uint32_t size) noexcept nogil:
+    return p.config.mtu == 0 or (IPV6_HLEN if d.v6 else IPV4_HLEN) + L4_HLEN + size <= p.config.mtu
+
+
 cdef int datagram_to_guest(Plane *p, Datagram *d) noexcept nogil:
     cdef uint8_t h[HEADERS]
     cdef uint32_t ip = p.vnet_size + ETH_HLEN
@@ -138,12 +151,12 @@ cdef int datagram_to_guest(Plane *p, Datagram *d) noexcept nogil:
     put_headers(p, h, d.v6, d.saddr, d.daddr, d.proto, L4_HLEN + d.size)
     if d.tos:
         put_tos(h + ip, d.v6, d.tos)
-    if p.config.mtu and head - ip + d.size > p.config.mtu and d.gso == 0:
+    if d.gso == 0 and not fits_mtu(p, d, d.size):
         return in_fragments(p, d, h, l4)
     capacity = rx_reserve(p, head + d.size)
     if capacity < head + d.size:
         # What can be cut up waits to be; and without mergeable buffers there is never more than the one.
-        return no_room(p, d.gso or capacity == 0 or (p.mergeable and d.size <= SMALL))
+        return no_room(p, head + d.size, d.gso != 0)
     copy_out(p, head, d.payload, d.size)
     put_l4(p, h, d, l4, False)
     if d.gso:

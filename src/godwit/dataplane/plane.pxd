@@ -257,6 +257,7 @@ cdef struct Fragments:
 
 # Receive buffers picked for one frame to the guest.
 cdef struct RxBuf:
+    int pending             # chains that were there to pick from
     int chains
     int count               # of iov
     uint32_t capacity       # bytes, with the vnet header

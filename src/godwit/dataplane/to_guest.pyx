@@ -33,7 +33,7 @@ cdef uint32_t rx_reserve(Plane *p, uint32_t want) noexcept nogil:
     cdef RxBuf *rx = &p.rx
     cdef int pending, n, most
     cdef uint64_t total
-    rx.chains = rx.count = 0
+    rx.pending = rx.chains = rx.count = 0
     rx.capacity = 0
     if not queue_active(q):
         return 0
@@ -41,6 +41,9 @@ cdef uint32_t rx_reserve(Plane *p, uint32_t want) noexcept nogil:
     if pending < 0:
         queue_break(q)
         return 0
+    rx.pending = pending
+    if pending > q.most:
+        q.most = <uint16_t>pending
     most = MAX_RX_CHAINS if p.mergeable else 1
     while rx.capacity < want and rx.chains < pending and rx.chains < most:
         n = queue_chain(q, &p.mem, rx.chains, True, rx.iov + rx.count, rx.guest_addr + rx.count,

@@ -17,7 +17,7 @@ is the socket's own queue, where the kernel drops the newest.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
-from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest
+from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest, fits_mtu
 from godwit.dataplane.flow cimport flow_close, flow_find, flow_index, flow_wait_ring
 from godwit.dataplane.host cimport (
     get_sockaddr,
@@ -290,6 +290,7 @@ cdef bint deliver(Plane *p, Flow *port, int i) noexcept nogil:
     cdef uint8_t ignored[16]
     cdef Flow *f
     cdef uint16_t remote_port
+    cdef bint whole
     cdef int result
     look_at_control(&u.msgs[i].msg_hdr, &seen)
     f = flow_from(p, port, i, &seen, guest, name)
@@ -307,12 +308,14 @@ cdef bint deliver(Plane *p, Flow *port, int i) noexcept nogil:
     d.done = u.done
     d.ident = u.ident
     each = seen.segment if 0 < seen.segment < total else total
+    # What is beyond the guest's MTU goes in fragments, joined or not.
+    whole = (p.guest_uso6 if d.v6 else p.guest_uso4) and fits_mtu(p, &d, each)
     while True:
         d.payload = u.data + i * UDP_SLOT + u.at
         d.size = total - u.at
         d.gso = 0
         if d.size > each:
-            if p.guest_uso6 if d.v6 else p.guest_uso4:
+            if whole:
                 d.gso = <uint16_t>each
             else:
                 d.size = each

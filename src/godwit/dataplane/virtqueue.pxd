@@ -23,6 +23,7 @@ cdef struct Queue:
     uint16_t last_avail     # the next available entry to take
     uint16_t used_idx       # the next used entry to fill; published by queue_publish
     uint16_t published      # what the guest was last shown of it
+    uint16_t most           # chains that waited at a time, since it was started (receive queue)
     bint event_idx          # VIRTIO_F_EVENT_IDX negotiated
     uint8_t *desc
     uint8_t *avail
