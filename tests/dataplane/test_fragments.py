@@ -264,3 +264,27 @@ def test_big_answers_to_pings(family: Family) -> None:
         assert message[0] == (129 if family.v6 else 0)
         assert message[4:8] == b"\0\x07\0\x01"
         assert message[8:] == pattern(5000)
+
+
+@pytest.mark.parametrize("size", [5000, 40000])
+def test_big_answer_to_a_ping_where_the_ring_is_short(family: Family, size: int) -> None:
+    """It goes on where it was: else it would begin anew for ever."""
+    with Namespace("fragments") as space, space.enter(), Guest(num=32, rx=((2048,),) * 2) as guest:
+        guest.send(guest.echo(family, 7, 1, pattern(size)))
+        frames: list[Frame] = []
+        while not frames or frames[-1].fragment is None or frames[-1].fragment.more:
+            frames.append(guest.receive())
+            assert len(frames) < 30
+        assert put_together(frames)[8:] == pattern(size)
+        guest.send(guest.echo(family, 7, 2, b"small"))
+        assert guest.receive(is_echo_reply).payload == b"small"
+
+
+def test_fragment_that_the_ring_never_has_room_for(family: Family, peer: Peer) -> None:
+    """It is dropped, and does not stand in the way of all others."""
+    with Guest(num=64, rx=((1526,),) * 32, mtu=65520) as guest:
+        meet(guest, peer)
+        peer.write(pattern(65527 if family.v6 else 65507))  # more than the MTU, with its headers
+        peer.write(b"small")
+        assert guest.receive(is_udp).payload == b"small"
+        assert guest.drops("ring_full") == 1

@@ -264,9 +264,14 @@ cdef void ping_from_sock(Plane *p, Flow *f) noexcept nogil:
             put16(d.header + 4, f.guest_port)   # the guest's own identifier
             d.payload = p.scratch + ICMP_HLEN
             d.size = <uint32_t>(n - ICMP_HLEN)
+            d.done = f.reply_done
+            d.ident = f.reply_ident
             if datagram_to_guest(p, &d) == RING_SHORT:
+                f.reply_done = d.done
+                f.reply_ident = d.ident
                 flow_wait_ring(p, f)
                 return
+            f.reply_done = 0
             f.last_active = p.now
             flow_deadline(p, f, p.now + PING_TIMEOUT)
         recv(f.sock, p.scratch, 0, MSG_TRUNC | MSG_DONTWAIT)

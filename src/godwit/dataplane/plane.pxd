@@ -149,6 +149,8 @@ cdef struct Flow:
     uint32_t peers          # UDP port: how many flows have it
     uint32_t scope          # interface of a link-local peer
     uint16_t ping_seq       # of the last request
+    uint32_t reply_done     # ping: of a reply that goes in fragments, as in datagram.pxd
+    uint32_t reply_ident
     uint8_t ttl             # what the socket was last told; 0: nothing
     uint8_t tos
 
