@@ -566,6 +566,33 @@ def test_refused_for_another_reason(lan: Namespace, where: str | None) -> None:
         assert asking.recvfrom(100) == (b"!", ("198.51.100.1", port))
 
 
+def test_same_address_on_two_links() -> None:
+    """Link-local addresses are a link's own: who asked last gets the answer."""
+    with Namespace("links") as space, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Namespace(f"link{n}")) for n in (1, 2)]
+        for n, peer in enumerate(peers, 1):
+            space.ip(f"link add a{n} type veth peer name b0 netns {peer.path}")
+            space.ip(f"link set a{n} up")
+            space.ip(f"addr add fe80::{n}00/64 dev a{n} nodad")
+            peer.ip("link set b0 up")
+            peer.ip("addr add fe80::5/64 dev b0 nodad")
+        with space.enter():
+            guest = stack.enter_context(Guest())
+            port = stack.enter_context(forwarded(guest, V6, 53))
+        guest.send(guest.udp(V6, 1, 9, b"x", src="fe80::10"))  # its address there
+        for n, peer in enumerate(peers, 1):
+            with peer.enter():
+                sock = stack.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+                link = socket.if_nametoindex("b0")
+            sock.settimeout(10)
+            sock.bind(("fe80::5", 7777, 0, link))
+            sock.sendto(b"?", (f"fe80::{n}00", port, 0, link))
+            question = guest.receive(is_udp).ether
+            assert question[IPv6].src == "fe80::5"
+            guest.send(guest.udp(V6, 53, 7777, b"!", src="fe80::10", dst="fe80::5"))
+            assert sock.recv(10) == b"!"
+
+
 @pytest.mark.parametrize("own_address", [V4.guest, "192.0.2.77"], ids=["the_hosts", "another"])
 def test_own_broadcast_does_not_come_back(lan: Namespace, own_address: str) -> None:
     with Guest() as guest, forwarded(guest, V4, 9999, "0.0.0.0") as port:
@@ -592,6 +619,19 @@ def test_datagrams_leave_descriptors_for_connections(family: Family, peer: Peer)
         for n in range(16):
             guest.send(guest.udp(family, 6000 + n, peer.port, b"x"))
         assert guest.drops("table_full") == 7
+        Conn(guest, family, server.getsockname()[1]).connect()
+
+
+def test_forwarded_ports_and_datagrams_leave_places_for_connections(family: Family) -> None:
+    with (
+        Guest(max_flows=128) as guest,
+        contextlib.ExitStack() as stack,
+        socket.create_server((family.loopback, 0), family=family.af) as server,
+    ):
+        for n in range(80):
+            stack.enter_context(forwarded(guest, family, 1000 + n, family.loopback))
+        guest.send_all([guest.udp(family, 5000, 1 + n, b"x") for n in range(64)])
+        assert guest.engine.counters()["flows"] == 24
         Conn(guest, family, server.getsockname()[1]).connect()
 
 

@@ -658,6 +658,7 @@ cdef class EngineBase:
             raise ValueError("the flow table is full")
         self.p.open_ports -= 1
         self.p.open_sockets -= 1    # it was there before the limit was set
+        self.p.forwards += 1
         f.flags = FF_FORWARD | (FF_V6 if v6 else 0) | (FF_TAKES_V4 if not v6 or not only else 0)
         f.sock = fd
         udp_prepare(fd, v6, not v6 or not only, True)

@@ -315,6 +315,7 @@ cdef struct Plane:
     uint32_t used_flows         # slots ever used
     uint32_t open_flows
     uint32_t open_peers         # of those the UDP ones
+    uint32_t forwards           # forwarded UDP ports: places that nobody else ever has
     uint32_t many_ports         # UDP ports that the guest has sent to many from (FF_ANY_PEER)
     uint32_t open_ports         # UDP ports of the guest's own, and pings
     uint32_t open_sockets       # of flows and UDP ports, forwarded ones not counted: what flow_limit limits

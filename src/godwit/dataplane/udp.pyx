@@ -222,9 +222,10 @@ cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote
 cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, uint16_t guest_port,
                         const uint8_t *our_addr, uint16_t our_port, bint from_outside) noexcept nogil:
     cdef Flow *f
+    cdef uint32_t places = p.max_flows - p.forwards
     # They take no descriptor, but a place in the table: TCP shall always find
     # one, and so shall the guest, whatever comes in from outside.
-    if p.open_peers >= (p.max_flows >> 2 if from_outside else p.max_flows >> 1):
+    if p.open_peers >= ((places + 3) >> 2 if from_outside else (places + 1) >> 1):
         return NULL
     f = flow_new(p, FLOW_UDP, guest_addr, guest_port, our_addr, our_port)
     if f == NULL:

@@ -273,7 +273,8 @@ cdef Flow *flow_from(Plane *p, Flow *port, int i, Seen *seen, uint8_t *guest, ui
         f.flags = 0 if is_v4(guest) else FF_V6
         memcpy(f.remote_addr, remote, 16)
         f.remote_port = remote_port
-        f.scope = sender.sin6_scope_id if is_link_local6(remote) else 0
+    # Of two on different links with the same address, too, the answer goes to who asked last.
+    f.scope = sender.sin6_scope_id if is_link_local6(remote) else 0
     if port.flags & FF_FORWARD and to_one(p, seen.local_addr):
         memcpy(f.local_addr, seen.local_addr, 16)   # the answer comes from where the question went
     return f
