@@ -141,6 +141,77 @@ def test_forward_to_another_address(guest: Guest, family: Family, peer: Peer) ->
         assert guest.drops("unreachable") == 1
 
 
+def other_address(family: Family) -> str:
+    return "2001:db8::77" if family.v6 else "192.0.2.77"
+
+
+def test_exchange_stays_with_the_guests_address(guest: Guest, family: Family, peer: Peer) -> None:
+    """Whatever other address of its own the guest uses meanwhile, for other things: hosts with IPv6 have several."""
+    with forwarded(guest, family, 4500) as port:
+        peer.sock.sendto(b"question", (family.loopback, port))
+        guest.receive(is_udp)
+        guest.send(guest.udp(family, 4500, peer.port, b"answer"))
+        assert peer.read() == b"answer"
+        guest.send(guest.udp(family, 9, 9, b"x", src=other_address(family)))
+        peer.write(b"more")
+        assert ends(guest.receive(is_udp), family)[2] == family.guest
+        # Who has not been answered from an address gets to that which is in use.
+        with Peer(family) as new:
+            new.sock.sendto(b"first", (family.loopback, port))
+            assert ends(guest.receive(is_udp), family)[2] == other_address(family)
+        # And so does who the guest has not answered for long.
+        for _ in range(4):
+            guest.engine.advance(50 * SECOND)
+            peer.write(b"more")
+            where = ends(guest.receive(is_udp), family)[2]
+        assert where == other_address(family)
+
+
+def test_two_addresses_of_the_guests_to_one_peer(guest: Guest, family: Family, peer: Peer) -> None:
+    """One socket, so it cannot be told which is meant: the one that the guest used last."""
+    with forwarded(guest, family, 4500):
+        for source in (family.guest, other_address(family)) * 2:
+            guest.send(guest.udp(family, 4500, peer.port, b"call", src=source))
+            peer.read()
+            peer.write(b"answer")
+            assert ends(guest.receive(is_udp), family)[2] == source
+    assert guest.engine.counters()["flows"] == 2
+
+
+def test_exchange_when_the_guest_gets_another_address(guest: Guest, family: Family, peer: Peer) -> None:
+    new = other_address(family)
+    with forwarded(guest, family, 4500) as port:
+        peer.sock.sendto(b"question", (family.loopback, port))
+        guest.receive(is_udp)
+        guest.send(guest.udp(family, 4500, peer.port, b"answer"))
+        peer.read()
+        guest.configure(**{"addr6" if family.v6 else "addr4": address(new)})
+        guest.send(guest.udp(family, 9, 9, b"x", src=new))
+        peer.write(b"more")
+        assert ends(guest.receive(is_udp), family)[2] == new
+
+
+def test_names_change(guest: Guest, family: Family, peer: Peer) -> None:
+    """What the guest has begun goes on, when the host is called otherwise from now on."""
+    meet(guest, peer)
+    router = "2001:db8::fe" if family.v6 else "192.0.2.254"
+    guest.configure(maps=[(address(router), 0, address(family.loopback), 0)])
+    guest.send(guest.udp(family, 5000, peer.port, b"again"))
+    assert peer.read() == b"again"
+    peer.write(b"yes")
+    assert ends(guest.receive(is_udp), family) == (family.gateway, peer.port, family.guest, 5000)
+
+
+def test_two_names_of_one_peer(guest: Guest, family: Family, peer: Peer) -> None:
+    other = "2001:db8::53" if family.v6 else "192.0.2.53"
+    guest.configure(maps=[(address(name), 0, address(family.loopback), 0) for name in (family.gateway, other)])
+    for name in (family.gateway, other) * 2:
+        guest.send(guest.udp(family, 5000, peer.port, b"call", dst=name))
+        peer.read()
+        peer.write(b"answer")
+        assert ends(guest.receive(is_udp), family)[0] == name
+
+
 def test_guest_without_an_address_yet(family: Family, peer: Peer) -> None:
     with Guest() as guest, forwarded(guest, family, 53) as port:
         guest.configure(**{"addr6" if family.v6 else "addr4": None})

@@ -33,9 +33,11 @@ from godwit.dataplane.memory cimport memory_add, memory_clear, memory_clear_log,
 from godwit.dataplane.pcap cimport pcap_close, pcap_flush, pcap_open
 from godwit.dataplane.plane cimport (
     DROPS,
+    FF_ANSWERED,
     FF_FORWARD,
     FF_TAKES_V4,
     FF_V6,
+    FLOW_UDP,
     FLOW_UDP_PORT,
     MAX_MAPS,
     MAX_TARGETS,
@@ -133,6 +135,14 @@ cdef object copy_bytes(uint8_t *out, bytes value, int size, str what):
     if len(value) != size:
         raise ValueError(f"{what} must be {size} bytes, not {len(value)}")
     memcpy(out, <const uint8_t *>value, size)
+
+
+cdef void renumber(Plane *p) noexcept nogil:
+    """The guest will have other addresses: what comes to forwarded ports is not for those of before."""
+    cdef uint32_t i
+    for i in range(p.used_flows):
+        if p.flows[i].kind == FLOW_UDP:
+            p.flows[i].flags &= ~FF_ANSWERED
 
 
 cdef class EngineBase:
@@ -285,6 +295,8 @@ cdef class EngineBase:
         if len(maps) > MAX_MAPS:
             raise ValueError(f"at most {MAX_MAPS} address mappings, not {len(maps)}")
         with self.parked():
+            if (self.p.config.addr4[:16], self.p.config.addr6[:16]) != (addr4 or bytes(16), addr6 or bytes(16)):
+                renumber(self.p)
             copy_bytes(self.p.config.our_mac, our_mac, 6, "MAC address")
             self.p.config.has_v4 = addr4 is not None
             self.p.config.has_v6 = addr6 is not None

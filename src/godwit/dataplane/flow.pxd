@@ -22,6 +22,11 @@ cdef Flow *flow_find(Plane *p, int kind, const uint8_t *guest_addr, uint16_t gue
 # A new flow with these ends, in the table; NULL when the table is full.
 cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
                     const uint8_t *our_addr, uint16_t our_port) noexcept nogil
+# UDP flows by their port and their peer on the host's side. Of several the one
+# that was put in last is found. A flow is taken out while either changes.
+cdef Flow *peer_find(Plane *p, uint32_t port, const uint8_t *remote, uint16_t remote_port) noexcept nogil
+cdef void peer_in(Plane *p, Flow *f) noexcept nogil
+cdef void peer_out(Plane *p, Flow *f) noexcept nogil
 # Close the socket and take the flow out of everything.
 cdef void flow_close(Plane *p, Flow *f) noexcept nogil
 cdef void flow_release(Plane *p, Flow *f) noexcept nogil

@@ -8,6 +8,7 @@ from godwit.dataplane.plane cimport (
     FF_ANY_PEER,
     FF_FORWARD,
     FF_RING_WAIT,
+    FF_SHARED,
     FF_TOUCHED,
     FLOW_DEAD,
     FLOW_FREE,
@@ -99,10 +100,11 @@ cdef int flows_init(Plane *p, uint32_t max_flows) noexcept nogil:
         return -errno
     p.flows = <Flow *>reserve(max_flows * sizeof(Flow))
     p.buckets = <uint32_t *>reserve(buckets * sizeof(uint32_t))
+    p.remotes = <uint32_t *>reserve(buckets * sizeof(uint32_t))
     p.heap = <uint32_t *>reserve(max_flows * sizeof(uint32_t))
     p.max_flows = max_flows
     p.bucket_mask = buckets - 1
-    if p.flows == NULL or p.buckets == NULL or p.heap == NULL:
+    if p.flows == NULL or p.buckets == NULL or p.remotes == NULL or p.heap == NULL:
         flows_free(p)
         return -ENOMEM
     p.free_head = p.touched = p.ring_wait = p.ring_wait_tail = NONE
@@ -120,10 +122,13 @@ cdef void flows_free(Plane *p) noexcept nogil:
         munmap(p.flows, p.max_flows * sizeof(Flow))
     if p.buckets != NULL:
         munmap(p.buckets, (p.bucket_mask + 1) * sizeof(uint32_t))
+    if p.remotes != NULL:
+        munmap(p.remotes, (p.bucket_mask + 1) * sizeof(uint32_t))
     if p.heap != NULL:
         munmap(p.heap, p.max_flows * sizeof(uint32_t))
     p.flows = NULL
     p.buckets = NULL
+    p.remotes = NULL
     p.heap = NULL
 
 
@@ -140,6 +145,41 @@ cdef Flow *flow_find(Plane *p, int kind, const uint8_t *guest_addr, uint16_t gue
             return f
         i = f.hash_next
     return NULL
+
+
+cdef uint32_t *remote_bucket(Plane *p, uint32_t port, const uint8_t *remote, uint16_t remote_port) noexcept nogil:
+    cdef uint8_t nobody[16]
+    memset(nobody, 0, 16)
+    return &p.remotes[bucket(p, <int>port, remote, remote_port, nobody, 0)]
+
+
+cdef Flow *peer_find(Plane *p, uint32_t port, const uint8_t *remote, uint16_t remote_port) noexcept nogil:
+    cdef uint32_t i = remote_bucket(p, port, remote, remote_port)[0]
+    cdef Flow *f
+    while i:
+        f = &p.flows[i - 1]
+        if f.port == port and f.remote_port == remote_port and memcmp(f.remote_addr, remote, 16) == 0:
+            return f
+        i = f.remote_next
+    return NULL
+
+
+cdef void peer_in(Plane *p, Flow *f) noexcept nogil:
+    cdef uint32_t *at = remote_bucket(p, f.port, f.remote_addr, f.remote_port)
+    cdef Flow *other = peer_find(p, f.port, f.remote_addr, f.remote_port)
+    if other != NULL:
+        other.flags |= FF_SHARED
+        f.flags |= FF_SHARED
+    f.remote_next = at[0]
+    at[0] = flow_index(p, f) + 1
+
+
+cdef void peer_out(Plane *p, Flow *f) noexcept nogil:
+    cdef uint32_t own = flow_index(p, f) + 1
+    cdef uint32_t *at = remote_bucket(p, f.port, f.remote_addr, f.remote_port)
+    while at[0] != own:
+        at = &p.flows[at[0] - 1].remote_next
+    at[0] = f.remote_next
 
 
 cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
@@ -235,6 +275,7 @@ cdef void flow_close(Plane *p, Flow *f) noexcept nogil:
     if f.flags & FF_ANY_PEER:
         p.many_ports -= 1
     if f.kind == FLOW_UDP:
+        peer_out(p, f)
         port = &p.flows[f.port]
         port.peers -= 1
         if port.peers == 0 and not port.flags & FF_FORWARD:

@@ -92,6 +92,7 @@ cdef enum FlowFlag:
     FF_DONT_FRAGMENT = 0x400000 # the socket's datagrams leave unfragmented, or not at all
     FF_NO_GSO = 0x800000    # UDP port: the kernel refused to cut up a large datagram
     FF_ANSWERED = 0x1000000 # UDP: the guest has sent to this peer
+    FF_SHARED = 0x2000000   # UDP: another flow is, or was, of the same port and the same peer
 
 # Bytes that a socket's buffers did not take: of a flow that has migrated, or
 # of a guest that was promised more room than there was.
@@ -146,6 +147,7 @@ cdef struct Flow:
     Carry *carry_to_sock    # before what the guest sends
     # UDP and ping
     uint32_t port           # UDP: the index of its FLOW_UDP_PORT
+    uint32_t remote_next    # UDP: next in the bucket of Plane.remotes
     uint32_t peers          # UDP port: how many flows have it
     uint32_t scope          # interface of a link-local peer
     uint16_t ping_seq       # of the last request
@@ -320,7 +322,8 @@ cdef struct Plane:
     uint32_t open_ports         # UDP ports of the guest's own, and pings
     uint32_t open_sockets       # of flows and UDP ports, forwarded ones not counted: what flow_limit limits
     uint32_t free_head
-    uint32_t *buckets
+    uint32_t *buckets           # of all flows and ports, by the ends as the guest knows them
+    uint32_t *remotes           # of UDP flows, by port and peer
     uint32_t bucket_mask
     uint64_t hash_key[2]
     uint32_t *heap

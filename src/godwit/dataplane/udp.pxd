@@ -22,8 +22,11 @@ cdef void udp_prepare(int fd, bint v6, bint v4, bint forwarded) noexcept nogil
 # The flow of a datagram (or of an error about one) between a port and a peer
 # of the host's side; NULL: there is none.
 cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote_port) noexcept nogil
-# A new one. NULL: as many are there as there may be, more if it is the guest that sends.
-cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, uint16_t guest_port,
-                        const uint8_t *our_addr, uint16_t our_port, bint from_outside) noexcept nogil
+# A new one, with these flags and that of its family. NULL: as many are there as there may be, more if it is the
+# guest that sends (FF_FROM_GUEST).
+cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, const uint8_t *our_addr,
+                        const uint8_t *remote, uint16_t remote_port, uint32_t flags) noexcept nogil
+# Whether the guest has used the flow of late: what comes from the peer is for the address that it did so from.
+cdef bint udp_is_held(Plane *p, Flow *f) noexcept nogil
 # The flow was used: it lives for so much longer.
 cdef void udp_used(Plane *p, Flow *f) noexcept nogil

@@ -24,10 +24,19 @@ on the wire they are what the guest sent.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from godwit.dataplane.flow cimport flow_close, flow_deadline, flow_find, flow_index, flow_new, flow_watch
+from godwit.dataplane.flow cimport (
+    flow_close,
+    flow_deadline,
+    flow_find,
+    flow_index,
+    flow_new,
+    flow_watch,
+    peer_find,
+    peer_in,
+    peer_out,
+)
 from godwit.dataplane.host cimport (
     bind_outbound,
-    guest_side,
     is_link_local6,
     is_loopback,
     is_unspecified,
@@ -35,7 +44,6 @@ from godwit.dataplane.host cimport (
     map_v4,
     put_sockaddr,
     put_sockaddr6,
-    to_guest_name,
     to_host,
 )
 from godwit.dataplane.icmp cimport errors_from_sock, unreachable_to_guest
@@ -53,13 +61,13 @@ from godwit.dataplane.plane cimport (
     FF_FORWARD,
     FF_FROM_GUEST,
     FF_NO_GSO,
+    FF_SHARED,
     FF_TAKES_V4,
     FF_V6,
     FLOW_UDP,
     FLOW_UDP_PORT,
     NONE,
     UDP_OUT,
-    AddrMap,
     Flow,
     Plane,
     UdpOut,
@@ -196,43 +204,31 @@ cdef Flow *port_for(Plane *p, Packet *k, uint16_t guest_port, const uint8_t *hos
 
 
 cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote_port) noexcept nogil:
-    cdef uint8_t name[16]
-    cdef uint32_t own = flow_index(p, port)
-    cdef const uint8_t *guest = port.guest_addr
-    cdef AddrMap *m
-    cdef Flow *f
-    cdef int i
-    if is_unspecified(guest):
-        guest = guest_side(p, remote)
-    if to_guest_name(p, remote, remote_port, name):
-        f = flow_find(p, FLOW_UDP, guest, port.guest_port, name, remote_port)
-        if f != NULL and f.port == own:
-            return f
-    # Several names of the guest's may lead to the one address of the host's.
-    for i in range(p.config.map_count):
-        m = &p.config.maps[i]
-        if (m.port == 0 or m.port == remote_port) and memcmp(m.host, remote, 16) == 0:
-            f = flow_find(p, FLOW_UDP, guest, port.guest_port, m.guest, remote_port)
-            if f != NULL and f.port == own:
-                return f
-    f = flow_find(p, FLOW_UDP, guest, port.guest_port, remote, remote_port)
-    return f if f != NULL and f.port == own else NULL
+    return peer_find(p, flow_index(p, port), remote, remote_port)
 
 
-cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, uint16_t guest_port,
-                        const uint8_t *our_addr, uint16_t our_port, bint from_outside) noexcept nogil:
+cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, const uint8_t *our_addr,
+                        const uint8_t *remote, uint16_t remote_port, uint32_t flags) noexcept nogil:
     cdef Flow *f
     cdef uint32_t places = p.max_flows - p.forwards
     # They take no descriptor, but a place in the table: TCP shall always find
     # one, and so shall the guest, whatever comes in from outside.
-    if p.open_peers >= ((places + 3) >> 2 if from_outside else (places + 1) >> 1):
+    if p.open_peers >= ((places + 1) >> 1 if flags & FF_FROM_GUEST else (places + 3) >> 2):
         return NULL
-    f = flow_new(p, FLOW_UDP, guest_addr, guest_port, our_addr, our_port)
+    f = flow_new(p, FLOW_UDP, guest_addr, port.guest_port, our_addr, remote_port)
     if f == NULL:
         return NULL
+    f.flags = flags | (0 if is_v4(guest_addr) else FF_V6)
+    memcpy(f.remote_addr, remote, 16)
+    f.remote_port = remote_port
     f.port = flow_index(p, port)
     port.peers += 1
+    peer_in(p, f)
     return f
+
+
+cdef bint udp_is_held(Plane *p, Flow *f) noexcept nogil:
+    return f.flags & FF_ANSWERED != 0 and p.now - f.last_active < TIMEOUT
 
 
 cdef void udp_used(Plane *p, Flow *f) noexcept nogil:
@@ -241,7 +237,6 @@ cdef void udp_used(Plane *p, Flow *f) noexcept nogil:
         timeout = TIMEOUT_UNANSWERED
     elif f.our_port == DNS:
         timeout = TIMEOUT_DNS
-    f.last_active = p.now
     flow_deadline(p, f, p.now + timeout)
 
 
@@ -264,15 +259,12 @@ cdef Flow *flow_of(Plane *p, Packet *k, uint16_t guest_port, uint16_t our_port) 
     port = port_for(p, k, guest_port, host)
     if port == NULL:
         return NULL
-    f = udp_add_peer(p, port, k.saddr, guest_port, k.daddr, our_port, False)
+    f = udp_add_peer(p, port, k.saddr, k.daddr, host, our_port, FF_FROM_GUEST)
     if f == NULL:
         drop(p, DROP_TABLE_FULL)
         if port.peers == 0 and not port.flags & FF_FORWARD:
             flow_close(p, port)
         return NULL
-    f.flags = FF_FROM_GUEST | (FF_V6 if k.v6 else 0)
-    memcpy(f.remote_addr, host, 16)
-    f.remote_port = our_port
     f.scope = p.config.ifindex if is_link_local6(host) else 0
     if port.flags & FF_FORWARD:
         memcpy(f.local_addr, &p.config.outbound4[0] if is_v4(host) else &p.config.outbound6[0], 16)
@@ -559,5 +551,10 @@ cdef void udp_from_guest(Plane *p, Packet *k) noexcept nogil:
     if f == NULL:
         return
     f.flags |= FF_ANSWERED
+    f.last_active = p.now
     udp_used(p, f)
+    if f.flags & FF_SHARED and udp_peer(p, &p.flows[f.port], f.remote_addr, f.remote_port) != f:
+        # The guest has several addresses, or names for the peer: the answer is for the one that it used last.
+        peer_out(p, f)
+        peer_in(p, f)
     collect(p, &p.flows[f.port], f, k)

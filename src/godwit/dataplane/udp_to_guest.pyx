@@ -18,7 +18,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest, fits_mtu
-from godwit.dataplane.flow cimport flow_close, flow_find, flow_index, flow_wait_ring
+from godwit.dataplane.flow cimport flow_close, flow_find, flow_index, flow_wait_ring, peer_in, peer_out
 from godwit.dataplane.host cimport (
     get_sockaddr,
     guest_side,
@@ -34,7 +34,6 @@ from godwit.dataplane.plane cimport (
     DROP_UNREACHABLE,
     FF_ANY_PEER,
     FF_FORWARD,
-    FF_V6,
     FLOW_UDP,
     FLOW_UDP_PORT,
     NONE,
@@ -89,7 +88,7 @@ from godwit.dataplane.sys cimport (
     socket,
     socklen_t,
 )
-from godwit.dataplane.udp cimport udp_add_peer, udp_peer, udp_used
+from godwit.dataplane.udp cimport udp_add_peer, udp_is_held, udp_peer, udp_used
 from godwit.dataplane.virtqueue cimport RX, Queue, queue_active, queue_break, queue_pending
 
 cdef enum:
@@ -214,17 +213,23 @@ cdef bint is_own_echo(Plane *p, const uint8_t *remote, uint16_t remote_port) noe
     return False
 
 
-cdef Flow *known(Plane *p, Flow *port, const uint8_t *guest, const uint8_t *name, uint16_t name_port) noexcept nogil:
-    """The flow between these, if it is there; it is this port's from now on, if it was another's."""
-    cdef Flow *f = flow_find(p, FLOW_UDP, guest, port.guest_port, name, name_port)
+cdef Flow *known(Plane *p, Flow *port, const uint8_t *guest, const uint8_t *name, const uint8_t *remote,
+                 uint16_t remote_port) noexcept nogil:
+    """The flow between these, if it is there; it is this port's and this peer's from now on, if it was another's."""
+    cdef Flow *f = flow_find(p, FLOW_UDP, guest, port.guest_port, name, remote_port)
     cdef Flow *other
-    if f != NULL and f.port != flow_index(p, port):
-        other = &p.flows[f.port]
-        f.port = flow_index(p, port)
-        port.peers += 1
-        other.peers -= 1
-        if other.peers == 0 and not other.flags & FF_FORWARD:
-            flow_close(p, other)
+    if f == NULL or (f.port == flow_index(p, port) and memcmp(f.remote_addr, remote, 16) == 0):
+        return f
+    peer_out(p, f)
+    # Addresses of the host's own may share a name: the answer goes to who asked last.
+    memcpy(f.remote_addr, remote, 16)
+    other = &p.flows[f.port]
+    f.port = flow_index(p, port)
+    peer_in(p, f)
+    port.peers += 1
+    other.peers -= 1
+    if other.peers == 0 and not other.flags & FF_FORWARD:
+        flow_close(p, other)
     return f
 
 
@@ -238,41 +243,32 @@ cdef Flow *flow_from(Plane *p, Flow *port, int i, Seen *seen, uint8_t *guest, ui
     cdef uint8_t remote[16]
     cdef uint16_t remote_port
     cdef Flow *f
+    cdef bint open_to_all = port.flags & (FF_FORWARD | FF_ANY_PEER) != 0
     memset(guest, 0, 16)
     get_sockaddr(<sockaddr *>sender, remote, &remote_port)
-    if not port.flags & (FF_FORWARD | FF_ANY_PEER):
-        f = udp_peer(p, port, remote, remote_port)
-        if f == NULL:
-            drop(p, DROP_NO_FLOW)
-            return NULL
-        memcpy(guest, f.guest_addr, 16)
-        memcpy(name, f.our_addr, 16)
-        return f
+    f = udp_peer(p, port, remote, remote_port)
+    if f == NULL and not open_to_all:
+        drop(p, DROP_NO_FLOW)
+        return NULL
     if port.flags & FF_FORWARD and not to_one(p, seen.local_addr) and is_own_echo(p, remote, remote_port):
         return NULL
-    if port.flags & FF_FORWARD and is_unspecified(port.guest_addr):
-        memcpy(guest, guest_side(p, remote), 16)
-    elif is_v4(port.guest_addr) == is_v4(remote):
-        memcpy(guest, port.guest_addr, 16)
-    if is_unspecified(guest) or remote_port == 0 or not to_guest_name(p, remote, remote_port, name):
-        drop(p, DROP_UNREACHABLE)
-        memset(guest, 0, 16)
-        return NULL
-    f = udp_peer(p, port, remote, remote_port) if port.flags & FF_ANY_PEER else NULL
-    if f != NULL:
+    if f != NULL and (not open_to_all or udp_is_held(p, f)):
+        memcpy(guest, f.guest_addr, 16)
         memcpy(name, f.our_addr, 16)
     else:
-        f = known(p, port, guest, name, remote_port)
-        if f != NULL:
-            # Addresses of the host's own may share a name: the answer goes to who asked last.
-            memcpy(f.remote_addr, remote, 16)
-    if f == NULL:
-        f = udp_add_peer(p, port, guest, port.guest_port, name, remote_port, True)
+        if port.flags & FF_FORWARD and is_unspecified(port.guest_addr):
+            memcpy(guest, guest_side(p, remote), 16)
+        elif is_v4(port.guest_addr) == is_v4(remote):
+            memcpy(guest, port.guest_addr, 16)
+        if is_unspecified(guest) or remote_port == 0 or not to_guest_name(p, remote, remote_port, name):
+            drop(p, DROP_UNREACHABLE)
+            memset(guest, 0, 16)
+            return NULL
+        f = known(p, port, guest, name, remote, remote_port)
+        if f == NULL:
+            f = udp_add_peer(p, port, guest, name, remote, remote_port, 0)
         if f == NULL:
             return NULL
-        f.flags = 0 if is_v4(guest) else FF_V6
-        memcpy(f.remote_addr, remote, 16)
-        f.remote_port = remote_port
     # Of two on different links with the same address, too, the answer goes to who asked last.
     f.scope = sender.sin6_scope_id if is_link_local6(remote) else 0
     if port.flags & FF_FORWARD and to_one(p, seen.local_addr):
