@@ -150,6 +150,8 @@ def test_path_mtu(far: tuple[Guest, str, str], family: Family) -> None:
             assert quoted[UDPerror].dport == 9000
         else:
             assert bytes(quoted.payload)[4:8] == b"\0\x09\0\x02"
+        guest.barrier()
+        assert guest.look(is_error, 0) is None  # it is told once
     # A batch that is joined for the kernel tells it as well.
     guest.send_all([guest.udp(family, 5000, 9000, pattern(2000), **unfragmented) for _ in range(5)])
     assert is_error(guest.receive(is_error))

@@ -8,8 +8,9 @@ from godwit.dataplane.sys cimport iovec
 cdef void ping_from_guest(Plane *p, Packet *k) noexcept nogil
 cdef void ping_from_sock(Plane *p, Flow *f) noexcept nogil
 # What a socket's error queue has (of a UDP port or a ping) goes to the guest.
-# `sending`: whose datagram the kernel has just refused; or NULL.
-cdef void errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil
+# `sending`: whose datagram the kernel has just refused; or NULL. Returns whether
+# one was of the kernel's own: a datagram that is beyond the MTU.
+cdef bint errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil
 # The kernel refused a datagram of the guest's, with this error number.
 cdef void unreachable_to_guest(Plane *p, Flow *f, int why, const iovec *iov, int count) noexcept nogil
 # The guest says that it cannot take a datagram.

@@ -404,7 +404,7 @@ cdef void pass_on(Plane *p, Flow *f, sock_extended_err *e, const uint8_t *quoted
     error_to_guest(p, f, source, kind, code, info, quoted, size)
 
 
-cdef void errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil:
+cdef bint errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil:
     cdef uint8_t quoted[QUOTED6 + ICMP_HLEN]
     cdef uint64_t room[ERROR_CONTROL]   # aligned as control messages have to be
     cdef sockaddr_storage name
@@ -417,6 +417,7 @@ cdef void errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil:
     cdef Flow *about
     cdef ssize_t n
     cdef int i
+    cdef bint too_big = False
     for i in range(ERROR_BATCH):
         memset(&msg, 0, sizeof(msg))
         iov.iov_base = quoted
@@ -431,7 +432,7 @@ cdef void errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil:
         if n < 0:
             if errno == EINTR:
                 continue
-            return
+            break
         e = NULL
         c = CMSG_FIRSTHDR(&msg)
         while c != NULL:
@@ -441,6 +442,8 @@ cdef void errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil:
             c = CMSG_NXTHDR(&msg, c)
         if e == NULL:
             continue
+        if e.ee_origin == SO_EE_ORIGIN_LOCAL and e.ee_errno == EMSGSIZE:
+            too_big = True
         about = f
         if f.kind != FLOW_PING:
             if msg.msg_namelen == 0:
@@ -451,6 +454,7 @@ cdef void errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil:
                 about = sending     # IPv4's own errors do not say the port where the socket is not connected
         if about != NULL:
             pass_on(p, about, e, quoted, <uint32_t>n)
+    return too_big
 
 
 # ---- errors from the guest

@@ -524,6 +524,11 @@ cdef void udp_flush(Plane *p) noexcept nogil:
         why = errno
         if why == EINTR:
             continue
+        if why == EMSGSIZE and o.segments[i] == 1 and errors_from_sock(p, port, &p.flows[o.flows[i]]):
+            drop_all(p, DROP_SEND, 1)   # it was this one, and the guest has been told: once
+            i += 1
+            again = False
+            continue
         if why != EAGAIN and not again:
             again = True    # it may be an earlier datagram's error, which a call reports once
             continue
