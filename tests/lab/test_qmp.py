@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -108,11 +109,22 @@ def test_agent_results(line: tuple[Agent, socket.socket]) -> None:
 
 def test_agent_runs_commands(line: tuple[Agent, socket.socket]) -> None:
     agent, guest = line
-    guest.sendall(b"out 1 one  word\nout 1 two\nexit 1 0\nout 2 sorry\nexit 2 3\n")
-    assert agent.run("cat", "/a file") == "one  word\ntwo"
-    assert b"cat '/a file'" in guest.recv(100)
-    with pytest.raises(CommandError, match="exit status 3: sorry"):
-        agent.run("false")
+    commands = []
+
+    def serve(answer: str) -> None:
+        _, job, command = guest.recv(100).decode().rstrip().split(" ", 2)
+        commands.append(command)
+        guest.sendall(answer.replace("JOB", job).encode())
+
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve, "out JOB one  word\nout JOB two\nexit JOB 0\n")
+        assert agent.run("cat", "/a file") == "one  word\ntwo"
+        served.result(1)
+        served = pool.submit(serve, "out JOB sorry\nexit JOB 3\n")
+        with pytest.raises(CommandError, match="exit status 3: sorry"):
+            agent.run("false")
+        served.result(1)
+    assert ["cat '/a file'" in commands[0], "false" in commands[1]] == [True, True]
 
 
 def test_agent_moves_to_another_line(line: tuple[Agent, socket.socket]) -> None:

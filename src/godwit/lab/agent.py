@@ -66,7 +66,7 @@ def _result(words: list[str]) -> Result:
 
 
 class Agent:
-    """The agent of one guest. Jobs are numbered from 1 on."""
+    """The agent of one guest."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._changed = threading.Condition()
