@@ -370,7 +370,7 @@ def test_reply_into_parts(family: Family, parts: tuple[int, ...]) -> None:
 
 def test_other_messages_go_nowhere(pinging: Guest, family: Family) -> None:
     message = ICMPv6EchoRequest if family.v6 else ICMP
-    for kind in (5, 10, 11, 4, 129 if family.v6 else 0):
+    for kind in (5, 10, 11, 4, 130 if family.v6 else 0):
         frame = pinging.ip(family) / message(type=kind, code=0) / Raw(bytes(30))
         pinging.send(frame)
     assert pinging.drops("protocol") == 5
@@ -430,6 +430,47 @@ def test_an_address_is_learnt_before_it_is_used(guest: Guest) -> None:
     seen = guest.engine.observed()
     assert ipaddress.ip_address(seen.addr6) == ipaddress.ip_address(own)
     assert ipaddress.ip_address(seen.addr6_ll) == ipaddress.ip_address("fe80::5")
+
+
+def test_an_address_in_the_prefix_is_the_better_one(guest: Guest) -> None:
+    def asks(target: str) -> bytes:
+        ether = Ether(src=GUEST_MAC, dst="33:33:ff:00:00:67")
+        return bytes(ether / IPv6(src="::", dst="ff02::1:ff00:67", hlim=255) / ICMPv6ND_NS(tgt=target))
+
+    for target, expected in (
+        ("2001:db8:5::67", "2001:db8:5::67"),
+        ("2001:db8::67", "2001:db8::67"),
+        ("2001:db8:5::67", "2001:db8::67"),
+    ):
+        guest.send(asks(target))
+        guest.barrier()
+        assert ipaddress.ip_address(guest.engine.observed().addr6) == ipaddress.ip_address(expected)
+
+
+def test_an_ipv4_address_is_learnt_from_arp(guest: Guest) -> None:
+    def seen() -> str:
+        guest.barrier()
+        return str(ipaddress.ip_address(guest.engine.observed().addr4))
+
+    ether = Ether(src=GUEST_MAC, dst="ff:ff:ff:ff:ff:ff")
+    guest.send(ether / ARP(hwsrc=GUEST_MAC, psrc="0.0.0.0", pdst="192.0.2.9"))
+    guest.send(ether / ARP(hwsrc=GUEST_MAC, psrc="127.0.0.1", pdst="192.0.2.9"))
+    guest.send(ether / ARP(hwsrc=GUEST_MAC, psrc="224.0.0.1", pdst="192.0.2.9"))
+    guest.send(ether / ARP(hwsrc="52:54:00:00:00:01", psrc="192.0.2.8", pdst="192.0.2.1"))
+    guest.send(bytes(ether / ARP(hwsrc=GUEST_MAC, psrc="192.0.2.8"))[:40])
+    assert seen() == "0.0.0.0"
+    guest.send(ether / ARP(hwsrc=GUEST_MAC, psrc="192.0.2.9", pdst="192.0.2.9"))
+    assert seen() == "192.0.2.9"
+
+
+def test_another_guest_has_other_addresses(guest: Guest) -> None:
+    guest.send(guest.udp(V4, 5000, 9, b"hello", src="192.0.2.9"))
+    guest.send(guest.udp(V6, 5000, 9, b"hello", src="2001:db8::9"))
+    guest.barrier()
+    assert guest.engine.observed().addr6 == ipaddress.ip_address("2001:db8::9").packed
+    guest.engine.detach()
+    seen = guest.engine.observed()
+    assert not any(seen.addr4 + seen.addr6 + seen.addr6_ll + seen.mac)
 
 
 def test_too_many_rare_frames(guest: Guest) -> None:

@@ -192,6 +192,21 @@ def test_extension_headers_before_the_fragment(guest: Guest) -> None:
         assert peer.read() == pattern(2000)
 
 
+def test_extension_headers_above_the_fragment(guest: Guest) -> None:
+    """They lie in what is cut up (RFC 8200, 4.5), also where nothing was cut."""
+    with Peer(V6) as peer:
+        options = bytes([17, 1, 1, 12]) + bytes(12)
+        whole = options + above(guest, V6, peer.port, pattern(2000))
+        guest.send_all(cut(guest, V6, whole, each=1000, proto=60))
+        assert peer.read() == pattern(2000)
+        guest.send(part(guest, V6, 2, 0, False, options + above(guest, V6, peer.port, b"alone"), proto=60))
+        assert peer.read() == b"alone"
+        guest.send_all(cut(guest, V6, bytes([17, 0, 0, 1]) + bytes(4) + whole[16:], each=1000, proto=44))
+        assert guest.drops("fragment") == 1  # a fragment that was in fragments
+        guest.send_all(cut(guest, V6, bytes([17, 255]) + bytes(1998), each=1000, proto=60))
+        assert guest.drops("malformed") == 1  # beyond the end
+
+
 # ---- to the guest
 
 

@@ -7,6 +7,7 @@ systemd-networkd, and the kernel for router advertisements.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -355,3 +356,94 @@ def test_a_guest_that_moves_is_told_of_its_new_host(lab: Lab) -> None:
         lab.expect("the target's prefix", lambda: new in addresses(lab.guest.space, deprecated=False))
         lab.expect("the end of the old one", lambda: SLAAC in addresses(lab.guest.space, deprecated=True))
         lab.guest.disconnect()
+
+
+class Serving:
+    """A guest that answers at its own address when asked, and sends nothing else."""
+
+    def __init__(self, lab: Lab, address: str) -> None:
+        self._lab = lab
+        with lab.guest.space.enter():
+            self._server = socket.create_server((address, PORT), family=socket.AF_INET6)
+            self._datagrams = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+            self._datagrams.bind((address, PORT))
+        for sock in (self._server, self._datagrams):
+            sock.settimeout(5)
+
+    def asked(self, address: str, kind: socket.SocketKind) -> None:
+        """The server in the network asks at the host's ``address`` and is answered."""
+        with self._lab.network.server.enter(), socket.socket(socket.AF_INET6, kind) as client:
+            client.settimeout(5)
+            client.connect((address, PORT))
+            client.send(b"question")
+            if kind == socket.SOCK_DGRAM:
+                question, peer = self._datagrams.recvfrom(100)
+                self._datagrams.sendto(b"answer", peer)
+            else:
+                served, _ = self._server.accept()
+                with served:
+                    served.settimeout(5)
+                    question = served.recv(100)
+                    served.send(b"answer")
+            assert (question, client.recv(100)) == (b"question", b"answer")
+
+    def close(self) -> None:
+        self._server.close()
+        self._datagrams.close()
+
+
+KINDS = pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
+FORWARDS = ("-t", str(PORT), "-u", str(PORT))
+
+
+@KINDS
+def test_a_guest_that_only_serves_outlives_its_back_end(tmp_path: Path, kind: socket.SocketKind) -> None:
+    """The new back-end learns the address that the guest has made itself, by asking."""
+    lab = Lab(tmp_path, *FORWARDS)
+    try:
+        lab.up()
+        lab.has(SLAAC, router=GATEWAY6)
+        with contextlib.closing(Serving(lab, SLAAC.partition("/")[0])) as serving:
+            lab.backend.close()
+            lab.backend = Backend(lab.host, str(lab.folder), helper=None, arguments=FORWARDS)
+            lab.guest.reconnect(lab.backend.socket)
+            time.sleep(0.5)
+            serving.asked(HOST6, kind)
+    finally:
+        lab.close()
+
+
+@KINDS
+def test_a_guest_that_only_serves_is_reached_without_detection(tmp_path: Path, kind: socket.SocketKind) -> None:
+    """Duplicate address detection would show the address; a kernel may be told to do without."""
+    lab = Lab(tmp_path, *FORWARDS)
+    try:
+        lab.guest.space.sysctl("net/ipv6/conf/eth0/accept_dad", "0")
+        lab.guest.space.sysctl("net/ipv6/conf/eth0/dad_transmits", "0")
+        lab.up()
+        lab.has(SLAAC, router=GATEWAY6)
+        with contextlib.closing(Serving(lab, SLAAC.partition("/")[0])) as serving:
+            time.sleep(1.5)
+            serving.asked(HOST6, kind)
+    finally:
+        lab.close()
+
+
+@KINDS
+@pytest.mark.parametrize("detection", ["1", "0"])
+def test_a_guest_that_only_serves_follows_the_host(tmp_path: Path, kind: socket.SocketKind, detection: str) -> None:
+    lab = Lab(tmp_path, *FORWARDS)
+    try:
+        lab.guest.space.sysctl("net/ipv6/conf/eth0/accept_dad", detection)
+        lab.up()
+        lab.has(SLAAC, router=GATEWAY6)
+        lab.host.ip("addr add 2001:db8:5::10/64 dev eth0 nodad", f"addr del {HOST6}/64 dev eth0")
+        new = SLAAC.replace("2001:db8::", "2001:db8:5:0:")
+        lab.has(new, router=GATEWAY6)
+        lab.guest.space.ip(f"addr del {SLAAC} dev eth0")  # its time is over
+        lab.network.server.ip("route add 2001:db8:5::/64 dev eth0")
+        with contextlib.closing(Serving(lab, new.partition("/")[0])) as serving:
+            time.sleep(3.5)
+            serving.asked("2001:db8:5::10", kind)
+    finally:
+        lab.close()

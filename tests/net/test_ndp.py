@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from scapy.layers.inet6 import (
+    ICMPv6EchoRequest,
     ICMPv6ND_NA,
     ICMPv6ND_NS,
     ICMPv6ND_RA,
@@ -24,6 +25,7 @@ from scapy.layers.inet6 import (
 from scapy.layers.l2 import Ether
 
 from godwit.net.config import NetConfig, Withdrawn
+from godwit.net.ndp import questions
 from godwit.net.responder import Responder
 
 GUEST = "52:54:00:12:34:56"
@@ -237,3 +239,29 @@ def test_announcement(responder: Responder) -> None:
     reply = read(responder.announce()[1:])
     assert (reply.dst, reply[IPv6].dst, reply[IPv6].src) == ("33:33:00:00:00:01", "ff02::1", "fe80::1")
     assert reply[ICMPv6NDOptPrefixInfo].prefix == "2001:db8:1::"
+
+
+@pytest.mark.parametrize(
+    ("seen", "seen_link_local", "sources"),
+    [
+        ("::", "::", ["2001:db8:1:0:9855:9aff:fe55:9a55", "fe80::1"]),
+        ("2001:db8:5::7", GUEST_LL, ["2001:db8:1:0:9855:9aff:fe55:9a55"]),
+        (GUEST_GLOBAL, "::", ["fe80::1"]),
+        (GUEST_GLOBAL, GUEST_LL, []),
+    ],
+)
+def test_questions(config: NetConfig, seen: str, seen_link_local: str, sources: list[str]) -> None:
+    """Whoever answers them needs somebody to answer to; that is we, whatever the address."""
+    frames = questions(config, IPv6Address(seen), IPv6Address(seen_link_local))
+    assert [Ether(frame)[IPv6].src for frame in frames] == sources
+    for frame in frames:
+        asked = read([frame])
+        assert (asked.dst, asked[IPv6].dst, asked[ICMPv6EchoRequest].code) == ("33:33:00:00:00:01", "ff02::1", 0)
+        answer = read(Responder(config).respond(solicit(asked[IPv6].src)))
+        assert answer[ICMPv6ND_NA].tgt == asked[IPv6].src
+
+
+def test_no_questions(config: NetConfig) -> None:
+    nobody = IPv6Address("::")
+    assert questions(replace(config, addr6=None), nobody, nobody) == []
+    assert questions(replace(config, ndp=False), nobody, nobody) == []  # it has nobody to answer to

@@ -26,13 +26,14 @@ from godwit.daemon.lifecycle import User
 from godwit.daemon.linger import LINGER_SECONDS, Linger
 from godwit.daemon.mover import Mover
 from godwit.daemon.options import Options, VirtioFeatures
+from godwit.daemon.probe import AddressProbe
 from godwit.daemon.stats import Statistics
 from godwit.dataplane import Engine, StreamCard
 from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State
 from godwit.net import state
 from godwit.net.config import IPAddress, NetConfig, packed16
-from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS
+from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS, questions
 from godwit.net.records import MAX_FLOWS
 from godwit.net.responder import Responder
 from godwit.net.state import FlowMover
@@ -117,6 +118,7 @@ class NetDevice(BaseDevice):
         self._background: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._advertising: asyncio.TimerHandle | None = None
+        self._probe = AddressProbe(self._ask)
         self._before_answer = before_answer
         self._next: NetConfig | None = None  # to be followed when the guest runs
         self._stands_still = False  # its rings were stopped: suspended, or its end is near
@@ -265,19 +267,33 @@ class NetDevice(BaseDevice):
             self._telling = None
         if self._advertising is None:
             return  # no guest has started
-        if self._transfer is None and not self._stands_still:
-            for frame in frames:
-                self._engine.inject(frame)
+        self._say(frames)
+        self._probe.start()
         if repeats:
             assert self._loop is not None  # since start()
             self._telling = self._loop.call_later(
                 CHANGE_INTERVAL, lambda: self._tell(self._responder.announce(), repeats - 1)
             )
 
+    def _say(self, frames: list[bytes]) -> None:
+        """Send the guest what it has not asked for; nothing while it may be about to leave."""
+        if self._transfer is None and not self._stands_still:
+            for frame in frames:
+                self._engine.inject(frame)
+
+    def _ask(self) -> bool:
+        if self._advertising is None:
+            return False  # there is no guest
+        seen = self._engine.observed()
+        frames = questions(self._config, IPv6Address(seen.addr6), IPv6Address(seen.addr6_ll))
+        self._say(frames)
+        return bool(frames)
+
     def _answer_rare(self) -> None:
         frames = self._engine.take_rare()
         if frames:
             self._before_answer()
+            self._probe.go_on()
         for frame in frames:
             for answer in self._responder.respond(frame):
                 self._engine.inject(answer)
@@ -303,9 +319,7 @@ class NetDevice(BaseDevice):
     def _advertise(self) -> None:
         """Keep the guest's IPv6 route alive (RFC 4861, 6.2.4)."""
         self._before_answer()
-        if self._transfer is None and not self._stands_still:
-            for frame in self._responder.announce():
-                self._engine.inject(frame)
+        self._say(self._responder.announce())
         assert self._loop is not None  # since start()
         self._advertising = self._loop.call_later(ADVERTISE_INTERVAL, self._advertise)
 
@@ -397,6 +411,7 @@ class NetDevice(BaseDevice):
         elif self._moved_in:
             self._tell(self._responder.announce(), 0)  # the network here, should it be another
         self._moved_in = False
+        self._probe.start()
 
     def _look_at_memory(self) -> None:
         """Nothing else tells of memory that is shared with us as a private copy: the network is dead, in silence."""
@@ -514,6 +529,7 @@ class NetDevice(BaseDevice):
         if self._telling is not None:
             self._telling.cancel()
             self._telling = None
+        self._probe.stop()
         await asyncio.to_thread(self._mover.close_flows)
         self._engine.detach()
         self._stands_still = self._moved_in = False

@@ -556,6 +556,10 @@ cdef class EngineBase:
             self.p.mem.log_all = False
             self.p.features = 0
             self.p.config.guest_mac_known = False
+            # Who comes next may be another guest, or the same and be asked again.
+            memset(self.p.seen4, 0, 16)
+            memset(self.p.seen6, 0, 16)
+            memset(self.p.seen6_ll, 0, 16)
 
     # ---- rare frames
 

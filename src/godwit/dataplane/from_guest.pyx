@@ -8,6 +8,7 @@ from godwit.dataplane.icmp cimport error_from_guest, ping_from_guest
 from godwit.dataplane.packet cimport Packet
 from godwit.dataplane.pcap cimport pcap_frame
 from godwit.dataplane.plane cimport (
+    DROP_FRAGMENT,
     DROP_MALFORMED,
     DROP_PROTOCOL,
     DROP_RARE_FULL,
@@ -61,15 +62,18 @@ cdef enum:
     IPV6_HOP_BY_HOP = 0
     IPV6_ROUTING = 43
     IPV6_FRAGMENT = 44
+    FRAGMENT_HLEN = 8
     IPV6_DESTINATION = 60
     MAX_EXTENSIONS = 8
     L4_ROOM = 60            # the header of TCP at its longest, to be had in Packet.header
+    ARP_HLEN = 28
     DHCP_SERVER = 67
     DHCPV6_SERVER = 547
     ICMP_ECHO = 8
     ICMP_UNREACHABLE = 3
     ICMPV6_UNREACHABLE = 1
     ICMPV6_ECHO = 128
+    ICMPV6_ECHO_REPLY = 129
     ICMPV6_ROUTER_SOLICITATION = 133
     ICMPV6_NEIGHBOUR_SOLICITATION = 135
     ICMPV6_NEIGHBOUR_ADVERTISEMENT = 136
@@ -127,51 +131,62 @@ cdef int parse_ipv4(Plane *p, Packet *k, const uint8_t *ip, uint32_t room) noexc
     return 0
 
 
-cdef int parse_ipv6(Plane *p, Packet *k, const uint8_t *ip, uint32_t room) noexcept nogil:
-    cdef uint32_t total, at = IPV6_HLEN, size
+cdef int skip_extensions(Packet *k) noexcept nogil:
+    """From `k.proto` at `k.l4` on to what is no extension header, or to what is in fragments.
+
+    0, or the reason to drop the frame plus 1.
+    """
+    cdef const uint8_t *h = k.header
+    cdef uint32_t end = k.l4 + k.l4_size, have = end if end < HEADERS else HEADERS
+    cdef uint32_t at = k.l4, size
     cdef int i
-    cdef uint8_t following
+    for i in range(MAX_EXTENSIONS):
+        if k.proto == IPV6_FRAGMENT:
+            size = FRAGMENT_HLEN
+        elif k.proto == IPV6_HOP_BY_HOP or k.proto == IPV6_ROUTING or k.proto == IPV6_DESTINATION:
+            size = 8
+        else:
+            break
+        if at + size > have:
+            return DROP_SHORT + 1
+        if k.proto == IPV6_FRAGMENT:
+            k.offset = be16(h + at + 2) & 0xFFF8
+            k.more = h[at + 3] & 1 != 0
+            k.ident = be32(h + at + 4)
+            # One alone is no fragment to anybody (RFC 6946).
+            k.fragment = k.more or k.offset != 0
+            k.dont_fragment = False
+        else:
+            size = (<uint32_t>h[at + 1] + 1) << 3
+            if at + size > have:
+                return DROP_MALFORMED + 1
+        k.proto = h[at]
+        at += size
+        if k.fragment:
+            break       # what is above it is looked at when it is whole
+    k.l4 = at
+    k.l4_size = end - at
+    return 0
+
+
+cdef int parse_ipv6(Plane *p, Packet *k, const uint8_t *ip, uint32_t room) noexcept nogil:
+    cdef uint32_t total
     if room < IPV6_HLEN:
         return DROP_SHORT + 1
     total = be16(ip + 4)
     if ip[0] >> 4 != 6 or ip[7] == 0 or total > k.size - ETH_HLEN - IPV6_HLEN:
         return DROP_MALFORMED + 1
-    total += IPV6_HLEN
-    following = ip[6]
+    k.v6 = True
     k.tos = <uint8_t>(be16(ip) >> 4)
     k.ttl = ip[7]
     k.dont_fragment = True
     k.fragment = False
-    for i in range(MAX_EXTENSIONS):
-        if following == IPV6_FRAGMENT:
-            if at + 8 > total or at + 8 > room:
-                return DROP_SHORT + 1
-            # What is above it is looked at when it is whole.
-            following = ip[at]
-            k.offset = be16(ip + at + 2) & 0xFFF8
-            k.more = ip[at + 3] & 1 != 0
-            k.ident = be32(ip + at + 4)
-            # One alone is no fragment to anybody (RFC 6946).
-            k.fragment = k.more or k.offset != 0
-            k.dont_fragment = False
-            at += 8
-            break
-        if following != IPV6_HOP_BY_HOP and following != IPV6_ROUTING and following != IPV6_DESTINATION:
-            break
-        if at + 8 > total or at + 8 > room:
-            return DROP_SHORT + 1
-        following = ip[at]
-        size = (<uint32_t>ip[at + 1] + 1) << 3
-        at += size
-        if at > total or at > room:
-            return DROP_MALFORMED + 1
-    k.v6 = True
-    k.proto = following
-    k.l4 = ETH_HLEN + at
-    k.l4_size = total - at
     memcpy(k.saddr, ip + 8, 16)
     memcpy(k.daddr, ip + 24, 16)
-    return 0
+    k.proto = ip[6]
+    k.l4 = ETH_HLEN + IPV6_HLEN
+    k.l4_size = total
+    return skip_extensions(k)
 
 
 cdef void note(Plane *p, uint8_t *seen, const uint8_t *a) noexcept nogil:
@@ -210,8 +225,24 @@ cdef bint observe(Plane *p, Packet *k) noexcept nogil:
     return True
 
 
+cdef bint is_in_prefix(Plane *p, const uint8_t *a) noexcept nogil:
+    """In which the guest makes up addresses, of 64 bits (RFC 4862; RFC 4291, 2.5.1)."""
+    return memcmp(a, p.config.addr6, 8) == 0
+
+
+cdef void observe_arp(Plane *p, const uint8_t *e, uint32_t have) noexcept nogil:
+    """Note the address that the guest says it has (RFC 826), asking or answering."""
+    cdef const uint8_t *arp = e + ETH_HLEN
+    cdef uint8_t a[16]
+    if have < ETH_HLEN + ARP_HLEN or be16(arp + 2) != ETHERTYPE_IPV4 or memcmp(arp + 8, e + 6, 6) != 0:
+        return
+    map_v4(a, arp + 14)
+    if 0 < a[12] < 224 and a[12] != 127:    # zeros while it asks whether somebody has the address (RFC 5227)
+        note(p, p.seen4, a)
+
+
 cdef void observe_detection(Plane *p, Packet *k, const uint8_t *l4) noexcept nogil:
-    """Note the address that the guest is about to use, where it has not been seen to use any.
+    """Note the address that the guest is about to use, where it has not been seen to use any in its prefix.
 
     Before that it asks from the unspecified address whether somebody else has it
     (RFC 4862, 5.4.2). A guest that only serves sends nothing more from an address
@@ -227,7 +258,7 @@ cdef void observe_detection(Plane *p, Packet *k, const uint8_t *l4) noexcept nog
     if is_link_local6(target):
         if p.seen6_ll[0] == 0:
             memcpy(p.seen6_ll, target, 16)
-    elif p.seen6[0] == 0:
+    elif p.seen6[0] == 0 or (is_in_prefix(p, target) and not is_in_prefix(p, p.seen6)):
         memcpy(p.seen6, target, 16)
 
 
@@ -263,6 +294,8 @@ cdef void above_ip(Plane *p, Packet *k) noexcept nogil:
             ping_from_guest(p, k)
         elif l4[0] == (ICMPV6_UNREACHABLE if k.v6 else ICMP_UNREACHABLE):
             error_from_guest(p, k)
+        elif k.v6 and l4[0] == ICMPV6_ECHO_REPLY:
+            pass    # the answer to our own question is its source address, and that is noted
         else:
             drop(p, DROP_PROTOCOL)
     else:
@@ -286,6 +319,8 @@ cdef void frame(Plane *p, Packet *k) noexcept nogil:
         p.config.guest_mac_known = True
     kind = be16(e + 12)
     if kind == ETHERTYPE_ARP:
+        if p.config.has_v4:
+            observe_arp(p, e, have)
         rare(p, k)
         return
     if kind == ETHERTYPE_IPV4 and p.config.has_v4:
@@ -305,6 +340,10 @@ cdef void frame(Plane *p, Packet *k) noexcept nogil:
     if not k.fragment:
         above_ip(p, k)
     elif fragment_in(p, k):
+        reason = skip_extensions(k) if k.v6 else 0
+        if reason or k.fragment:
+            drop(p, reason - 1 if reason else DROP_FRAGMENT)    # fragments of fragments: nobody sends them
+            return
         above_ip(p, k)
         # Its payload lies where the next one will be put together.
         tcp_send_pending(p)

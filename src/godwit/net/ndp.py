@@ -6,6 +6,10 @@ neighbour solicitation from the unspecified address is duplicate address
 detection (RFC 4862, section 5.4) and never answered: the guest may have any
 address but the router's.
 
+A guest makes up its address in the prefix itself (SLAAC) and tells nobody but
+in passing. One that is met when it has been running for long, and that only
+serves, is asked: see `questions`.
+
 What the guest was told and does not hold any more (``NetConfig.withdrawn``) is
 taken back in each advertisement, for as long as the guest may believe in it.
 """
@@ -35,6 +39,7 @@ ROUTER_SOLICITATION = 133
 ROUTER_ADVERTISEMENT = 134
 NEIGHBOUR_SOLICITATION = 135
 NEIGHBOUR_ADVERTISEMENT = 136
+ECHO_REQUEST = 128
 
 OPTION_SOURCE_LINK = 1
 OPTION_TARGET_LINK = 2
@@ -107,6 +112,33 @@ def farewell(config: NetConfig) -> bytes:
     message += bytes([OPTION_SOURCE_LINK, 1]) + config.our_mac
     packet = build_icmp6(config.our_link_local, ALL_NODES, message)
     return build_ethernet(multicast_mac(ALL_NODES), config.our_mac, ETH_IPV6, packet)
+
+
+def questions(config: NetConfig, seen: IPv6Address, seen_link_local: IPv6Address) -> list[bytes]:
+    """Echo requests to all nodes (RFC 4443, section 4.1), whose answers show the addresses that the guest has.
+
+    A host answers from the address that it would use for who asks (RFC 6724):
+    one of the prefix, if a router of that prefix asks. ``seen`` and
+    ``seen_link_local`` are those that it is known to use, or unspecified; what
+    they tell is not asked for.
+    """
+    frames = []
+    if config.ndp and config.prefix6 is not None and seen not in config.prefix6:
+        own = int(config.prefix6.network_address) | _interface_identifier(config.our_mac)
+        frames.append(_question(config, IPv6Address(own)))
+    if config.ndp and config.has_ipv6 and seen_link_local.is_unspecified:
+        frames.append(_question(config, config.our_link_local))
+    return frames
+
+
+def _question(config: NetConfig, source: IPv6Address) -> bytes:
+    packet = build_icmp6(source, ALL_NODES, struct.pack("!BBHHH", ECHO_REQUEST, 0, 0, 0, 0))
+    return build_ethernet(multicast_mac(ALL_NODES), config.our_mac, ETH_IPV6, packet)
+
+
+def _interface_identifier(mac: bytes) -> int:
+    """RFC 4291, appendix A: nobody else on this link has it."""
+    return int.from_bytes(bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:], "big")
 
 
 def _check_options(reader: Reader, kind: int, source: IPv6Address) -> None:
