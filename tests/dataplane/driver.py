@@ -248,14 +248,17 @@ class Ring:
         self.memory.store16(self.avail + 2, self.avail_idx)
         with self._fence:  # a full barrier: the index is out before the wish is read
             pass
-        if self.event_idx:
-            event = self.memory.load16(self.used + 4 + 8 * self.num)
-            due = (self.avail_idx - event - 1) & 0xFFFF < (self.avail_idx - old) & 0xFFFF
-        else:
-            due = not self.memory.load16(self.used) & 1
+        due = self.kick_due(old)
         if due or force:
             self.kick()
         return due
+
+    def kick_due(self, old: int) -> bool:
+        """Whether the device wants a kick for what was added since the index `old`."""
+        if self.event_idx:
+            event = self.memory.load16(self.used + 4 + 8 * self.num)
+            return (self.avail_idx - event - 1) & 0xFFFF < (self.avail_idx - old) & 0xFFFF
+        return not self.memory.load16(self.used) & 1
 
     def kick(self) -> None:
         self.kicks += 1
