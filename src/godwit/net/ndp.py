@@ -20,7 +20,7 @@ import struct
 from collections.abc import Sequence
 from ipaddress import IPv6Address, IPv6Network
 
-from godwit.net.config import MIN_MTU, NetConfig
+from godwit.net.config import MIN_MTU, NetConfig, link_local
 from godwit.net.dns import encode_names
 from godwit.net.packet import (
     ETH_IPV6,
@@ -124,8 +124,8 @@ def questions(config: NetConfig, seen: IPv6Address, seen_link_local: IPv6Address
     """
     frames = []
     if config.ndp and config.prefix6 is not None and seen not in config.prefix6:
-        own = int(config.prefix6.network_address) | _interface_identifier(config.our_mac)
-        frames.append(_question(config, IPv6Address(own)))
+        own = link_local(config.our_mac).packed[8:]  # nobody else on this link has it
+        frames.append(_question(config, IPv6Address(config.prefix6.network_address.packed[:8] + own)))
     if config.ndp and config.has_ipv6 and seen_link_local.is_unspecified:
         frames.append(_question(config, config.our_link_local))
     return frames
@@ -134,11 +134,6 @@ def questions(config: NetConfig, seen: IPv6Address, seen_link_local: IPv6Address
 def _question(config: NetConfig, source: IPv6Address) -> bytes:
     packet = build_icmp6(source, ALL_NODES, struct.pack("!BBHHH", ECHO_REQUEST, 0, 0, 0, 0))
     return build_ethernet(multicast_mac(ALL_NODES), config.our_mac, ETH_IPV6, packet)
-
-
-def _interface_identifier(mac: bytes) -> int:
-    """RFC 4291, appendix A: nobody else on this link has it."""
-    return int.from_bytes(bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:], "big")
 
 
 def _check_options(reader: Reader, kind: int, source: IPv6Address) -> None:

@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import errno
 import socket
-import struct
 from typing import Self
 
-# linux/netlink.h, linux/rtnetlink.h
+from godwit.net.netlink import (
+    RTM_DELADDR,
+    RTM_DELLINK,
+    RTM_DELROUTE,
+    RTM_NEWADDR,
+    RTM_NEWLINK,
+    RTM_NEWROUTE,
+    MalformedNetlinkError,
+    is_default_route,
+    parse_messages,
+)
+
+# linux/rtnetlink.h
 RTMGRP_LINK = 0x1
 RTMGRP_IPV4_IFADDR = 0x10
 RTMGRP_IPV4_ROUTE = 0x40
 RTMGRP_IPV6_IFADDR = 0x100
 RTMGRP_IPV6_ROUTE = 0x400
 GROUPS = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_IFADDR | RTMGRP_IPV6_ROUTE
-RTM_NEWLINK, RTM_DELLINK = 16, 17
-RTM_NEWADDR, RTM_DELADDR = 20, 21
-RTM_NEWROUTE, RTM_DELROUTE = 24, 25
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _BUFFER = 1 << 16
 
 
@@ -75,15 +82,12 @@ class NetEvents:
 
 def any_matters(data: bytes) -> bool:
     """Whether one of these messages can matter: of routes only those to everywhere, of which a router has few."""
-    at = 0
-    while at + _HEADER.size <= len(data):
-        length, kind, _flags, _sequence, _port = _HEADER.unpack_from(data, at)
-        if length < _HEADER.size:
-            return True  # not understood
-        if kind in (RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR):
-            return True
-        # struct rtmsg: family, then the prefix length of the destination
-        if kind in (RTM_NEWROUTE, RTM_DELROUTE) and data[at + 17 : at + 18] in (b"\0", b""):
-            return True
-        at += (length + 3) & ~3
+    try:
+        for message in parse_messages(data):
+            if message.kind in (RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR):
+                return True
+            if message.kind in (RTM_NEWROUTE, RTM_DELROUTE) and is_default_route(message.payload):
+                return True
+    except MalformedNetlinkError:
+        return True  # not understood: look
     return False
