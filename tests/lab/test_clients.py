@@ -374,7 +374,7 @@ class Serving:
         """The server in the network asks at the host's ``address`` and is answered."""
         with self._lab.network.server.enter(), socket.socket(socket.AF_INET6, kind) as client:
             client.settimeout(5)
-            client.connect((address, PORT))
+            client.connect(socket.getaddrinfo(address, PORT)[0][4])  # with its scope
             client.send(b"question")
             if kind == socket.SOCK_DGRAM:
                 question, peer = self._datagrams.recvfrom(100)
@@ -445,5 +445,23 @@ def test_a_guest_that_only_serves_follows_the_host(tmp_path: Path, kind: socket.
         with contextlib.closing(Serving(lab, new.partition("/")[0])) as serving:
             time.sleep(3.5)
             serving.asked("2001:db8:5::10", kind)
+    finally:
+        lab.close()
+
+
+@KINDS
+def test_a_neighbour_of_the_host_asks_by_link_local_address(tmp_path: Path, kind: socket.SocketKind) -> None:
+    """The guest answers from its own link-local address, which the back-end has asked for."""
+    lab = Lab(tmp_path, *FORWARDS)
+    try:
+        lab.up()
+        lab.has(SLAAC, router=GATEWAY6)
+        with contextlib.closing(Serving(lab, "::")) as serving:
+            lab.backend.close()
+            lab.backend = Backend(lab.host, str(lab.folder), helper=None, arguments=FORWARDS)
+            lab.guest.reconnect(lab.backend.socket)
+            time.sleep(0.5)
+            [host] = addresses(lab.host, scope="link")
+            serving.asked(f"{host.partition('/')[0]}%eth0", kind)
     finally:
         lab.close()
