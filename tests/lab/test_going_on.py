@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -288,3 +289,51 @@ def test_out_of_descriptors() -> None:
         another = scenario.guest.agent.echo(scenario.server_address, PORT, 50)
         assert scenario.guest.agent.check(another).alive == 50
         works_on(scenario, load)
+
+
+@pytest.mark.parametrize("ipv6", [False, True])
+def test_datagrams_before_during_and_after_a_move(ipv6: bool) -> None:
+    """A roll-back costs none that the guest has sent; after a move the forwarded port is the other host's.
+
+    What comes while the guest stands still waits in the source's socket, and is
+    the guest's once it runs there again.
+    """
+    with Scenario(godwit_arguments=["--udp-ports", str(PORT)], ipv6=ipv6) as scenario, contextlib.ExitStack() as stack:
+        guest = scenario.guest
+        assert isinstance(guest, EmbeddedGuest)
+        family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        there = scenario.network.a.address(ipv6)
+        with guest.space.enter():
+            service, asking = (stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2))
+        with scenario.network.server.enter():
+            server, client = (stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2))
+        for sock in (service, asking, server, client):
+            sock.settimeout(5)
+        service.bind(("::" if ipv6 else "", PORT))
+        server.bind((scenario.server_address, PORT))
+
+        def from_outside(text: bytes, *, meanwhile: Callable[[], None] = lambda: None) -> None:
+            client.sendto(text, (there, PORT))
+            meanwhile()
+            question, peer = service.recvfrom(100)
+            service.sendto(b"answer to " + question, peer)
+            assert client.recv(100) == b"answer to " + text
+
+        def from_inside(text: bytes) -> tuple[str, int]:
+            asking.sendto(text, (scenario.server_address, PORT))
+            question, peer = server.recvfrom(100)
+            assert question == text
+            server.sendto(b"answer", peer)
+            assert asking.recv(100) == b"answer"
+            return (peer[0], peer[1])
+
+        from_outside(b"before")
+        port = from_inside(b"before")
+        attempt = saved(scenario)
+        from_outside(b"meanwhile", meanwhile=attempt.cancel)
+        assert from_inside(b"after a roll-back") == port
+        from_outside(b"after a roll-back")
+        scenario.move()
+        assert scenario.where == "b"
+        from_outside(b"after a move")
+        assert from_inside(b"after a move")[0] == port[0]
