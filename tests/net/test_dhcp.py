@@ -42,6 +42,7 @@ def read(frames: list[bytes]) -> tuple[Any, dict[Any, Any]]:
     bootp = reply[BOOTP]
     assert (bootp.op, bootp.htype, bootp.hlen, bootp.xid) == (2, 1, 6, 0x1234ABCD)
     assert bootp.chaddr[:6] == CHADDR
+    assert (bootp.siaddr, bootp.sname.strip(b"\0"), bootp.file.strip(b"\0")) == ("0.0.0.0", b"", b"")  # no boot server
     assert len(bytes(reply[UDP].payload)) >= 300
     options: dict[Any, Any] = {}
     for option in reply[DHCP].options:
@@ -125,6 +126,26 @@ def test_a_link_local_address_is_given_for_a_short_time(config: NetConfig) -> No
     responder = Responder(replace(config, local4=True))
     _, options = read(responder.respond(request([("message-type", "discover")])))
     assert (options["renewal_time"], options["rebinding_time"], options["lease_time"]) == (30, 52, 60)
+
+
+@pytest.mark.parametrize(
+    ("message", "answer"),
+    [
+        ([("message-type", "discover")], 2),
+        ([("message-type", "discover"), (80, b"")], 5),
+        ([("message-type", "request"), ("requested_addr", "192.0.2.7")], 5),
+        ([("message-type", "request"), ("requested_addr", "192.0.2.8")], 6),
+        ([("message-type", "inform")], 5),
+    ],
+)
+def test_a_client_is_told_what_it_calls_itself(responder: Responder, message: list[Any], answer: int) -> None:
+    """RFC 6842, section 3: so that one knows the answers that are its own."""
+    name = b"\xff" + bytes(range(18))
+    _, options = read(responder.respond(request([*message, ("client_id", name)])))
+    assert kind(options) == answer
+    assert options["client_id"] == name
+    _, options = read(responder.respond(request(message)))
+    assert "client_id" not in options
 
 
 def test_a_request_about_nothing_gets_no_answer(responder: Responder) -> None:

@@ -37,8 +37,8 @@ def ia(*addresses: str, iaid: int = 7) -> Any:
     return dhcp6.DHCP6OptIA_NA(iaid=iaid, ianaopts=inner)
 
 
-def frame(kind: Any, *options: Any) -> bytes:
-    packet = Ether(src=GUEST, dst="33:33:00:01:00:02") / IPv6(src=GUEST_LL, dst="ff02::1:2")
+def frame(kind: Any, *options: Any, dest: str = "ff02::1:2") -> bytes:
+    packet = Ether(src=GUEST, dst="33:33:00:01:00:02") / IPv6(src=GUEST_LL, dst=dest)
     packet /= UDP(sport=546, dport=547) / kind(trid=0xABCDEF)
     for option in options:
         packet /= option
@@ -149,6 +149,13 @@ def test_information_request(responder: Responder, options: tuple[Any, ...]) -> 
 )
 def test_what_the_standard_discards(responder: Responder, kind: Any, options: tuple[Any, ...]) -> None:
     assert responder.respond(frame(kind, *options)) == []
+
+
+@pytest.mark.parametrize("dest", ["fe80::1", "2001:db8:77::547", "ff02::1"])
+def test_what_is_for_somebody_else_is_not_answered(responder: Responder, dest: str) -> None:
+    """A server somewhere is another one, and it is not our name that its clients would get."""
+    assert responder.respond(frame(dhcp6.DHCP6_Solicit, client(), ia(), dest=dest)) == []
+    assert responder.respond(frame(dhcp6.DHCP6_Request, client(), server(), ia(), dest=dest)) == []
 
 
 @pytest.mark.parametrize(

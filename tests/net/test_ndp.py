@@ -150,6 +150,11 @@ def test_the_routers_address_is_defended(responder: Responder) -> None:
     assert (advertisement.tgt, advertisement.R, advertisement.S, advertisement.O) == ("fe80::1", 1, 0, 1)
 
 
+def test_a_claim_to_the_routers_address_goes_to_its_group_or_is_none(responder: Responder) -> None:
+    """RFC 4861, section 7.1.1: without a source nothing else is valid."""
+    assert responder.respond(solicit("fe80::1", "::", "fe80::1")) == []
+
+
 @pytest.mark.parametrize("frame", [solicit_router(), solicit("fe80::1")])
 def test_a_packet_that_was_routed_is_dropped(responder: Responder, frame: bytes) -> None:
     packet = Ether(frame)

@@ -207,7 +207,7 @@ def _known_server(config: NetConfig, dest: IPv4Address, wanted: IPv4Address) -> 
 
 def _refuse(config: NetConfig, request: Message, server: IPv4Address) -> bytes:
     """A NAK is always broadcast: the client's address is what is wrong (section 4.1)."""
-    options = [(Option.KIND, bytes([Kind.NAK])), (Option.SERVER, server.packed)]
+    options = [(Option.KIND, bytes([Kind.NAK])), (Option.SERVER, server.packed), *_client_id(request)]
     encoded = _fill(iter(options), _room(config, request)) + bytes([Option.END])
     return _frame(config, request, UNSPECIFIED, encoded, LIMITED_BROADCAST, BROADCAST)
 
@@ -218,7 +218,8 @@ def _frame(
     assert config.gateway4 is not None
     ciaddr = request.ciaddr if yiaddr != UNSPECIFIED or request.kind == Kind.INFORM else UNSPECIFIED
     message = struct.pack("!BBBB4sHH", BOOTREPLY, 1, 6, 0, request.xid, 0, request.flags)
-    message += ciaddr.packed + yiaddr.packed + config.gateway4.packed + bytes(4)
+    # No siaddr: there is nothing to boot from here, and a refusal must have none (RFC 2131, section 4.3.1, table 3).
+    message += ciaddr.packed + yiaddr.packed + bytes(4) + bytes(4)
     message += request.chaddr + bytes(10) + bytes(64 + 128) + COOKIE + options
     message += bytes(max(0, MIN_MESSAGE - len(message)))
     packet = build_udp4(config.gateway4, DHCP_SERVER_PORT, dest, DHCP_CLIENT_PORT, message)
@@ -241,6 +242,7 @@ def _options(config: NetConfig, request: Message, kind: Kind | None) -> Iterator
             yield Option.REBINDING, rebinding.to_bytes(4, "big")
     if request.kind == Kind.DISCOVER and kind == Kind.ACK:
         yield Option.RAPID_COMMIT, b""
+    yield from _client_id(request)
     yield Option.MASK, network.netmask.packed
     if config.gateway4 not in network:
         # The router first, on the link, then everything else through it. A
@@ -259,6 +261,13 @@ def _options(config: NetConfig, request: Message, kind: Kind | None) -> Iterator
         yield Option.FQDN, _fqdn(config.fqdn, client)
     if config.search:
         yield Option.DOMAIN, config.search[0].encode("ascii")
+
+
+def _client_id(request: Message) -> Iterator[tuple[int, bytes]]:
+    """What the client calls itself, unaltered, in every answer (RFC 6842, section 3)."""
+    identifier = request.options.get(Option.CLIENT_ID)
+    if identifier and request.kind is not None:
+        yield Option.CLIENT_ID, identifier
 
 
 def _fqdn(name: str, client: bytes | None) -> bytes:

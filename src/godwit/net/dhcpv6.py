@@ -28,6 +28,7 @@ from godwit.net.packet import (
     build_udp6,
 )
 
+SERVERS = IPv6Address("ff02::1:2")  # All_DHCP_Relay_Agents_and_Servers (section 7.1)
 MAX_IAS = 8  # answered in one message; a guest has one
 MAX_IA_ADDRESSES = 16  # looked at in one IA_NA
 FQDN_S, FQDN_O, FQDN_N = 1, 2, 4  # RFC 4704, section 4.1
@@ -122,7 +123,12 @@ def server_duid(config: NetConfig) -> bytes:
 
 
 def respond(config: NetConfig, ethernet: Ethernet, packet: Packet6, datagram: Datagram) -> bytes | None:
-    """The frame that answers a request, or None. Raises MalformedError."""
+    """The frame that answers a request, or None. Raises MalformedError.
+
+    Nobody was told to send to us alone, and what goes to somebody else is not ours (section 16).
+    """
+    if packet.dest != SERVERS:
+        return None
     request = parse(datagram.payload)
     options = _answer(config, request)
     if options is None or packet.source.is_unspecified or packet.source.is_multicast:

@@ -156,7 +156,7 @@ def _neighbour_advertisement(
     dest, flags = packet.source, NA_SOLICITED | NA_OVERRIDE
     dest_mac = ethernet.source
     if packet.source.is_unspecified:
-        if not is_router:
+        if not is_router or not packet.dest.is_multicast:  # section 7.1.1
             return None
         # The guest wants the router's address for itself: section 7.2.4 has
         # the defence go to all nodes, unsolicited.
