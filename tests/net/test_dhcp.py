@@ -257,6 +257,14 @@ def test_the_answer_fits_what_the_client_takes(config: NetConfig, declared: int 
     assert bytes(frame).rstrip(b"\0").endswith(b"\xff")
 
 
+def test_many_name_servers_leave_room_for_the_rest(config: NetConfig) -> None:
+    servers = [IPv4Address("192.0.2.100") + at for at in range(70)]
+    responder = Responder(replace(config, dns4=servers, hostname="vm1"))
+    _, options = read(responder.respond(request([("message-type", "discover")])))
+    assert options["name_server"] == [str(one) for one in servers[:8]]
+    assert (options["hostname"], options["domain"]) == (b"vm1", b"example.org")
+
+
 def test_a_long_search_list_comes_in_parts(config: NetConfig) -> None:
     names = [f"domain-{number}.example.org" for number in range(30)]
     responder = Responder(replace(config, search=names))

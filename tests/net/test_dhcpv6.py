@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from ipaddress import IPv6Address
 from typing import Any
 
 import pytest
@@ -171,6 +172,14 @@ def test_fqdn(config: NetConfig, option: Any, flags: int) -> None:
     message = read(responder.respond(frame(dhcp6.DHCP6_Solicit, client(), ia(), option)), dhcp6.DHCP6_Advertise)
     name = message[dhcp6.DHCP6OptClientFQDN]
     assert (name.fqdn, name.flags) == (b"vm1.example.org.", flags)
+
+
+def test_many_name_servers_fit_the_smallest_mtu(config: NetConfig) -> None:
+    servers = [IPv6Address("2001:db8:53::") + at for at in range(100)]
+    [answer] = Responder(replace(config, dns6=servers)).respond(frame(dhcp6.DHCP6_Solicit, client(), ia()))
+    told = read([answer], dhcp6.DHCP6_Advertise)[dhcp6.DHCP6OptDNSServers].dnsservers
+    assert told == [str(one) for one in servers[:8]]
+    assert len(answer) <= 14 + 1280
 
 
 def test_fqdn_only_for_who_knows_it(config: NetConfig) -> None:

@@ -22,6 +22,9 @@ from godwit.net.resolv import is_domain, parse_resolv, read_resolv
         ("nameserver 192.0.2.53 # the first\n;nameserver 192.0.2.54\n# x\n", ["192.0.2.53"], []),
         ("nameserver 192.0.2.53\nnameserver 192.0.2.53\n", ["192.0.2.53"], []),
         ("nameserver bogus\nnameserver\nnameserver 300.1.1.1\nnameserver ::1\n", ["::1"], []),
+        ("nameserver 0.0.0.0\nnameserver ::\n", ["127.0.0.1", "::1"], []),  # this host
+        ("nameserver ::ffff:192.0.2.53\nnameserver 192.0.2.53\n", ["192.0.2.53"], []),
+        ("nameserver 224.0.0.1\nnameserver ff02::fb\nnameserver 255.255.255.255\n", [], []),
         ("search example.org lab.example.net.\n", [], ["example.org", "lab.example.net"]),
         ("search a.example a.example\n", [], ["a.example"]),
         ("search one.example\nsearch two.example\n", [], ["two.example"]),

@@ -18,7 +18,7 @@ from ipaddress import IPv4Address
 from typing import NamedTuple
 
 from godwit.net.config import NetConfig
-from godwit.net.dns import encode_name, encode_names
+from godwit.net.dns import MAX_SERVERS, encode_name, encode_names
 from godwit.net.packet import (
     BROADCAST,
     DHCP_CLIENT_PORT,
@@ -253,7 +253,7 @@ def _options(config: NetConfig, request: Message, kind: Kind | None) -> Iterator
     if config.mtu:
         yield Option.MTU, config.mtu.to_bytes(2, "big")
     if config.dns4:
-        yield Option.DNS, b"".join(server.packed for server in config.dns4[:63])
+        yield Option.DNS, b"".join(server.packed for server in config.dns4[:MAX_SERVERS])
     if config.hostname:
         yield Option.HOSTNAME, config.hostname.encode("ascii")
     client = request.options.get(Option.FQDN)

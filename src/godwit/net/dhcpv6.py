@@ -15,7 +15,7 @@ from ipaddress import IPv6Address
 from typing import NamedTuple
 
 from godwit.net.config import RENEW_SECONDS, NetConfig
-from godwit.net.dns import encode_name, encode_names
+from godwit.net.dns import MAX_SERVERS, encode_name, encode_names
 from godwit.net.packet import (
     DHCPV6_CLIENT_PORT,
     DHCPV6_SERVER_PORT,
@@ -203,7 +203,7 @@ def _address(address: IPv6Address, preferred: int, valid: int) -> bytes:
 def _parameters(config: NetConfig, request: Message) -> bytes:
     answer = b""
     if config.dns6:
-        answer += _option(Option.DNS, b"".join(server.packed for server in config.dns6))
+        answer += _option(Option.DNS, b"".join(server.packed for server in config.dns6[:MAX_SERVERS]))
     names = encode_names(config.search, 600)
     if names:
         answer += _option(Option.SEARCH, names)

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+# Name servers in one message: twice as many as any resolver asks (three are
+# usual, resolv.conf(5)), and few enough to leave room for what else is told.
+MAX_SERVERS = 8
+
 
 def encode_name(name: str) -> bytes:
     """One absolute name. ``name`` has passed ``resolv.is_domain``."""

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from ipaddress import IPv6Address, IPv6Network
 
 from godwit.net.config import MIN_MTU, NetConfig, link_local
-from godwit.net.dns import encode_names
+from godwit.net.dns import MAX_SERVERS, encode_names
 from godwit.net.packet import (
     ETH_IPV6,
     Ethernet,
@@ -63,7 +63,6 @@ INFINITE = 0xFFFFFFFF
 ADVERTISE_INTERVAL = ROUTER_LIFETIME // 3
 # An advertisement stays below the smallest MTU, with all that is withdrawn.
 MAX_DNSSL = 480  # bytes of names
-MAX_RDNSS = 8
 MAX_OLD_PREFIXES = 3
 MAX_OLD_DNSSL = 240
 MAX_OLD_RDNSS = 4
@@ -188,7 +187,7 @@ def _router_advertisement(config: NetConfig, dest_mac: bytes, dest: IPv6Address)
         message += _prefix(prefix, WITHDRAWN_VALID, 0)
     if config.mtu:
         message += struct.pack("!BBHI", OPTION_MTU, 1, 0, max(config.mtu, MIN_MTU))
-    message += _servers(config.dns6[:MAX_RDNSS], ROUTER_LIFETIME)
+    message += _servers(config.dns6[:MAX_SERVERS], ROUTER_LIFETIME)
     message += _servers(gone.dns6[:MAX_OLD_RDNSS], 0)  # RFC 8106, section 5.1: not to be used any more
     message += _search(config.search, MAX_DNSSL, ROUTER_LIFETIME)
     message += _search(gone.search, MAX_OLD_DNSSL, 0)

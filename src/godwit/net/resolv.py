@@ -45,11 +45,8 @@ def parse_resolv(text: str) -> Resolv:
         if len(words) < 2:
             continue
         if words[0] == "nameserver":
-            try:
-                server = ip_address(words[1])
-            except ValueError:
-                continue
-            if server not in servers:
+            server = _server(words[1])
+            if server is not None and server not in servers:
                 servers.append(server)
         elif words[0] == "search":
             search = tuple(dict.fromkeys(name for name in map(_domain, words[1:]) if name))
@@ -57,6 +54,19 @@ def parse_resolv(text: str) -> Resolv:
             name = _domain(words[1])
             search = (name,) if name else ()
     return Resolv(tuple(servers), search)
+
+
+def _server(text: str) -> IPv4Address | IPv6Address | None:
+    """The address as it is reached from here, or None where it is that of no single machine."""
+    try:
+        server = ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(server, IPv6Address) and server.ipv4_mapped is not None:
+        server = server.ipv4_mapped
+    if server.is_unspecified:  # this host, for who sends there (tcp(7), and the resolver library's own default)
+        return IPv4Address("127.0.0.1") if isinstance(server, IPv4Address) else IPv6Address("::1")
+    return None if server.is_multicast or server == IPv4Address("255.255.255.255") else server
 
 
 def _domain(text: str) -> str | None:
