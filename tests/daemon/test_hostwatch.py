@@ -20,6 +20,7 @@ from godwit.daemon import hostwatch
 from godwit.daemon.hostwatch import HostWatch
 from godwit.net.config import NetConfig, NetConfigError, NetOptions
 from godwit.net.netlink import IFF_UP, RT_SCOPE_UNIVERSE, Address, DefaultRoute, HostNetwork, Link
+from godwit.net.resolv import Resolv, read_resolv
 
 ETH0 = Link(2, "eth0", 1500, IFF_UP)
 
@@ -229,6 +230,58 @@ def test_what_comes_back_in_time_was_never_gone(host: Host) -> None:
         await asyncio.sleep(0.5)
 
     assert host.run(work) == []
+
+
+def test_what_is_lost_again_is_lost_from_then_on(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostwatch, "LET_GO_SECONDS", 1.5)
+
+    async def happen(ipv6: bool) -> None:
+        reads = host.reads
+        host.network = network(7, ipv6=ipv6)
+        host.events.happen()
+        await until(lambda: host.reads > reads)
+
+    async def work() -> None:
+        await happen(False)
+        await asyncio.sleep(0.2)
+        await happen(True)
+        await asyncio.sleep(0.8)
+        await happen(False)
+        await asyncio.sleep(0.9)  # the first time would have been over by now
+        assert host.followed == []
+        await until(lambda: bool(host.followed))
+
+    [config] = host.run(work)
+    assert config.local6
+
+
+def test_events_without_end_are_looked_at_now_and_then(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostwatch, "AT_MOST_EVERY", 0.5)
+
+    async def work() -> None:
+        for _ in range(60):
+            host.events.happen()
+            await asyncio.sleep(0.02)
+
+    host.run(work)
+    assert 3 <= host.reads <= 5  # the first, at once, and every half a second
+
+
+def test_resolv_conf_that_changes_while_it_is_read(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: str) -> Resolv:
+        found = read_resolv(path)
+        if len(host.followed) == 0:
+            host.resolv.write_text("nameserver 192.0.2.155\n")
+        return found
+
+    async def work() -> None:
+        host.resolv.write_text("nameserver 192.0.2.54\n")
+        monkeypatch.setattr(hostwatch, "read_resolv", read)
+        host.watch.glance()
+        host.watch.glance()
+
+    first, second = host.run(work)
+    assert [str(one) for one in (*first.dns4, *second.dns4)] == ["192.0.2.54", "192.0.2.155"]
 
 
 def test_what_was_withdrawn_is_forgotten(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

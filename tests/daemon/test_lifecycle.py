@@ -212,6 +212,19 @@ def test_descriptors_that_will_not_do(tmp_path: Path) -> None:
                 lifecycle.connected(descriptor)
 
 
+@pytest.mark.parametrize("foreground", [False, True])
+@pytest.mark.parametrize("descriptor", [3, 4, 77])
+def test_a_descriptor_that_was_not_handed_on(descriptor: int, foreground: bool) -> None:
+    """One line says so. What the daemon itself opens gets these numbers, and must not be taken for it."""
+    words = ["serve", "--fd", str(descriptor), *(["--foreground"] if foreground else [])]
+    code = "import sys; from godwit.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=30, check=False, close_fds=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"godwit serve: --fd {descriptor} is no socket: Bad file descriptor\n"
+
+
 # --- PID file, user, limits
 
 

@@ -149,6 +149,16 @@ def test_a_host_that_has_lost_its_routes() -> None:
     assert follow(HostNetwork(WIRED.links, WIRED.addresses), old=old) == old
 
 
+@pytest.mark.parametrize(("gone", "resolv"), [(RA4, "nameserver 192.0.2.1\n"), (RA6, "nameserver fe80::1%eth0\n")])
+def test_a_resolver_at_a_router_whose_route_is_lost(gone: DefaultRoute, resolv: str) -> None:
+    """The router's address leads to the host's loopback, name service there to the resolver: still."""
+    old = take(resolv=resolv)
+    routes = tuple(one for one in WIRED.routes if one != gone)
+    new = follow(HostNetwork(WIRED.links, WIRED.addresses, routes), resolv, old)
+    assert new == old
+    assert new.rewrites() == old.rewrites()
+
+
 @pytest.mark.parametrize("let_go", [False, True])
 def test_what_is_left_is_no_way_out(let_go: bool) -> None:
     """A bridge of containers, say: the only interface with an address while the network is away."""

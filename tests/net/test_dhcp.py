@@ -180,6 +180,13 @@ def test_nothing_to_answer(responder: Responder, what: str | int) -> None:
     assert responder.respond(request([("message-type", what)])) == []
 
 
+def test_inform_without_an_address_is_answered_to_all(responder: Responder) -> None:
+    """There is no other place: yiaddr is none in such an answer."""
+    reply, _ = read(responder.respond(request([("message-type", "inform")])))
+    assert (reply.dst, reply[IP].dst) == ("ff:ff:ff:ff:ff:ff", ANYWHERE)
+    assert (reply[BOOTP].yiaddr, reply[BOOTP].ciaddr) == ("0.0.0.0", "0.0.0.0")
+
+
 def test_plain_bootp(responder: Responder) -> None:
     reply, options = read(responder.respond(request([])))
     assert reply[BOOTP].yiaddr == "192.0.2.7"
@@ -263,6 +270,14 @@ def test_many_name_servers_leave_room_for_the_rest(config: NetConfig) -> None:
     _, options = read(responder.respond(request([("message-type", "discover")])))
     assert options["name_server"] == [str(one) for one in servers[:8]]
     assert (options["hostname"], options["domain"]) == (b"vm1", b"example.org")
+
+
+@pytest.mark.parametrize("size", range(900, 940))
+def test_a_search_list_in_parts_fits_to_the_byte(config: NetConfig, size: int) -> None:
+    """Each 255 bytes have a head of two."""
+    responder = Responder(replace(config, search=[f"{at:03}" for at in range(200)]))
+    [frame] = responder.respond(request([("message-type", "discover"), ("max_dhcp_size", size)]))
+    assert size - 7 < Ether(frame)[IP].len <= size
 
 
 def test_a_long_search_list_comes_in_parts(config: NetConfig) -> None:

@@ -102,6 +102,17 @@ def test_an_address_of_another_host_ends(responder: Responder) -> None:
     assert leases(message) == [(ADDRESS, 3600, 7200), ("2001:db8:9::9", 0, 0)]
 
 
+def test_no_more_associations_than_a_guest_can_have(responder: Responder) -> None:
+    asked = frame(dhcp6.DHCP6_Solicit, client(), *(ia(iaid=at) for at in range(20)))
+    message = read(responder.respond(asked), dhcp6.DHCP6_Advertise)
+    given = []
+    while dhcp6.DHCP6OptIA_NA in message:
+        message = message[dhcp6.DHCP6OptIA_NA]
+        given.append(message.iaid)
+        message = message.payload
+    assert given == list(range(8))
+
+
 def test_several_associations(responder: Responder) -> None:
     asked = frame(dhcp6.DHCP6_Solicit, client(), ia(iaid=1), ia(iaid=2))
     message = read(responder.respond(asked), dhcp6.DHCP6_Advertise)
@@ -113,6 +124,15 @@ def test_several_associations(responder: Responder) -> None:
 def test_confirm(responder: Responder, address: str, status: int) -> None:
     message = read(responder.respond(frame(dhcp6.DHCP6_Confirm, client(), ia(address))), dhcp6.DHCP6_Reply)
     assert message[dhcp6.DHCP6OptStatusCode].statuscode == status
+
+
+@pytest.mark.parametrize("other", [(ADDRESS, "2001:db8:9::9"), ("2001:db8:9::9", ADDRESS)])
+def test_one_address_that_is_wrong_is_enough(responder: Responder, other: tuple[str, str]) -> None:
+    """Section 18.3.3: success is for a client all of whose addresses are right."""
+    for associations in ((ia(*other),), (ia(other[0]), ia(other[1], iaid=8))):
+        asked = frame(dhcp6.DHCP6_Confirm, client(), *associations)
+        message = read(responder.respond(asked), dhcp6.DHCP6_Reply)
+        assert message[dhcp6.DHCP6OptStatusCode].statuscode == 4
 
 
 @pytest.mark.parametrize("kind", [dhcp6.DHCP6_Release, dhcp6.DHCP6_Decline])

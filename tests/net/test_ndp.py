@@ -162,6 +162,14 @@ def test_a_packet_that_was_routed_is_dropped(responder: Responder, frame: bytes)
     assert responder.respond(bytes(packet)) == []
 
 
+@pytest.mark.parametrize("frame", [solicit_router(), solicit("fe80::1")])
+def test_a_code_that_is_not_known_is_dropped(responder: Responder, frame: bytes) -> None:
+    """RFC 4861, sections 6.1.1 and 7.1.1."""
+    packet = Ether(frame)
+    packet[IPv6].payload.code = 1
+    assert responder.respond(bytes(packet)) == []
+
+
 def test_options_of_length_zero_and_link_layer_address_without_source(responder: Responder) -> None:
     frame = bytes(Ether(solicit("fe80::1", "::")) / b"")
     with_option = Ether(src=GUEST, dst="33:33:ff:00:00:01") / IPv6(src="::", dst="ff02::1:ff00:1", hlim=255)

@@ -76,6 +76,31 @@ def test_what_is_heard() -> None:
     assert heard == "yyyyny-nyyyyy"
 
 
+def test_more_than_can_be_heard() -> None:
+    """Of what did not fit the socket's buffer nobody knows whether it matters: it may."""
+    code = """
+import socket, subprocess
+from godwit.net.netevents import NetEvents
+with NetEvents() as events:
+    events._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    commands = [f"neigh add 192.0.2.{at} lladdr 02:00:00:00:00:01 dev e0" for at in range(1, 4)]
+    commands += [f"route add 198.51.{at}.0/24 dev e0" for at in range(100)]
+    setup = ["link add e0 type veth peer name e1", "link set e0 up", "addr add 192.0.2.7/24 dev e0"]
+    subprocess.run(["ip", "-batch", "-"], input="\\n".join(setup), text=True, check=True)
+    events.drain()
+    assert not events.drain()
+    subprocess.run(["ip", "-batch", "-"], input="\\n".join(commands), text=True, check=True)
+    print(events.drain(), events.drain())
+"""
+    root = os.geteuid() == 0
+    unshare = ["unshare", "--net"] if root else ["unshare", "--user", "--map-root-user", "--net"]
+    done = subprocess.run(
+        [*unshare, sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
+    assert done.stdout == "True False\n"
+
+
 def message(kind: int, body: bytes) -> bytes:
     whole = struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
     return whole + bytes(-len(whole) % 4)

@@ -170,6 +170,19 @@ def listen_on_first(paths: Iterable[str]) -> tuple[socket.socket, str]:
     raise StartError("all default socket paths are in use: name one with --socket")
 
 
+def inherited(descriptor: int) -> None:
+    """Look at ``--fd`` before anything is opened: what is opened gets the lowest free number, perhaps this one.
+
+    Raises `StartError` if it is no socket.
+    """
+    try:
+        is_socket = stat.S_ISSOCK(os.fstat(descriptor).st_mode)
+    except OSError as error:
+        raise StartError(f"--fd {descriptor} is no socket: {error.strerror}") from error
+    if not is_socket:
+        raise StartError(f"--fd {descriptor} is no socket: {os.strerror(errno.ENOTSOCK)}")
+
+
 def connected(descriptor: int) -> socket.socket:
     """The connected UNIX stream socket that was inherited as ``descriptor``.
 

@@ -47,9 +47,11 @@ def run(options: Options) -> int:
     """
     logging.raiseExceptions = False  # a log that is lost is no reason to print tracebacks (`godwit.daemon.log`)
     readiness = Readiness()
-    if not options.foreground:
-        readiness = lifecycle.background([] if options.fd is None else [options.fd])
     try:
+        if options.fd is not None:
+            lifecycle.inherited(options.fd)
+        if not options.foreground:
+            readiness = lifecycle.background([] if options.fd is None else [options.fd])
         log = Log(options)
     except StartError as error:
         print(f"{options.dialect.value}: {error}", file=sys.stderr)  # noqa: T201  # there is no log to write it to
