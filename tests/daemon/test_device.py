@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
@@ -139,6 +140,18 @@ def changed(device: NetDevice, address6: str = NEW, router6: str = "fe80::1") ->
 
 
 CHANGED = ("fe80::1", ["2001:db8:2:: 0xffffffff", "2001:db8:1:: 0x0"])
+
+
+def test_flows_that_move_take_the_interface_of_the_moment(run: Any) -> None:
+    """Link-local peers are bound to it again on the target."""
+
+    async def work(device: NetDevice, engine: Engine) -> None:
+        await start(device)
+        device.follow(replace(device._config, scope6=7))
+        assert device._mover.scope == 7
+        assert engine.configured[-1]["ifindex"] == 7
+
+    run(work)
 
 
 def test_a_guest_that_runs_is_told_three_times(run: Any) -> None:

@@ -177,6 +177,19 @@ def test_what_is_left_is_no_way_out(let_go: bool) -> None:
     assert str(follow(other, old=take(host)).addr4) == "172.18.0.1"
 
 
+@pytest.mark.parametrize("let_go", [False, True])
+def test_what_is_left_is_no_way_out_for_ipv6_either(let_go: bool) -> None:
+    bridge = Link(5, "docker0", 1400, IFF_UP)
+    inside = Address(5, IPv6Address("fd00::1"), 64, RT_SCOPE_UNIVERSE, 0)
+    old = take()
+    host = HostNetwork((LO, ETH0, bridge), (inside,))
+    assert str(take(host).addr6) == "fd00::1"
+    assert follow(host, old=old, let_go=let_go) == old
+    online4 = HostNetwork((LO, ETH0, bridge), (A4, inside), (RA4,))
+    assert follow(online4, old=old) == old
+    assert str(follow(online4, old=old, let_go=True).addr6) == "fd00::1"
+
+
 def test_another_address_without_a_route() -> None:
     """On the same interface: that is where the host is now."""
     new = follow(HostNetwork((LO, ETH0), (replace(A4, address=IPv4Address("192.0.2.99")), A6), (RA6,)))
