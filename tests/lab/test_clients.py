@@ -358,6 +358,24 @@ def test_a_guest_that_moves_is_told_of_its_new_host(lab: Lab) -> None:
         lab.guest.disconnect()
 
 
+def test_a_guest_that_was_to_move_hears_of_its_host_when_it_stays(lab: Lab) -> None:
+    """What changes while it stands still waits until it runs, here too: after a roll-back."""
+    lab.up()
+    lab.has(SLAAC, router=GATEWAY6)
+    with Backend(lab.network.b, str(lab.folder), helper=None) as target:
+        attempt = lab.guest.migration(target.socket)
+        for step in ("connect_target", "log_on", "suspend", "transfer"):
+            getattr(attempt, step)()
+        lab.host.ip("addr add 2001:db8:7::10/64 dev eth0 nodad", f"addr del {HOST6}/64 dev eth0")
+        lab.expect("the change", lambda: "IPv6 2001:db8:7::10/64 (was" in lab.backend.messages())
+        time.sleep(0.5)
+        assert addresses(lab.guest.space) == {SLAAC}
+        attempt.cancel()
+        new = SLAAC.replace("2001:db8::", "2001:db8:7:0:")
+        lab.has(new, router=GATEWAY6)
+        lab.expect("the end of the old one", lambda: SLAAC in addresses(lab.guest.space, deprecated=True))
+
+
 class Serving:
     """A guest that answers at its own address when asked, and sends nothing else."""
 
