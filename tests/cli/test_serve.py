@@ -202,6 +202,19 @@ def test_that_a_second_front_end_waits_is_logged_once(place: Place) -> None:
     assert [line for line in said(process) if "another" in line] == [waits]
 
 
+def test_a_look_whether_it_lives_is_no_front_end(place: Place) -> None:
+    process = place.start()
+    with FrontendClient.connect(place.socket) as first:
+        first.get_features()
+        for _ in range(3):
+            assert "is in use: another process listens there" in place.launch().stderr
+            first.get_features()
+        with FrontendClient.connect(place.socket) as second:
+            first.close()
+            second.get_features()
+    assert len([line for line in said(process) if "another" in line]) == 1
+
+
 def test_that_a_front_end_says_nothing_is_logged_once(place: Place) -> None:
     process = place.start()
     with socket.socket(socket.AF_UNIX) as silent:
@@ -301,16 +314,26 @@ def test_passts_default_socket(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("-P", "/no/such/folder/pid"), "cannot write the PID file /no/such/folder/pid: No such file or directory"),
-        (("-l", "/no/such/folder/log"), "cannot open the log file /no/such/folder/log: No such file or directory"),
-        (("-s", "/no/such/folder/s"), "cannot listen on /no/such/folder/s: No such file or directory"),
-        (("--repair-path", "/no/such/folder/r"), "cannot listen on /no/such/folder/r: No such file or directory"),
-        (("-p", "/no/such/folder/p"), "--pcap: cannot write to /no/such/folder/p: No such file or directory"),
+        (
+            ("-P", "/no/such/folder/pid"),
+            "cannot write the PID file /no/such/folder/pid: there is no directory /no/such/folder",
+        ),
+        (
+            ("-l", "/no/such/folder/log"),
+            "cannot open the log file /no/such/folder/log: there is no directory /no/such/folder",
+        ),
+        (("-s", "/no/such/folder/s"), "cannot listen on /no/such/folder/s: there is no directory /no/such/folder"),
+        (
+            ("--repair-path", "/no/such/folder/r"),
+            "cannot listen on /no/such/folder/r: there is no directory /no/such/folder",
+        ),
+        (
+            ("-p", "/no/such/folder/p"),
+            "--pcap: cannot write to /no/such/folder/p: there is no directory /no/such/folder",
+        ),
         (("-p", "/dev/full"), "--pcap: cannot write to /dev/full: No space left on device"),
         (("--runas", "no-such-user"), "--runas: no such user: no-such-user"),
         (("--interface", "no-such-if"), "there is no interface 'no-such-if' (--interface)"),
-        (("--hostname", "x" * 64), "x' is not a name that DNS can carry"),
-        (("--mac-addr", "01:00:5e:00:00:01"), "the MAC address must be one of a single station"),
         (("-t", "192.0.2.77/80"), "cannot listen on 192.0.2.77 port 80"),
     ],
 )

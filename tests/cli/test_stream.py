@@ -235,3 +235,21 @@ def test_a_vhost_user_front_end_is_told_apart(place: Place) -> None:
         front_end.sock.sendall(struct.pack("<III", 1, 1, 0))  # GET_FEATURES
         assert front_end.sock.recv(1) == b""
     assert any("16777216 bytes was announced" in line for line in said(process))
+
+
+def test_a_front_end_that_speaks_vhost_user_is_told_apart_and_fills_no_log(place: Place) -> None:
+    """QEMU connects again and again."""
+    process = start(place)
+    for _ in range(300):
+        with FrontEnd.connect(place.socket) as front_end:
+            front_end.sock.sendall(struct.pack("<III", 1, 1, 0))  # GET_FEATURES
+            try:
+                while front_end.sock.recv(4096):
+                    pass
+            except ConnectionResetError:
+                pass  # closed with our bytes unread
+    logged = said(process)
+    hints = [line for line in logged if "vhost-user begins like that, and --vhost-user is what speaks it" in line]
+    assert len(hints) == 100
+    assert hints[-1].endswith("(no more like that for a minute)")
+    assert len(logged) < 350

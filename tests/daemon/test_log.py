@@ -145,3 +145,23 @@ def test_a_file_is_appended_to(tmp_path: Path) -> None:
     handler.emit(logging.makeLogRecord({"msg": "later"}))
     handler.close()
     assert path.read_text() == "earlier\nlater\n"
+
+
+def _record(seconds: float, lineno: int = 1, levelno: int = logging.INFO) -> logging.LogRecord:
+    record = logging.LogRecord("godwit", levelno, "/somewhere.py", lineno, "again: %s", ("why",), None)
+    record.created = seconds
+    return record
+
+
+def test_what_repeats_without_end_is_cut_short() -> None:
+    pace = log_module.Pace(most=3)
+
+    def lines(*seconds: float, **record: int) -> list[str]:
+        records = [_record(one, **record) for one in seconds]
+        return [one.getMessage() for one in records if pace.filter(one)]
+
+    assert lines(0, 1, 2, 3, 59) == ["again: why", "again: why", "again: why (no more like that for a minute)"]
+    assert lines(3, lineno=2) == ["again: why"]  # another line of the source
+    assert len(lines(*range(50), levelno=logging.DEBUG)) == 50  # who asks for it gets it
+    assert lines(61, 62) == ["again: why (and 2 more like that before)", "again: why"]
+    assert lines(-1000) == ["again: why"]  # somebody has set the clock

@@ -186,7 +186,14 @@ BAD: list[tuple[str, str]] = [
     ("--dhcp-dns", "--dhcp-dns: an option of pasta"),
     ("--config-net", "--config-net: an option of pasta"),
     ("-T 80", "-T: an option of pasta"),
-    ("--no-such-option", "unrecognized arguments: --no-such-option"),
+    ("--no-such-option", r"unrecognized arguments: --no-such-option \(godwit serve --help lists what there is\)"),
+    ("--no-map-gw=1", "argument --no-map-gw: it takes no value$"),
+    ("-D 192.0.2.1,192.0.2.2", "give the option once for each"),
+    ("-t 22:", "argument -t/--tcp-ports: '22:': a port is missing"),
+    ("-M 01:00:5e:00:00:01", "--mac-addr: 01:00:5e:00:00:01 is not the address of a single station"),
+    ("-H " + "x" * 64, "--hostname: 'x+' is no name"),
+    ("-a 192.0.2.1 -g 192.0.2.1", "--address and --gateway are both 192.0.2.1"),
+    ("-a fe80::1", "--address: fe80::1 is link-local"),
     ("more", "unrecognized arguments: more"),
 ]
 

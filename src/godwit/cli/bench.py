@@ -105,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.case:
         unknown = set(options.case) - {case.name for case in cases}
         if unknown:
-            parser.error(f"no such case: {', '.join(sorted(unknown))}")
+            parser.error(
+                f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(case.name for case in cases)}"
+            )
         cases = [case for case in cases if case.name in options.case]
     signal.signal(signal.SIGTERM, _end)  # what has been started is ended on the way out
     console = Console()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from godwit import __version__
 
 COMMANDS = {
-    "serve": ("godwit.cli.serve", "give a guest its network, over vhost-user"),
+    "serve": ("godwit.cli.serve", "give a guest its network, over vhost-user or a stream socket"),
     "repair": ("godwit.cli.repair", "help a back-end to move TCP connections (needs CAP_NET_ADMIN)"),
     "demo": ("godwit.cli.demo", "migrate a guest with open connections, there and back"),
     "bench": ("godwit.cli.bench", "measure godwit and passt beside each other"),

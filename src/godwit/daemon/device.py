@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator
 from ipaddress import IPv6Address
 
-from godwit.daemon.errors import StartError
+from godwit.daemon.errors import StartError, reason
 from godwit.daemon.forwards import open_forwards
 from godwit.daemon.lifecycle import User
 from godwit.daemon.linger import LINGER_SECONDS, Linger
@@ -227,7 +227,7 @@ class NetDevice(BaseDevice):
             self._engine.capture(os.open(path, flags, 0o600))
         except OSError as error:
             nobody = " (nobody reads this pipe)" if error.errno == errno.ENXIO else ""
-            raise StartError(f"--pcap: cannot write to {path}: {os.strerror(error.errno or 0)}{nobody}") from error
+            raise StartError(f"--pcap: cannot write to {path}: {reason(error, path)}{nobody}") from error
         self._capturing = True
 
     def _data_plane_calls(self) -> None:

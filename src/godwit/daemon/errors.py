@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class DaemonError(Exception):
     """The daemon cannot run; says why."""
@@ -18,3 +21,11 @@ class StartError(DaemonError):
 
 class SocketInUseError(StartError):
     """A running process listens on the path."""
+
+
+def reason(error: OSError, path: str) -> str:
+    """Why a file could not be made at ``path``, in the system's words or in clearer ones."""
+    folder = os.path.dirname(path)
+    if error.errno == errno.ENOENT and not os.path.isdir(folder):
+        return f"there is no directory {folder}"
+    return os.strerror(error.errno) if error.errno else str(error)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import grp
+import logging
 import os
 import pwd
 import resource
@@ -27,7 +28,9 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from godwit.daemon.errors import SocketInUseError, StartError
+from godwit.daemon.errors import SocketInUseError, StartError, reason
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 4
 PASST_SOCKETS = [f"/tmp/passt_{number}.socket" for number in range(1, 65)]  # passt's defaults, in passt's order
@@ -153,7 +156,7 @@ def listen(path: str) -> socket.socket:
         made.listen(BACKLOG)
     except OSError as error:
         made.close()
-        raise StartError(f"cannot listen on {path}: {error.strerror or error}") from error
+        raise StartError(f"cannot listen on {path}: {reason(error, path)}") from error
     except StartError:
         made.close()
         raise
@@ -213,8 +216,10 @@ def remove(path: str) -> None:
     """Remove a file of ours as well as may be: the user we run as may not own the folder."""
     try:
         os.unlink(path)
-    except OSError:
-        pass  # a left-over socket or PID file is taken over by the next start
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.info("%s stays, the next start takes it over: it cannot be removed (%s)", path, error.strerror)
 
 
 # --- The PID file
@@ -232,7 +237,7 @@ class PidFile:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise StartError(f"cannot write the PID file {path}: {error.strerror}") from error
+            raise StartError(f"cannot write the PID file {path}: {reason(error, path)}") from error
 
     def write(self) -> None:
         """Write the process id."""

@@ -23,7 +23,7 @@ import socket
 import sys
 from typing import BinaryIO
 
-from godwit.daemon.errors import StartError
+from godwit.daemon.errors import StartError, reason
 from godwit.daemon.options import Options
 
 TRACE = 5  # below logging.DEBUG: each message, each frame that goes up
@@ -104,7 +104,9 @@ def _lasting(options: Options, stderr: logging.Formatter) -> logging.Handler | N
         try:
             handler = BoundedFileHandler(options.log_file, options.log_size)
         except OSError as error:
-            raise StartError(f"cannot open the log file {options.log_file}: {error.strerror}") from error
+            raise StartError(
+                f"cannot open the log file {options.log_file}: {reason(error, options.log_file)}"
+            ) from error
         handler.setFormatter(logging.Formatter(FILE_FORMAT))
         return handler
     if options.foreground:
@@ -116,6 +118,35 @@ def _lasting(options: Options, stderr: logging.Formatter) -> logging.Handler | N
     handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON, socket.SOCK_DGRAM)
     handler.setFormatter(logging.Formatter(f"godwit[%(process)d]: {FORMAT}"))
     return handler
+
+
+class Pace(logging.Filter):
+    """Lets a line of the source log so often in a minute, and says how often it would have been more.
+
+    What others do again and again, a front-end that connects, fails and connects
+    again for instance, shall not fill the log. What is logged for debugging is
+    let through.
+    """
+
+    def __init__(self, most: int = 100) -> None:
+        super().__init__()
+        self._most = most
+        self._seen: dict[tuple[str, int], tuple[float, int]] = {}  # since when, and how often
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this one is written; it may get a word on those before it that were not."""
+        if record.levelno <= logging.DEBUG:
+            return True
+        place = record.pathname, record.lineno
+        since, count = self._seen.get(place, (record.created, 0))
+        if not since <= record.created < since + 60:
+            if count > self._most:
+                record.msg, record.args = f"{record.getMessage()} (and {count - self._most} more like that before)", ()
+            since, count = record.created, 0
+        self._seen[place] = since, count + 1
+        if count + 1 == self._most:
+            record.msg, record.args = f"{record.getMessage()} (no more like that for a minute)", ()
+        return count < self._most
 
 
 class Log:
@@ -145,6 +176,7 @@ class Log:
             self._add(self._starting)
 
     def _add(self, handler: logging.Handler) -> None:
+        handler.addFilter(Pace())
         self._root.addHandler(handler)
         self._handlers.append(handler)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The daemon put together: a device, a socket for its front-end, a life cycle.
 
-One front-end at a time: while one is served, another waits in the socket's
-backlog, and the log says so once. A connection that closes without a word is no front-end: another
+One front-end at a time: while one is served, another waits, and the log says so
+once. A connection that closes without a word is no front-end: another
 start looked whether somebody listens (`godwit.daemon.lifecycle.listen`), and
 does not end a ``--one-off`` daemon. In stream mode a front-end may well say nothing for long, as
 long as its guest does: there only such a look by one of us is told from it, by its name.
@@ -15,13 +15,13 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack, closing
 
 from godwit import __version__
 from godwit.daemon import lifecycle
 from godwit.daemon.device import NetDevice
-from godwit.daemon.errors import DaemonError, StartError
+from godwit.daemon.errors import DaemonError, StartError, reason
 from godwit.daemon.hostwatch import HostWatch
 from godwit.daemon.lifecycle import Readiness
 from godwit.daemon.log import Log
@@ -158,7 +158,7 @@ def _listen_for_helper(path: str) -> RepairListener:
     try:
         return RepairListener(path)
     except OSError as error:
-        raise StartError(f"cannot listen on {path}: {error.strerror or error}") from error
+        raise StartError(f"cannot listen on {path}: {reason(error, path)}") from error
 
 
 def _repair_path(options: Options, path: str | None) -> str | None:
@@ -183,38 +183,68 @@ async def _sessions(
         await _session(connection, device, options)
         return
     assert listener is not None  # one of the two is there
-    loop = asyncio.get_running_loop()
-    while True:
-        try:
-            accepted, address = await loop.sock_accept(listener)
-        except OSError as error:
-            # Mostly for want of descriptors, which come back: the front-end waits in the backlog.
-            logger.warning("a front-end cannot be accepted yet: %s", error.strerror)
-            await asyncio.sleep(_ACCEPT_AGAIN)
-            continue
-        with accepted:
-            if lifecycle.is_probe(address) or not (options.stream or await _says_something(accepted)):
-                continue
-            with _watched(listener):
+    with closing(_Door(listener)) as door:
+        while True:
+            with await door.next() as accepted:
+                if not options.stream and not await _says_something(accepted):
+                    continue
+                door.watch()
                 await _session(accepted, device, options)
-        if options.one_off or (options.migrate_exit and device.moved_away):
+            if options.one_off or (options.migrate_exit and device.moved_away):
+                return
+
+
+class _Door:
+    """Where front-ends come in, one after the other, and who only looks whether somebody is there goes out again."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._waiting: socket.socket | None = None
+
+    async def next(self) -> socket.socket:
+        """Whoever waits, or comes next."""
+        self._loop.remove_reader(self._listener)
+        if self._waiting is not None:
+            accepted, self._waiting = self._waiting, None
+            return accepted
+        while True:
+            try:
+                accepted, address = await self._loop.sock_accept(self._listener)
+            except OSError as error:
+                # Mostly for want of descriptors, which come back: the front-end waits in the backlog.
+                logger.warning("a front-end cannot be accepted yet: %s", error.strerror)
+                await asyncio.sleep(_ACCEPT_AGAIN)
+                continue
+            if not lifecycle.is_probe(address):
+                return accepted
+            accepted.close()
+
+    def watch(self) -> None:
+        """While one is served, log it once if another comes."""
+        self._loop.add_reader(self._listener, self._another)
+
+    def _another(self) -> None:
+        try:
+            accepted, address = self._listener.accept()
+        except BlockingIOError:
             return
-
-
-@contextmanager
-def _watched(listener: socket.socket) -> Iterator[None]:
-    """Log it, once, if somebody else connects meanwhile."""
-    loop = asyncio.get_running_loop()
-
-    def another() -> None:
-        loop.remove_reader(listener)
+        except OSError:
+            self._loop.remove_reader(self._listener)  # `next` will say why
+            return
+        if lifecycle.is_probe(address):
+            accepted.close()
+            return
+        accepted.setblocking(False)
+        self._waiting = accepted
+        self._loop.remove_reader(self._listener)
         logger.warning("another front-end has connected, and waits: one is served at a time")
 
-    loop.add_reader(listener, another)
-    try:
-        yield
-    finally:
-        loop.remove_reader(listener)
+    def close(self) -> None:
+        """Let nobody in any more, and send away who waits."""
+        self._loop.remove_reader(self._listener)
+        if self._waiting is not None:
+            self._waiting.close()
 
 
 async def _session(connection: socket.socket, device: NetDevice, options: Options) -> None:

@@ -24,7 +24,15 @@ from typing import Any, NoReturn
 
 from godwit import __version__
 from godwit.daemon.errors import OptionError
-from godwit.net.config import MAX_MTU, MIN_MTU4, NetConfigError, NetOptions, parse_mac, parse_prefix_len
+from godwit.net.config import (
+    MAX_MTU,
+    MIN_MTU4,
+    NetConfigError,
+    NetOptions,
+    check_options,
+    parse_mac,
+    parse_prefix_len,
+)
 from godwit.net.forward import ForwardError, Forwards, parse_forwards
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -144,7 +152,8 @@ def _address(text: str) -> Address:
     try:
         return ipaddress.ip_address(text)
     except ValueError:
-        _wrong(f"{text!r} is no IPv4 or IPv6 address")
+        once = "; give the option once for each" if "," in text else ""
+        _wrong(f"{text!r} is no IPv4 or IPv6 address{once}")
 
 
 def _address_and_length(text: str) -> tuple[Address, int | None]:
@@ -353,6 +362,10 @@ class _Parser(argparse.ArgumentParser):
     """Errors are one plain line: front-ends show it to the user as the reason."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += f" ({self.prog} --help lists what there is)"
+        elif "ignored explicit argument" in message:
+            message = f"{message.partition(': ')[0]}: it takes no value"
         raise OptionError(message)
 
 
@@ -493,7 +506,7 @@ def parse(argv: Sequence[str], dialect: Dialect) -> Options:
         try:
             values[name] = parse_forwards(values.get(name, ()))
         except ForwardError as error:
-            raise OptionError(f"--{name.replace('_', '-')}: {error}") from error
+            raise OptionError(f"argument -{name[0]}/--{name.replace('_', '-')}: {error}") from error
     if dialect is Dialect.PASST:
         # Its guests must be able to move to passt.
         values.setdefault("virtio_features", VirtioFeatures.PASST)
@@ -505,6 +518,10 @@ def parse(argv: Sequence[str], dialect: Dialect) -> Options:
     if values["stream"] and net.mtu is None:
         # Each frame goes through the socket by itself: the fewer, the faster. That is passt's default, too.
         net = replace(net, mtu=MAX_MTU)
+    try:
+        check_options(net)
+    except NetConfigError as error:
+        raise OptionError(str(error)) from error
     options = Options(dialect=dialect, net=net, **values)
     _cross_check(options)
     return options

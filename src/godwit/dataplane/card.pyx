@@ -89,6 +89,7 @@ from godwit.dataplane.sys cimport (
 )
 
 cdef enum:
+    VHOST_USER_REQUESTS = 64    # the number of a request, little-endian, is what its messages begin with
     PAGE = 4096
     RX_NUM = 256            # buffers to the guest
     RX_SIZE = 8192          # bytes of each; a frame takes as many as it needs
@@ -509,7 +510,10 @@ cdef class StreamCard:
         if self.c.failure == CUT_SHORT:
             return "it was closed in the middle of a frame"
         if self.c.failure == BAD_LENGTH:
-            return f"a frame of {self.c.bad_length} bytes was announced, and 1 to {MOST} is what there can be"
+            said = f"a frame of {self.c.bad_length} bytes was announced, and 1 to {MOST} is what there can be"
+            if self.c.bad_length & 0xFFFFFF == 0 and 0 < self.c.bad_length >> 24 <= VHOST_USER_REQUESTS:
+                said += "; vhost-user begins like that, and --vhost-user is what speaks it"
+            return said
         if self.c.failure == SOCKET:
             return os.strerror(self.c.error)
         if self.c.failure == RX_BROKEN:

@@ -265,7 +265,7 @@ def choose(options: NetOptions, host: HostNetwork, resolv: Resolv, previous: Net
     as good as each other, the one that the guest has is taken again: the order
     in which the kernel lists them changes with each one that is added.
     """
-    _check(options)
+    check_options(options)
     for option, name in (
         ("--interface", options.interface),
         ("--outbound-if4", options.outbound_if4 if options.ipv4 else None),
@@ -300,7 +300,8 @@ def choose(options: NetOptions, host: HostNetwork, resolv: Resolv, previous: Net
     return config
 
 
-def _check(options: NetOptions) -> None:
+def check_options(options: NetOptions) -> None:
+    """Refuse what cannot be on any host. Raises NetConfigError, with the name of the daemon's option."""
     if not options.ipv4 and not options.ipv6:
         raise NetConfigError("both IPv4 and IPv6 are switched off; leave out one of --ipv4-only and --ipv6-only")
     if options.mtu is not None and options.mtu != 0 and not MIN_MTU4 <= options.mtu <= MAX_MTU:
@@ -309,14 +310,22 @@ def _check(options: NetOptions) -> None:
         if length is not None and not 0 < length <= most:
             raise NetConfigError(f"prefix length {length} is out of range; use 1 to {most}")
     if options.mac is not None and (len(options.mac) != 6 or options.mac[0] & 1 or not any(options.mac)):
-        raise NetConfigError("the MAC address must be one of a single station, not multicast nor zero")
-    unusable = [
-        address
-        for address in (options.address4, options.address6, options.gateway4, options.gateway6)
-        if address is not None and (address.is_multicast or address.is_unspecified or address.is_loopback)
-    ]
-    if unusable:
-        raise NetConfigError(f"{unusable[0]} cannot be an address on the guest's network")
+        raise NetConfigError(
+            f"--mac-addr: {options.mac.hex(':')} is not the address of a single station: multicast, zero or too long"
+        )
+    for option, address in (
+        ("--address", options.address4),
+        ("--address", options.address6),
+        ("--gateway", options.gateway4),
+        ("--gateway", options.gateway6),
+    ):
+        if address is not None and (address.is_multicast or address.is_unspecified or address.is_loopback):
+            raise NetConfigError(f"{option}: {address} cannot be an address on the guest's network")
+    for own, gateway in ((options.address4, options.gateway4), (options.address6, options.gateway6)):
+        if own is not None and own == gateway:
+            raise NetConfigError(f"--address and --gateway are both {own}; they have to be two")
+    if options.address6 is not None and options.address6.is_link_local:
+        raise NetConfigError(f"--address: {options.address6} is link-local; the guest makes those itself, give another")
     for option, address, loopback in (
         ("--map-host-loopback", options.map_host4, False),
         ("--map-host-loopback", options.map_host6, False),
@@ -333,9 +342,16 @@ def _check(options: NetOptions) -> None:
             address.is_multicast or address.is_unspecified or (address.is_loopback and not loopback)
         ):
             raise NetConfigError(f"{option}: {address} cannot be such an address; it takes one of a single machine")
-    for name in (options.hostname, options.fqdn, *(options.search or ())):
-        if name and not is_domain(name.rstrip(".")):
-            raise NetConfigError(f"{name!r} is not a name that DNS can carry")
+    names = [
+        ("--hostname", options.hostname),
+        ("--fqdn", options.fqdn),
+        *(("--search", name) for name in options.search or ()),
+    ]
+    for option, name in names:
+        if name and (not is_domain(name.rstrip(".")) or " " in name):
+            raise NetConfigError(
+                f"{option}: {name!r} is no name of a host or domain (ASCII, no blanks, labels of 1 to 63)"
+            )
 
 
 def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork, previous: NetConfig) -> None:

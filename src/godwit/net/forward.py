@@ -247,7 +247,7 @@ def _parse_item(text: str, item: str) -> _Item:
     to_first, to_last = _parse_ports(text, ports)
     if to_last - to_first != last - first:
         raise ForwardError(
-            f"{text!r}: {source} is {last - first + 1} ports, but its target {ports} is {to_last - to_first + 1}"
+            f"{text!r}: {source} and {ports} differ in length: {last - first + 1} and {to_last - to_first + 1} ports"
         )
     return _Item(first, last, to_first, address)
 
