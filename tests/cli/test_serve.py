@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -195,7 +197,9 @@ def test_that_a_second_front_end_waits_is_logged_once(place: Place) -> None:
     process = place.start()
     with FrontendClient.connect(place.socket) as first:
         first.get_features()
-        with FrontendClient.connect(place.socket), FrontendClient.connect(place.socket):
+        with socket.socket(socket.AF_UNIX) as second, FrontendClient.connect(place.socket):
+            second.connect(str(place.socket))
+            second.sendall(struct.pack("<III", 1, 1, 0))  # GET_FEATURES
             for _ in range(3):
                 first.get_features()
     waits = "another front-end has connected, and waits: one is served at a time"
@@ -209,10 +213,34 @@ def test_a_look_whether_it_lives_is_no_front_end(place: Place) -> None:
         for _ in range(3):
             assert "is in use: another process listens there" in place.launch().stderr
             first.get_features()
-        with FrontendClient.connect(place.socket) as second:
+        for _ in range(3):  # others look, too, and have no name that says so
+            with socket.socket(socket.AF_UNIX) as look:
+                look.connect(str(place.socket))
+            first.get_features()
+        with socket.socket(socket.AF_UNIX) as second:
+            second.connect(str(place.socket))
+            second.sendall(struct.pack("<III", 1, 1, 0))  # GET_FEATURES
+            for _ in range(3):
+                first.get_features()
             first.close()
-            second.get_features()
+            second.settimeout(10)
+            assert second.recv(4) == struct.pack("<I", 1)
     assert len([line for line in said(process) if "another" in line]) == 1
+
+
+def test_a_front_end_in_stream_mode_is_told_what_is_spoken_here(place: Place) -> None:
+    process = place.start()
+    for destination in (b"\xff" * 6, b"\x33\x33\0\0\0\x16", b"\x01\0\x5e\0\0\x16"):
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(str(place.socket))
+            other.settimeout(10)
+            other.sendall(struct.pack(">I", 60) + destination.ljust(60, b"\0"))
+            with contextlib.suppress(ConnectionResetError):  # closed with our bytes unread
+                assert other.recv(1) == b""
+    with FrontendClient.connect(place.socket) as front_end:
+        front_end.get_features()
+    hint = "this front-end sends Ethernet frames, and vhost-user is what is spoken here: start with --stream"
+    assert [line for line in said(process) if "Ethernet" in line] == [hint] * 3
 
 
 def test_that_a_front_end_says_nothing_is_logged_once(place: Place) -> None:
@@ -368,8 +396,15 @@ def test_the_user(place: Place) -> None:
     assert os.stat(place.repair).st_uid == wanted
     with FrontendClient.connect(place.socket) as front_end:
         front_end.get_features()
-    process.terminate()
-    assert process.wait(10) == 0
+    rest = said(process)
+    assert process.returncode == 0
+    # Nobody may not remove what is in our folder. It says so of each file, and leaves none that misleads.
+    ours = (place.socket, place.repair, place.pid)
+    stay = [path for path in ours if path.exists()]
+    assert stay == (list(ours) if os.geteuid() == 0 else [])
+    for path in stay:
+        assert f"{path} stays, the next start takes it over: it cannot be removed (Permission denied)" in rest
+    assert place.pid not in stay or place.pid.read_text() == ""
 
 
 def test_a_capture_into_a_pipe_needs_its_reader_first(place: Place) -> None:

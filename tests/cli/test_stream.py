@@ -151,7 +151,24 @@ def test_a_second_front_end_waits_for_the_first(place: Place) -> None:
         first.is_served()
         first.close()
         second.is_served()
-    assert any("another front-end has connected, and waits" in line for line in said(process))
+    assert process.poll() is None
+
+
+def test_that_another_waits_is_logged_once_it_sends(place: Place) -> None:
+    process = start(place)
+    with FrontEnd.connect(place.socket) as first:
+        first.is_served()
+        with FrontEnd.connect(place.socket):
+            first.is_served()
+        with FrontEnd.connect(place.socket) as second:
+            second.send(Ether(src=MAC, dst="ff:ff:ff:ff:ff:ff") / ARP(psrc="192.0.2.10", pdst="192.0.2.1"))
+            for _ in range(3):
+                first.is_served()
+            first.close()
+            second.is_served()
+    logged = said(process)
+    assert len([line for line in logged if "another front-end has connected, and waits" in line]) == 1
+    assert logged.count("a front-end has connected") == 2
 
 
 def test_a_silent_front_end_is_nothing_to_warn_of(place: Place) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -134,6 +135,37 @@ def test_a_file_keeps_its_limit_and_its_newest_lines(tmp_path: Path) -> None:
         assert path.stat().st_size <= 4096
     handler.close()
     lines = path.read_text().splitlines()
+    assert lines == [f"line {number}" for number in range(2000 - len(lines), 2000)]
+    assert len(lines) > 100
+
+
+def test_a_file_keeps_its_limit_under_a_user_who_may_not_open_it(tmp_path: Path) -> None:
+    """As after --runas: what root has opened, nobody goes on with."""
+    path = tmp_path / "log"
+    handler = BoundedFileHandler(str(path), 4096)
+    os.chmod(path, 0)
+    os.chmod(tmp_path, 0o500)
+    child = os.fork()
+    if not child:
+        failed = 1
+        try:
+            if os.geteuid() == 0:
+                os.setresgid(65534, 65534, 65534)
+                os.setresuid(65534, 65534, 65534)
+            try:
+                path.open("rb").close()
+            except PermissionError:
+                for number in range(2000):
+                    handler.emit(logging.makeLogRecord({"msg": f"line {number}"}))
+                failed = 0
+        finally:
+            os._exit(failed)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    handler.close()
+    os.chmod(tmp_path, 0o700)
+    os.chmod(path, 0o600)
+    lines = path.read_text().splitlines()
+    assert path.stat().st_size <= 4096
     assert lines == [f"line {number}" for number in range(2000 - len(lines), 2000)]
     assert len(lines) > 100
 

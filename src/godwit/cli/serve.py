@@ -16,7 +16,7 @@ def start(argv: Sequence[str] | None, dialect: Dialect) -> int:
         options = parse(sys.argv[1:] if argv is None else argv, dialect)
     except OptionError as error:
         print(f"{dialect.value}: {error}", file=sys.stderr)
-        return 2
+        return 1 if dialect is Dialect.PASST else 2  # 1 is passt's own status for it
     # Only now: --help and a wrong option need none of it.
     from godwit.daemon.main import run
 

@@ -26,6 +26,6 @@ class SocketInUseError(StartError):
 def reason(error: OSError, path: str) -> str:
     """Why a file could not be made at ``path``, in the system's words or in clearer ones."""
     folder = os.path.dirname(path)
-    if error.errno == errno.ENOENT and not os.path.isdir(folder):
+    if error.errno == errno.ENOENT and folder and not os.path.isdir(folder):
         return f"there is no directory {folder}"
     return os.strerror(error.errno) if error.errno else str(error)

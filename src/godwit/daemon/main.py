@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The daemon put together: a device, a socket for its front-end, a life cycle.
 
-One front-end at a time: while one is served, another waits, and the log says so
-once. A connection that closes without a word is no front-end: another
+One front-end at a time: while one is served, another waits, and the log says so when
+it has sent something, once. A connection that closes without a word is no front-end: another
 start looked whether somebody listens (`godwit.daemon.lifecycle.listen`), and
 does not end a ``--one-off`` daemon. In stream mode a front-end may well say nothing for long, as
 long as its guest does: there only such a look by one of us is told from it, by its name.
@@ -25,7 +25,7 @@ from godwit.daemon.errors import DaemonError, StartError, reason
 from godwit.daemon.hostwatch import HostWatch
 from godwit.daemon.lifecycle import Readiness
 from godwit.daemon.log import Log
-from godwit.daemon.options import Options
+from godwit.daemon.options import Dialect, Options
 from godwit.daemon.stream import serve_stream
 from godwit.net.config import NetConfigError
 from godwit.net.forward import ForwardError
@@ -35,6 +35,9 @@ from godwit.vhost_user.aio import serve
 logger = logging.getLogger(__name__)
 
 _ACCEPT_AGAIN = 1.0  # seconds
+# A frame's length comes first, most significant byte first, and is well below 2^24. A vhost-user message begins
+# with the least significant byte of a request's number, and no request has one of 0.
+_FRAME = b"\0"
 _SPEAKS_WITHIN = 5.0  # seconds; a front-end speaks at once
 
 
@@ -186,10 +189,17 @@ async def _sessions(
     with closing(_Door(listener)) as door:
         while True:
             with await door.next() as accepted:
-                if not options.stream and not await _says_something(accepted):
+                first = None if options.stream else await _first_byte(accepted)
+                if first == b"":
                     continue
                 door.watch()
-                await _session(accepted, device, options)
+                if first == _FRAME:
+                    logger.error(
+                        "this front-end sends Ethernet frames, and vhost-user is what is spoken here: %s",
+                        "leave out --vhost-user" if options.dialect is Dialect.PASST else "start with --stream",
+                    )
+                else:
+                    await _session(accepted, device, options)
             if options.one_off or (options.migrate_exit and device.moved_away):
                 return
 
@@ -207,6 +217,7 @@ class _Door:
         self._loop.remove_reader(self._listener)
         if self._waiting is not None:
             accepted, self._waiting = self._waiting, None
+            self._loop.remove_reader(accepted)
             return accepted
         while True:
             try:
@@ -221,7 +232,7 @@ class _Door:
             accepted.close()
 
     def watch(self) -> None:
-        """While one is served, log it once if another comes."""
+        """While one is served, log it once if another comes and has something to say."""
         self._loop.add_reader(self._listener, self._another)
 
     def _another(self) -> None:
@@ -238,12 +249,22 @@ class _Door:
         accepted.setblocking(False)
         self._waiting = accepted
         self._loop.remove_reader(self._listener)
-        logger.warning("another front-end has connected, and waits: one is served at a time")
+        self._loop.add_reader(accepted, self._speaks, accepted)
+
+    def _speaks(self, accepted: socket.socket) -> None:
+        self._loop.remove_reader(accepted)
+        if _peek(accepted):
+            logger.warning("another front-end has connected, and waits: one is served at a time")
+            return
+        accepted.close()  # it only looked
+        self._waiting = None
+        self.watch()
 
     def close(self) -> None:
         """Let nobody in any more, and send away who waits."""
         self._loop.remove_reader(self._listener)
         if self._waiting is not None:
+            self._loop.remove_reader(self._waiting)
             self._waiting.close()
 
 
@@ -254,8 +275,16 @@ async def _session(connection: socket.socket, device: NetDevice, options: Option
         logger.info("the front-end has disconnected")
 
 
-async def _says_something(connection: socket.socket) -> bool:
-    """Wait for a connection's first byte, and leave it there; False if it closes instead."""
+def _peek(connection: socket.socket) -> bytes:
+    """The first byte that waits, which stays there; none if the other end has closed."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return b""
+
+
+async def _first_byte(connection: socket.socket) -> bytes:
+    """Wait for a connection's first byte, and leave it there; empty if it closes instead."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(connection, readable.set)
@@ -270,7 +299,4 @@ async def _says_something(connection: socket.socket) -> bool:
     finally:
         silent.cancel()
         loop.remove_reader(connection)
-    try:
-        return bool(connection.recv(1, socket.MSG_PEEK))
-    except OSError:
-        return False
+    return _peek(connection)

@@ -305,10 +305,15 @@ class RepairListener:
             if self._client is not None:
                 self._client.close()
                 self._client = None
-        with contextlib.suppress(OSError):
+        try:
             there = os.stat(self.path, follow_symlinks=False)
             if (there.st_dev, there.st_ino) == self._made:
                 os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            # The user that the daemon has become may not own the folder.
+            log.info("%s stays, the next start takes it over: it cannot be removed (%s)", self.path, error.strerror)
 
 
 def _bind(sock: socket.socket, path: str) -> None:
