@@ -217,15 +217,7 @@ def test_a_look_whether_it_lives_is_no_front_end(place: Place) -> None:
             with socket.socket(socket.AF_UNIX) as look:
                 look.connect(str(place.socket))
             first.get_features()
-        with socket.socket(socket.AF_UNIX) as second:
-            second.connect(str(place.socket))
-            second.sendall(struct.pack("<III", 1, 1, 0))  # GET_FEATURES
-            for _ in range(3):
-                first.get_features()
-            first.close()
-            second.settimeout(10)
-            assert second.recv(4) == struct.pack("<I", 1)
-    assert len([line for line in said(process) if "another" in line]) == 1
+    assert not [line for line in said(process) if "another" in line]
 
 
 def test_a_front_end_in_stream_mode_is_told_what_is_spoken_here(place: Place) -> None:

@@ -197,3 +197,18 @@ def test_what_repeats_without_end_is_cut_short() -> None:
     assert len(lines(*range(50), levelno=logging.DEBUG)) == 50  # who asks for it gets it
     assert lines(61, 62) == ["again: why (and 2 more like that before)", "again: why"]
     assert lines(-1000) == ["again: why"]  # somebody has set the clock
+
+
+def test_what_does_not_stop_is_heard_of_ever_less() -> None:
+    pace = log_module.Pace()
+    day = 24 * 3600
+    heard = [record.getMessage() for record in map(_record, range(day)) if pace.filter(record)]
+    assert 20 * 24 <= len(heard) <= 20 * 31  # by the hour in the end, after 1, 2, 4, 8, 16 and 32 minutes
+    assert heard[19] == "again: why (no more like that for a minute)"
+    assert heard[39] == "again: why (no more like that for 2 minutes)"
+    assert heard[-1].endswith("(no more like that for 60 minutes)")
+    told = sum(int(line.split("(and ")[1].split()[0]) for line in heard if "(and " in line)
+    assert day - 3600 <= told + len(heard) <= day  # of the last hour it is yet to be told
+    later = [_record(2 * day + second) for second in range(20)]  # it had stopped: a minute again
+    assert all(pace.filter(record) for record in later)
+    assert later[-1].getMessage().endswith("for a minute)")

@@ -158,7 +158,7 @@ BAD: list[tuple[str, str]] = [
     ("-a 192.0.2.3/", "'' is no prefix length for IPv4"),
     ("-a 192.0.2.3 -n 33", "out of range"),
     ("-a 192.0.2.3 -n 255.0.255.0", "not a netmask"),
-    ("-a 192.0.2.3/24 -n 25", "differ"),
+    ("-a 192.0.2.3/24 -n 25", "is 25 and --address says 24"),
     ("-4 -a 2001:db8::1", "IPv6 is switched off"),
     ("-6 -g 192.0.2.1", "IPv4 is switched off"),
     ("-M 01:00:00:00:00", "is not a MAC address"),

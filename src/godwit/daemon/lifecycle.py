@@ -148,7 +148,7 @@ def listen(path: str) -> socket.socket:
             if error.errno != errno.EADDRINUSE:
                 raise
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise StartError(f"{path} exists and is no socket") from None
+                raise StartError(f"{path} exists and is no socket: remove it, or name another path") from None
             if _is_live(path):
                 raise SocketInUseError(f"{path} is in use: another process listens there") from None
             os.unlink(path)

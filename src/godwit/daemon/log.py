@@ -121,31 +121,34 @@ def _lasting(options: Options, stderr: logging.Formatter) -> logging.Handler | N
 
 
 class Pace(logging.Filter):
-    """Lets a line of the source log so often in a minute, and says how often it would have been more.
+    """Lets a line of the source log so often in a minute or longer, and says how often it would have been more.
 
     What others do again and again, a front-end that connects, fails and connects
-    again for instance, shall not fill the log. What is logged for debugging is
-    let through.
+    again for instance, shall not fill the log. What does not stop gets a longer
+    time each time, up to an hour. What is logged for debugging is let through.
     """
 
-    def __init__(self, most: int = 100) -> None:
+    def __init__(self, most: int = 20) -> None:
         super().__init__()
         self._most = most
-        self._seen: dict[tuple[str, int], tuple[float, int]] = {}  # since when, and how often
+        self._seen: dict[tuple[str, int], tuple[float, int, int]] = {}  # since when, how often, for how many minutes
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether this one is written; it may get a word on those before it that were not."""
         if record.levelno <= logging.DEBUG:
             return True
         place = record.pathname, record.lineno
-        since, count = self._seen.get(place, (record.created, 0))
-        if not since <= record.created < since + 60:
+        since, count, minutes = self._seen.get(place, (record.created, 0, 1))
+        if not since <= record.created < since + 60 * minutes:
             if count > self._most:
                 record.msg, record.args = f"{record.getMessage()} (and {count - self._most} more like that before)", ()
+            goes_on = count > self._most and since <= record.created < since + 120 * minutes
+            minutes = min(2 * minutes, 60) if goes_on else 1
             since, count = record.created, 0
-        self._seen[place] = since, count + 1
+        self._seen[place] = since, count + 1, minutes
         if count + 1 == self._most:
-            record.msg, record.args = f"{record.getMessage()} (no more like that for a minute)", ()
+            until = "a minute" if minutes == 1 else f"{minutes} minutes"
+            record.msg, record.args = f"{record.getMessage()} (no more like that for {until})", ()
         return count < self._most
 
 

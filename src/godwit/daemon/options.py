@@ -471,7 +471,9 @@ def _net(given: dict[str, Any]) -> NetOptions:
         if not 1 <= given["netmask"] <= 32:
             raise OptionError(f"--netmask: {given['netmask']} is out of range for IPv4: 1 to 32")
         if (values.get("prefix_len4") or given["netmask"]) != given["netmask"]:
-            raise OptionError("--netmask and the prefix length of --address differ")
+            raise OptionError(
+                f"--netmask is {given['netmask']} and --address says {values['prefix_len4']}: leave out one"
+            )
         values["prefix_len4"] = given["netmask"]
     return NetOptions(**values)
 
