@@ -195,6 +195,10 @@ def test_what_repeats_without_end_is_cut_short() -> None:
     assert lines(0, 1, 2, 3, 59) == ["again: why", "again: why", "again: why (no more like that for a minute)"]
     assert lines(3, lineno=2) == ["again: why"]  # another line of the source
     assert len(lines(*range(50), levelno=logging.DEBUG)) == 50  # who asks for it gets it
+    records = [_record(one) for one in range(50)]
+    for one in records:
+        one.asked_for = True
+    assert all(map(pace.filter, records))
     assert lines(61, 62) == ["again: why (and 2 more like that before)", "again: why"]
     assert lines(-1000) == ["again: why"]  # somebody has set the clock
 

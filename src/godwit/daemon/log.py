@@ -125,7 +125,8 @@ class Pace(logging.Filter):
 
     What others do again and again, a front-end that connects, fails and connects
     again for instance, shall not fill the log. What does not stop gets a longer
-    time each time, up to an hour. What is logged for debugging is let through.
+    time each time, up to an hour. What was ``asked_for`` (an attribute of the
+    record), as debugging is, is let through.
     """
 
     def __init__(self, most: int = 20) -> None:
@@ -135,7 +136,7 @@ class Pace(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether this one is written; it may get a word on those before it that were not."""
-        if record.levelno <= logging.DEBUG:
+        if record.levelno <= logging.DEBUG or getattr(record, "asked_for", False):
             return True
         place = record.pathname, record.lineno
         since, count, minutes = self._seen.get(place, (record.created, 0, 1))

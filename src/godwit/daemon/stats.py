@@ -39,7 +39,7 @@ class Statistics:
         self._timer = None
         now = self._engine.counters()
         if now != self._before:
-            log.info("%s", describe(self._before, now))
+            log.info("%s", describe(self._before, now), extra={"asked_for": True})
             self._before = now
         self._engine.watch_activity()
 

@@ -78,6 +78,7 @@ from godwit.dataplane.sys cimport (
     PROT_READ,
     PROT_WRITE,
     be32,
+    close,
     errno,
     iovec,
     mmap,
@@ -414,13 +415,10 @@ cdef class StreamCard:
     def __dealloc__(self):
         if self.c.view != NULL:
             munmap(self.c.view, self.c.view_size)
-        # Descriptors were opened through os; closing them must not fail loudly here.
-        for fd in (self._memory, self.c.done):
-            if fd >= 0:
-                try:
-                    os.close(fd)
-                except OSError:
-                    pass
+        if self._memory >= 0:
+            close(self._memory)     # not through os: at the interpreter's end that is gone
+        if self.c.done >= 0:
+            close(self.c.done)
         free(self.c.iov)
         free(self.c.release)
         free(self.c.headers)
