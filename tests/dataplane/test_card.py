@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import random
+import resource
 import select
 import socket
 import struct
@@ -425,6 +427,40 @@ def test_flows_outlive_the_card(guest: StreamGuest, family: Family) -> None:
         conn.push(b"once more")
         assert read_exactly(host, 9) == b"once more"
         assert conn.read(9) == b"meanwhile"
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_no_descriptors_for_the_card(guest: StreamGuest) -> None:
+    """However few there are: none is lost, and the next card finds all as before."""
+    guest.unplug()
+    guest.sock, theirs = socket.socketpair()
+    card = StreamCard(theirs.fileno())
+    before = descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    with theirs, guest.sock:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.dup(0))
+            for _ in range(5):  # regions of memory
+                with pytest.raises(OSError, match="Too many open files"):
+                    guest.engine.plug(card)
+                guest.engine.detach()
+                os.close(taken.pop())
+            guest.engine.plug(card)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            guest.engine.detach()
+            for fd in taken:
+                os.close(fd)
+        assert descriptors() == before
+    guest.plug()
+    assert guest.pings()
 
 
 def test_connections_from_outside(guest: StreamGuest) -> None:

@@ -144,6 +144,19 @@ def test_closing_all_flows_refuses_those_that_wait_to_be_accepted(engine: Engine
 # ---- few descriptors
 
 
+def test_what_the_last_guest_asked_is_not_answered_to_the_next(guest: Guest) -> None:
+    guest.send(other_frame(60))
+    with guest.engine.parked():  # nothing of what is said to it now can be on its way
+        assert guest.engine.inject(other_frame(100))
+        guest.engine.detach()
+        guest.attach(guest.rx.avail_idx)
+        for _ in range(8):
+            guest.post((2048,))
+    guest.barrier()
+    assert guest.collect() == []
+    assert guest.engine.take_rare() == []
+
+
 def test_flows_are_limited(engine: Engine) -> None:
     engine.limit_flows(2)
     for own in (1000, 1001):

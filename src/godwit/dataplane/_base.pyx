@@ -520,7 +520,15 @@ cdef class EngineBase:
         with self.parked():
             self.detach()
             self.set_features(card.FEATURES)
-            self.set_memory([(*region, os.dup(card.memory)) for region in card.regions()])
+            regions = []
+            try:
+                for region in card.regions():
+                    regions.append((*region, os.dup(card.memory)))
+            except OSError:
+                for region in regions:
+                    os.close(region[4])
+                raise
+            self.set_memory(regions)
             for index, ring in enumerate(card.rings()):
                 self.ring_num(index, ring.num)
                 self.ring_base(index, 0)
@@ -560,6 +568,9 @@ cdef class EngineBase:
             memset(self.p.seen4, 0, 16)
             memset(self.p.seen6, 0, 16)
             memset(self.p.seen6_ll, 0, 16)
+            # Nor is what was to be said to the last one, or what it has asked, the next one's.
+            store32_release(&self.p.down.tail, self.p.down.head)
+            store32_release(&self.p.up.tail, self.p.up.head)
 
     # ---- rare frames
 
