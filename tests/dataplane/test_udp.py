@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -221,6 +222,41 @@ def test_guest_without_an_address_yet(family: Family, peer: Peer) -> None:
         peer.sock.sendto(b"y", (family.loopback, port))
         assert guest.receive(is_udp).payload == b"y"
         assert guest.drops("unreachable") == 1
+
+
+def test_port_that_goes_while_another_has_datagrams_in_hand(family: Family, peer: Peer) -> None:
+    """Who was called from a port of the guest's own asks at the forwarded one: nothing is left of the former."""
+    with Guest(PLAIN, rx=()) as guest, forwarded(guest, family, 4500, family.loopback) as port:
+        guest.refill = False
+        guest.send(guest.udp(family, 4500, peer.port, b"call"))
+        assert peer.read() == b"call"
+        assert peer.guest[1] != port
+        with Peer(family) as stranger, Peer(family) as last:
+            stranger.sock.sendto(bytes(4000), (family.loopback, port))
+            peer.sock.sendto(b"ask", (family.loopback, port))
+            guest.barrier()
+            guest.post((2048,), publish=False)
+            guest.post((2048,), publish=False)
+            guest.rx.publish(2)
+            guest.barrier()  # both are in hand, and a fragment is left of the first
+            time.sleep(0.02)  # the thread sleeps
+            guest.post((2048,), publish=False)
+            guest.post((2048,), publish=False)
+            guest.memory.store16(guest.rx.avail + 2, guest.rx.avail_idx)  # seen when something else happens:
+            peer.write(b"late")  # to the port of the guest's own
+            guest.send(guest.udp(family, 5000, last.port, b"call"))  # and one takes its place in the table
+            guest.barrier()
+            frames = guest.collect()
+            assert [frame.fragment is not None for frame in frames] == [True, True, True, False]
+            assert frames[3].payload == b"ask"
+            assert last.read() == b"call"
+            for _ in range(5):
+                last.write(b"answer")
+                stranger.sock.sendto(b"more", (family.loopback, port))
+                guest.barrier()
+                guest.post((2048,))
+                guest.post((2048,))
+                assert {guest.receive(is_udp).payload for _ in range(2)} == {b"answer", b"more"}
 
 
 def test_flood_from_outside_leaves_room_for_the_guest(family: Family) -> None:

@@ -363,12 +363,15 @@ cdef void udp_drain(Plane *p, Flow *port) noexcept nogil:
 cdef void udp_from_sock(Plane *p, Flow *port) noexcept nogil:
     cdef Queue *q = &p.queues[RX]
     cdef int i, most
+    cdef uint32_t generation = port.generation
     for i in range(ROUNDS):
         most = 0
         if empty_hand(p) and queue_active(q):
             most = queue_pending(q)
             if most < 0:
                 queue_break(q)
+        if port.generation != generation:
+            return      # what was in hand of another port has taken the last peer of this one (known())
         if most <= 0:
             flow_wait_ring(p, port)
             return
