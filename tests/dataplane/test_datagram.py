@@ -31,6 +31,7 @@ from .driver import (
     Frame,
     Guest,
     Part,
+    address,
     is_echo_reply,
     other_frame,
     pattern,
@@ -445,6 +446,22 @@ def test_an_address_in_the_prefix_is_the_better_one(guest: Guest) -> None:
         guest.send(asks(target))
         guest.barrier()
         assert ipaddress.ip_address(guest.engine.observed().addr6) == ipaddress.ip_address(expected)
+
+
+def test_the_address_of_a_machine_behind_the_guest_is_not_the_guests(guest: Guest) -> None:
+    """A forwarded port leads there; it asks whether somebody has its address as the guest does."""
+    behind = {V4: "192.0.2.99", V6: "2001:db8::99"}
+    for family, where in behind.items():
+        sock = socket.create_server((family.loopback, 0), family=family.af)
+        guest.engine.listen(sock.detach(), 80, address(where))
+    guest.send(Ether(src=GUEST_MAC, dst="ff:ff:ff:ff:ff:ff") / ARP(hwsrc=GUEST_MAC, psrc=behind[V4], pdst=behind[V4]))
+    ether = Ether(src=GUEST_MAC, dst="33:33:ff:00:00:99")
+    guest.send(ether / IPv6(src="::", dst="ff02::1:ff00:99", hlim=255) / ICMPv6ND_NS(tgt=behind[V6]))
+    guest.send(guest.udp(V4, 5000, 9, b"hello", src=behind[V4]))
+    guest.send(guest.udp(V6, 5000, 9, b"hello", src=behind[V6]))
+    guest.barrier()
+    seen = guest.engine.observed()
+    assert not any(seen.addr4 + seen.addr6)
 
 
 def test_an_ipv4_address_is_learnt_from_arp(guest: Guest) -> None:

@@ -257,9 +257,9 @@ cdef void observe_detection(Plane *p, Packet *k, const uint8_t *l4) noexcept nog
             return
     if is_link_local6(target):
         if p.seen6_ll[0] == 0:
-            memcpy(p.seen6_ll, target, 16)
+            note(p, p.seen6_ll, target)
     elif p.seen6[0] == 0 or (is_in_prefix(p, target) and not is_in_prefix(p, p.seen6)):
-        memcpy(p.seen6, target, 16)
+        note(p, p.seen6, target)
 
 
 cdef bint is_multicast(Packet *k) noexcept nogil:
