@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 import pytest
-from scapy.layers.inet6 import ICMPv6ND_RA, ICMPv6NDOptPrefixInfo, IPv6
+from scapy.layers.inet6 import ICMPv6ND_NS, ICMPv6ND_RA, ICMPv6NDOptPrefixInfo, IPv6
 from scapy.layers.l2 import ARP, Ether
 
 from godwit.daemon import device as device_module
@@ -289,6 +289,33 @@ def test_the_host_is_looked_at_before_the_guest_is_answered(run: Any) -> None:
         assert len(engine.configured) == 2
 
     run(work, before_answer=lambda: changed(calls[0]))
+
+
+def test_a_guest_that_looks_for_its_neighbours_is_not_asked_anew(run: Any) -> None:
+    class Asking:
+        went_on = 0
+
+        def go_on(self) -> None:
+            self.went_on += 1
+
+        def stop(self) -> None:
+            pass
+
+    async def work(device: NetDevice, engine: Engine) -> None:
+        asking: Any = Asking()
+        device._probe = asking
+        ether = Ether(src="52:54:00:00:00:01")
+        engine.rare = [
+            bytes(ether / ARP(psrc="192.0.2.7", pdst="192.0.2.1")),
+            bytes(ether / IPv6(src="fe80::7", dst="fe80::1", hlim=255) / ICMPv6ND_NS(tgt="fe80::1")),
+        ]
+        device._answer_rare()
+        assert asking.went_on == 0
+        engine.rare = [bytes(ether / IPv6(src="::", dst="ff02::1:ff00:7", hlim=255) / ICMPv6ND_NS(tgt="fe80::7"))]
+        device._answer_rare()
+        assert asking.went_on == 1
+
+    run(work)
 
 
 def test_a_host_with_no_ipv6_address(run: Any) -> None:

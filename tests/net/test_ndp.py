@@ -8,6 +8,7 @@ from ipaddress import IPv6Address, IPv6Network
 from typing import Any
 
 import pytest
+from scapy.layers.inet import UDP
 from scapy.layers.inet6 import (
     ICMPv6EchoRequest,
     ICMPv6ND_NA,
@@ -22,10 +23,10 @@ from scapy.layers.inet6 import (
     ICMPv6NDOptSrcLLAddr,
     IPv6,
 )
-from scapy.layers.l2 import Ether
+from scapy.layers.l2 import ARP, Ether
 
 from godwit.net.config import NetConfig, Withdrawn
-from godwit.net.ndp import questions
+from godwit.net.ndp import is_about_addresses, questions
 from godwit.net.responder import Responder
 
 GUEST = "52:54:00:12:34:56"
@@ -278,3 +279,18 @@ def test_no_questions(config: NetConfig) -> None:
     nobody = IPv6Address("::")
     assert questions(replace(config, addr6=None), nobody, nobody) == []
     assert questions(replace(config, ndp=False), nobody, nobody) == []  # it has nobody to answer to
+
+
+def test_what_the_guest_asks_about_itself(config: NetConfig) -> None:
+    """Nothing of what a question has it send is among that."""
+    assert is_about_addresses(solicit_router())
+    assert is_about_addresses(solicit_router("::"))
+    assert is_about_addresses(solicit(GUEST_GLOBAL, "::"))
+    [asked] = questions(config, IPv6Address(GUEST_GLOBAL), IPv6Address("::"))
+    assert not is_about_addresses(solicit(Ether(asked)[IPv6].src))
+    assert not is_about_addresses(solicit(Ether(asked)[IPv6].src, dest=Ether(asked)[IPv6].src))
+    assert not is_about_addresses(bytes(Ether(src=GUEST, dst=OURS) / ARP(psrc="192.0.2.7", pdst="192.0.2.1")))
+    assert not is_about_addresses(bytes(Ether(src=GUEST, dst=OURS) / IPv6(src=GUEST_LL) / UDP(dport=547)))
+    whole = solicit_router("::")
+    for size in range(55):  # up to the message's kind
+        assert not is_about_addresses(whole[:size])

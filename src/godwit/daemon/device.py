@@ -33,7 +33,7 @@ from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State
 from godwit.net import state
 from godwit.net.config import IPAddress, NetConfig, packed16
-from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS, questions
+from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS, is_about_addresses, questions
 from godwit.net.records import MAX_FLOWS
 from godwit.net.responder import Responder
 from godwit.net.state import FlowMover
@@ -293,7 +293,8 @@ class NetDevice(BaseDevice):
         frames = self._engine.take_rare()
         if frames:
             self._before_answer()
-            self._probe.go_on()
+            if any(map(is_about_addresses, frames)):
+                self._probe.go_on()
         for frame in frames:
             for answer in self._responder.respond(frame):
                 self._engine.inject(answer)

@@ -24,6 +24,7 @@ from godwit.net.config import MIN_MTU, NetConfig, link_local
 from godwit.net.dns import MAX_SERVERS, encode_names
 from godwit.net.packet import (
     ETH_IPV6,
+    PROTO_ICMPV6,
     Ethernet,
     MalformedError,
     Packet6,
@@ -31,6 +32,8 @@ from godwit.net.packet import (
     build_ethernet,
     build_icmp6,
     multicast_mac,
+    parse_ethernet,
+    parse_ip6,
 )
 
 ALL_NODES = IPv6Address("ff02::1")
@@ -128,6 +131,25 @@ def questions(config: NetConfig, seen: IPv6Address, seen_link_local: IPv6Address
     if config.ndp and config.has_ipv6 and seen_link_local.is_unspecified:
         frames.append(_question(config, config.our_link_local))
     return frames
+
+
+def is_about_addresses(frame: bytes) -> bool:
+    """Whether the guest may soon have other addresses: it looks for a router, or for others with an address of its own.
+
+    What it asks about its neighbours, us among them, is not: an answer to a
+    question has it do so, and would be followed by the next question for ever.
+    """
+    try:
+        ethernet = parse_ethernet(frame)
+        if ethernet.kind != ETH_IPV6:
+            return False
+        packet = parse_ip6(ethernet.payload)
+        if packet.protocol != PROTO_ICMPV6:
+            return False
+        kind = Reader(packet.payload).pull_u8()
+    except MalformedError:
+        return False
+    return kind == ROUTER_SOLICITATION or (kind == NEIGHBOUR_SOLICITATION and packet.source.is_unspecified)
 
 
 def _question(config: NetConfig, source: IPv6Address) -> bytes:
