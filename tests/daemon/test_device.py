@@ -318,6 +318,19 @@ def test_a_guest_that_looks_for_its_neighbours_is_not_asked_anew(run: Any) -> No
     run(work)
 
 
+def test_nothing_happens_between_the_end_of_the_flows_and_that_of_the_rings(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        calls: list[str] = []
+        for name in ("park", "close_flows", "detach", "unpark"):
+            monkeypatch.setattr(engine, name, lambda name=name: calls.append(name), raising=False)
+        await device.disconnected()
+        assert calls == ["park", "close_flows", "detach", "unpark"]
+
+    run(work)
+
+
 def test_a_host_with_no_ipv6_address(run: Any) -> None:
     """The data plane has IPv6 on, and no address for the guest but what it sees."""
 
