@@ -49,7 +49,9 @@ def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixtur
 
 def test_a_bad_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert godwit_main.main(["serve", "--socket", "/tmp/s", "--mtu", "7"]) == 2
-    assert capsys.readouterr().err == ("godwit serve: argument -m/--mtu: '7' is no MTU: a number from 68 to 65520\n")
+    assert capsys.readouterr().err == (
+        "godwit serve: argument -m/--mtu: '7' is no MTU: a number from 68 to 65520, or 0 to announce none\n"
+    )
     assert passt.main(["--socket", "/tmp/s", "--mtu", "7"]) == 1
     assert capsys.readouterr().err.startswith("godwit-passt: argument -m/--mtu: '7' is no MTU")
 

@@ -318,11 +318,11 @@ def test_passts_default_socket(tmp_path: Path) -> None:
     launched = subprocess.run(
         [*PASST, "-P", str(pid), "-l", str(log), *STAY], capture_output=True, text=True, timeout=60, check=False
     )
-    assert (launched.returncode, launched.stderr) == (0, "")
     daemon = int(pid.read_text())
     path = log.read_text().partition("is ready on ")[2].partition(",")[0]
     try:
         assert path.startswith("/tmp/passt_")
+        assert (launched.returncode, launched.stderr) == (0, f"godwit-passt: listens on {path}\n")
         with FrontendClient.connect(path) as front_end:
             front_end.get_features()
     finally:
@@ -473,3 +473,22 @@ def test_ports_that_are_named_come_before_the_guests_own_connections(place: Plac
 def test_no_repair_socket(place: Place) -> None:
     place.start("--repair-path", "none")
     assert not place.repair.exists()
+
+
+def test_only_root_becomes_another_user(place: Place) -> None:
+    if os.geteuid() == 0:
+        os.chmod(place.socket.parent, 0o755)
+        words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *SERVE]
+    else:
+        words = [*SERVE]
+    done = subprocess.run(
+        [*words, "-f", "-s", "/tmp/never.sock", "--runas", "1"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "--runas 1: only root can become another user" in done.stderr
+
+
+def test_the_log_says_what_the_guest_is_told(place: Place) -> None:
+    process = place.start("-a", "192.0.2.7/24", "-g", "192.0.2.1", "-D", "192.0.2.53", "-o", "192.0.2.99")
+    logged = said(process)
+    assert any(line.startswith("the guest is told: IPv4 192.0.2.7/24, IPv4 router 192.0.2.1,") for line in logged)

@@ -229,7 +229,7 @@ def test_an_interface_by_name() -> None:
     config = take(interface="eth1")
     assert (config.interface4, str(config.addr4), config.addr6) == ("eth1", "10.0.0.7", None)
     assert (config.local6, config.scope4, config.scope6) == (True, 3, 3)
-    assert config.notes == ["the guest gets link-local IPv6 only, since eth1 has no IPv6 address"]
+    assert config.notes == ["the guest gets link-local IPv6 only, since eth1 has no IPv6 address that others can reach"]
 
 
 def test_interfaces_for_what_leaves_the_host() -> None:
@@ -439,3 +439,11 @@ def test_helpers() -> None:
     assert str(link_local(bytes.fromhex("525400123456"))) == "fe80::5054:ff:fe12:3456"
     assert packed16(IPv4Address("192.0.2.1")) == IPv6Address("::ffff:192.0.2.1").packed
     assert packed16(IPv6Address("::1")) == IPv6Address("::1").packed
+
+
+def test_an_outbound_address_that_the_host_does_not_have_is_told_of() -> None:
+    missing = IPv4Address("203.0.113.9")
+    assert take(outbound4=missing).warnings == [
+        "--outbound: this host does not have the address 203.0.113.9; until it does nothing leaves from there"
+    ]
+    assert take(outbound4=IPv4Address("192.0.2.7")).warnings == []

@@ -109,6 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(case.name for case in cases)}"
             )
         cases = [case for case in cases if case.name in options.case]
+    if options.json:
+        try:
+            with open(options.json, "a", encoding="utf-8"):
+                pass  # before anything is measured in vain
+        except OSError as error:
+            parser.error(f"argument --json: cannot write {options.json}: {error.strerror}")
     signal.signal(signal.SIGTERM, _end)  # what has been started is ended on the way out
     console = Console()
     if not console.is_terminal:

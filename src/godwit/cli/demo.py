@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from godwit.lab import image, peer
 from godwit.lab.errors import LabError, UnavailableError
 from godwit.lab.netns import enter_user_namespace, missing_tun
 from godwit.lab.scenario import Load, Move, Outcome, Scenario, qemu_guest
@@ -167,6 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=120)
     try:
+        # Before that: what fetches packages would take itself for root in there.
+        if options.qemu:
+            image.build()
+        if "passt" in (options.source, options.target):
+            peer.fetch()
         enter_user_namespace()
         if not options.qemu and (reason := missing_tun()) is not None:
             raise UnavailableError(reason)

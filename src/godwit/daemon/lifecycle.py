@@ -336,6 +336,7 @@ def user(spec: str | None) -> User | None:
     if entry is None and not name.isdigit():
         raise StartError(f"--runas: no such user: {name}")
     uid = entry.pw_uid if entry else int(name)
-    if colon:
-        return User(uid, _group(group))
-    return User(uid, entry.pw_gid if entry else uid)
+    wanted = User(uid, _group(group) if colon else entry.pw_gid if entry else uid)
+    if os.geteuid() != 0 and (wanted.uid, wanted.gid) != (os.geteuid(), os.getegid()):
+        raise StartError(f"--runas {spec}: only root can become another user; leave it out, or start as root")
+    return wanted

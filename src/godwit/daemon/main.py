@@ -27,6 +27,7 @@ from godwit.daemon.lifecycle import Readiness
 from godwit.daemon.log import Log
 from godwit.daemon.options import Dialect, Options
 from godwit.daemon.stream import serve_stream
+from godwit.net.change import facts
 from godwit.net.config import NetConfigError
 from godwit.net.forward import ForwardError
 from godwit.repair.client import RepairListener
@@ -130,6 +131,9 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
 
         where = path if connection is None else f"descriptor {options.fd}"
         logger.info("godwit %s is ready on %s, repair helper on %s", __version__, where, repair_path or "no socket")
+        logger.info("the guest is told: %s", ", ".join(f"{name} {value}" for name, value in facts(config).items()))
+        if options.socket is None and listener is not None and not (options.foreground or options.quiet):
+            print(f"{options.dialect.value}: listens on {path}", file=sys.stderr)  # noqa: T201  # nobody knows which
         log.ready()
         readiness.declare()
 
@@ -167,8 +171,9 @@ def _listen_for_helper(path: str) -> RepairListener:
 def _repair_path(options: Options, path: str | None) -> str | None:
     """Where the repair helper connects; None for nowhere."""
     if options.stream:
-        if options.repair_path:
-            logger.warning("--repair-path has no effect in stream mode: nothing migrates in it")
+        for option, given in (("--repair-path", options.repair_path), ("--migrate-exit", options.migrate_exit)):
+            if given:
+                logger.warning("%s has no effect in stream mode: nothing migrates in it", option)
         return None
     if options.repair_path is not None:
         return options.repair_path or None

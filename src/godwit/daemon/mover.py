@@ -512,7 +512,7 @@ class Mover:
         log.info("%d connections go on here, %d were lost", len(self._arrivals) - len(lost), len(lost))
         for why, number in Counter(arrival.lost for arrival in lost.values()).items():
             example = next(arrival for arrival in lost.values() if arrival.lost == why)
-            log.error("%d connections are lost (%s and so on): %s", number, _ends(example.state), why)
+            log.error("%d lost, %s%s: %s", number, _ends(example.state), " and so on" if number > 1 else "", why)
         self._knock(peers, KNOCKS)
 
     def _knock(self, peers: Sequence[Side], delays: Sequence[float]) -> None:

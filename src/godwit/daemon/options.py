@@ -127,7 +127,9 @@ def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def _mtu(text: str) -> int:
     if text == "0":  # passt's way to say: announce none
         return 0
-    return _number("MTU", MIN_MTU4, MAX_MTU)(text)
+    if not text.isascii() or not text.isdigit() or not MIN_MTU4 <= int(text) <= MAX_MTU:
+        _wrong(f"{text!r} is no MTU: a number from {MIN_MTU4} to {MAX_MTU}, or 0 to announce none")
+    return int(text)
 
 
 def _path(text: str) -> str:
@@ -238,7 +240,14 @@ def _pastas(names: str) -> list[Row]:
 
 
 TABLE: tuple[Row, ...] = (
-    Row(("-s", "--socket", "--socket-path"), Kind.VALUE, "socket", "PATH", _socket_path, "listen here for a front-end"),
+    Row(
+        ("-s", "--socket", "--socket-path"),
+        Kind.VALUE,
+        "socket",
+        "PATH",
+        _socket_path,
+        "listen here for a front-end (/tmp/passt_1.socket, or the next free one, for godwit-passt)",
+    ),
     Row(("-F", "--fd"), Kind.VALUE, "fd", "N", _number("descriptor", 0, 1 << 20), "use this connected socket instead"),
     Row(("--vhost-user",), Kind.ON, "vhost_user", help="speak vhost-user (the default of godwit serve)"),
     Row(
@@ -252,7 +261,7 @@ TABLE: tuple[Row, ...] = (
     Row(("-1", "--one-off"), Kind.ON, "one_off", help="end when the front-end disconnects"),
     Row(("-P", "--pid"), Kind.VALUE, "pid", "PATH", _path, "write the process id to this file"),
     Row(("--runas",), Kind.VALUE, "runas", "USER[:GROUP]", str, "run as this user (as root, nobody by default)"),
-    Row(("-l", "--log-file"), Kind.VALUE, "log_file", "PATH", _path, "log to this file"),
+    Row(("-l", "--log-file"), Kind.VALUE, "log_file", "PATH", _path, "log to this file, not to syslog"),
     Row(
         ("--log-size",),
         Kind.VALUE,
@@ -273,7 +282,14 @@ TABLE: tuple[Row, ...] = (
         _number("time in seconds", 0, 1 << 30),
         "log what the data plane has done, so often at most; 0 for never",
     ),
-    Row(("--repair-path",), Kind.VALUE, "repair_path", "PATH", _repair_path, "the repair helper's socket, or none"),
+    Row(
+        ("--repair-path",),
+        Kind.VALUE,
+        "repair_path",
+        "PATH",
+        _repair_path,
+        "the repair helper's socket (the front-end's with .repair behind it), or none",
+    ),
     Row(("--migrate-version",), Kind.VALUE, "migrate_version", "N", _migrate_version, "device state to write: 2"),
     Row(("--migrate-exit",), Kind.ON, "migrate_exit", help="end when the guest has moved away"),
     Row(
@@ -288,9 +304,17 @@ TABLE: tuple[Row, ...] = (
         "virtio_features",
         "full|passt",
         _choice(VirtioFeatures),
-        "offer all features, or only what passt has too, for guests that move to passt",
+        "offer all features (the default of godwit serve), or only what passt has too, for guests that move to passt"
+        " (the default of godwit-passt)",
     ),
-    Row(("-m", "--mtu"), Kind.VALUE, "mtu", "BYTES", _mtu, "announce this MTU to the guest; 0 for none"),
+    Row(
+        ("-m", "--mtu"),
+        Kind.VALUE,
+        "mtu",
+        "BYTES",
+        _mtu,
+        "announce this MTU to the guest (the host's interface's, 65520 in stream mode); 0 for none",
+    ),
     Row(("-i", "--interface"), Kind.VALUE, "interface", "NAME", _interface, "take addresses and routes from here"),
     Row(("-o", "--outbound"), Kind.LIST, "outbound", "ADDR", _address, "the source of what leaves the host"),
     Row(("--outbound-if4",), Kind.VALUE, "outbound_if4", "NAME", _interface, "IPv4 leaves the host through here"),

@@ -78,7 +78,9 @@ class Backend:
             raise LabError(f"no such back-end: {kind}")
         if descriptors is not None:
             words = ["prlimit", f"--nofile={descriptors}:{descriptors}", *words]
-        with open(self.log, "wb") as log:
+        with open(self.log, "wb"):
+            pass  # of an earlier one
+        with open(self.log, "ab") as log:  # the helper's lines go there, too
             self._process = space.popen([*wrapper, *words], stdout=log, stderr=log)
         try:
             self._until_it_listens()

@@ -79,7 +79,9 @@ def _parts(refresh: bool) -> str:
         except UnavailableError:
             raise
         except LabError as error:
-            raise UnavailableError(f"the parts of the guest image could not be fetched: {error}") from error
+            raise UnavailableError(
+                f"the parts of the guest image could not be fetched (`make vm-tools` does it): {error}"
+            ) from error
         with open(os.path.join(new, "about.json"), "w") as file:
             json.dump({"kernel": package}, file)
         debian.replace_tree(new, folder)

@@ -14,7 +14,7 @@ What is replaced is withdrawn, and the guest told so (`Withdrawn`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -108,17 +108,30 @@ def _without(old: Iterable[T], gone: Iterable[T], new: Iterable[T | None]) -> tu
 
 def describe(old: NetConfig, new: NetConfig) -> str:
     """What is another, in one line; empty if nothing is that the guest is told."""
-    rows = [
-        ("IPv4", _address(old.addr4, old.prefix_len4), _address(new.addr4, new.prefix_len4)),
-        ("IPv4 router", str(old.gateway4), str(new.gateway4)),
-        ("IPv6", _address(old.addr6, old.prefix_len6), _address(new.addr6, new.prefix_len6)),
-        ("IPv6 router", str(old.our_link_local), str(new.our_link_local)),
-        ("MTU", str(old.mtu), str(new.mtu)),
-        ("name servers", _list([*old.dns4, *old.dns6]), _list([*new.dns4, *new.dns6])),
-        ("search list", _list(old.search), _list(new.search)),
-        ("interface", _list(_interfaces(old)), _list(_interfaces(new))),
-    ]
-    return ", ".join(f"{what} {after} (was {before})" for what, before, after in rows if before != after)
+    return differences(facts(old), facts(new))
+
+
+def facts(config: NetConfig) -> dict[str, str]:
+    """What the guest is told, and from where, by names for people."""
+    return {
+        "IPv4": _address(config.addr4, config.prefix_len4),
+        "IPv4 router": str(config.gateway4),
+        "IPv6": _address(config.addr6, config.prefix_len6),
+        "IPv6 router": str(config.our_link_local),
+        "MTU": str(config.mtu),
+        "name servers": _list([*config.dns4, *config.dns6]),
+        "search list": _list(config.search),
+        "interface": _list(_interfaces(config)),
+    }
+
+
+def differences(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Of the facts that both have, those that differ, in one line; empty for none."""
+    return ", ".join(
+        f"{name} {value} (was {before[name]})"
+        for name, value in after.items()
+        if name in before and before[name] != value
+    )
 
 
 def _interfaces(config: NetConfig) -> Iterable[str]:

@@ -341,7 +341,9 @@ def check_options(options: NetOptions) -> None:
         if address is not None and (
             address.is_multicast or address.is_unspecified or (address.is_loopback and not loopback)
         ):
-            raise NetConfigError(f"{option}: {address} cannot be such an address; it takes one of a single machine")
+            raise NetConfigError(
+                f"{option}: {address} cannot be it: neither loopback, multicast nor unspecified addresses can"
+            )
     names = [
         ("--hostname", options.hostname),
         ("--fqdn", options.fqdn),
@@ -360,6 +362,7 @@ def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork, previous
     found = _best_address(4, link, route, host, previous.addr4)
     outbound = next((one for one in host.links if one.name == options.outbound_if4), link)
     config.outbound4, config.outbound_if4 = options.outbound4, options.outbound_if4 or ""
+    _look_for_outbound(config, options.outbound4, host)
     config.scope4 = outbound.index if outbound is not None else 0
     if options.address4 is not None:
         config.addr4 = options.address4
@@ -385,12 +388,20 @@ def _choose4(config: NetConfig, options: NetOptions, host: HostNetwork, previous
     config.mtu4 = min(MAX_MTU, link.mtu)
 
 
+def _look_for_outbound(config: NetConfig, outbound: IPAddress | None, host: HostNetwork) -> None:
+    if outbound is not None and all(one.address != outbound for one in host.addresses):
+        config.warnings.append(
+            f"--outbound: this host does not have the address {outbound}; until it does nothing leaves from there"
+        )
+
+
 def _choose6(config: NetConfig, options: NetOptions, host: HostNetwork, previous: NetConfig) -> None:
     """Set the IPv6 part."""
     link, route = _pick(6, config, options, host, previous)
     found = _best_address(6, link, route, host, previous.addr6)
     outbound = next((one for one in host.links if one.name == options.outbound_if6), link)
     config.outbound6, config.outbound_if6 = options.outbound6, options.outbound_if6 or ""
+    _look_for_outbound(config, options.outbound6, host)
     config.scope6 = outbound.index if outbound is not None else 0
     if options.address6 is not None:
         config.addr6 = options.address6
@@ -437,7 +448,9 @@ def _pick(
         link = next(link for link in host.links if link.name == name)
         route = next((one for one in routes if one.index == link.index), None)
         if not own and _best_address(version, link, route, host) is None:
-            config.notes.append(f"{_local(version)}, since {link.name} has no IPv{version} address")
+            config.notes.append(
+                f"{_local(version)}, since {link.name} has no IPv{version} address that others can reach"
+            )
         return link, route
     for route in routes:
         candidate = host.names[route.index]
