@@ -161,6 +161,8 @@ BAD: list[tuple[str, str]] = [
     ("-a 192.0.2.3/24 -n 25", "is 25 and --address says 24"),
     ("-4 -a 2001:db8::1", "IPv6 is switched off"),
     ("-6 -g 192.0.2.1", "IPv4 is switched off"),
+    ("-a 192.0.2.1/24,192.0.2.2/24", "'192.0.2.1/24,192.0.2.2/24' is no IPv4 or IPv6 address; give the option once"),
+    ("-t 2222:", "'2222:': a port is missing: 2222:22 has both"),
     ("-M 01:00:00:00:00", "is not a MAC address"),
     ("-D resolver", "is no IPv4 or IPv6 address"),
     ("-t 0", "--tcp-ports: '0': port 0 is out of range"),

@@ -150,7 +150,9 @@ def listen(path: str) -> socket.socket:
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise StartError(f"{path} exists and is no socket: remove it, or name another path") from None
             if _is_live(path):
-                raise SocketInUseError(f"{path} is in use: another process listens there") from None
+                raise SocketInUseError(
+                    f"{path} is in use: another process listens there; stop it, or name another path"
+                ) from None
             os.unlink(path)
             made.bind(path)
         made.listen(BACKLOG)
@@ -203,7 +205,7 @@ def connected(descriptor: int) -> socket.socket:
         made.getpeername()
     except OSError as error:
         made.detach()
-        raise StartError(f"--fd {descriptor} is not connected") from error
+        raise StartError(f"--fd {descriptor} is not connected: pass one end of a pair, or use --socket") from error
     if descriptor <= 2:  # where the null device will be: `Readiness.declare`
         standard, made = made, socket.socket(fileno=fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3))
         standard.detach()
@@ -278,7 +280,10 @@ class User:
             os.setresgid(self.gid, self.gid, self.gid)
             os.setresuid(self.uid, self.uid, self.uid)
         except OSError as error:
-            raise StartError(f"cannot run as user {self.uid}, group {self.gid}: {error.strerror}") from error
+            raise StartError(
+                f"--runas: cannot run as user {self.uid}, group {self.gid}: {error.strerror};"
+                " only root may choose, others leave it out"
+            ) from error
 
 
 def no_ping() -> str | None:
@@ -318,7 +323,7 @@ def _group(name: str) -> int:
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
-        raise StartError(f"--runas: no such group: {name}") from None
+        raise StartError(f"--runas: no such group: {name} (a number does without)") from None
 
 
 def user(spec: str | None) -> User | None:
@@ -334,7 +339,7 @@ def user(spec: str | None) -> User | None:
     name, colon, group = spec.partition(":")
     entry = _user(name)
     if entry is None and not name.isdigit():
-        raise StartError(f"--runas: no such user: {name}")
+        raise StartError(f"--runas: no such user: {name} (a number does without)")
     uid = entry.pw_uid if entry else int(name)
     wanted = User(uid, _group(group) if colon else entry.pw_gid if entry else uid)
     if os.geteuid() != 0 and (wanted.uid, wanted.gid) != (os.geteuid(), os.getegid()):

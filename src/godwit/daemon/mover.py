@@ -336,14 +336,14 @@ class Mover:
             # Repair.OFF, not OFF_NO_WP: the window probe makes the peer tell us where it is.
             self._set_mode([self._engine.flow_socket(flow)[0] for flow in flows], Repair.OFF)
         except RepairError as error:
-            log.error("ending repair mode: %s", error)
+            log.error("the repair helper failed as connections were to leave repair mode: %s", error)
 
     def _thaw_socket(self, flow: int) -> None:
         fd, v6 = self._engine.flow_socket(flow)
         try:
             sockstate.thaw(fd, v6)
         except OSError as error:
-            log.error("flow %d: %s", flow, error)
+            log.error("the socket of flow %d cannot be set back to what it was: %s", flow, error)
 
     def _resume(self, flows: Iterable[int]) -> None:
         for flow in flows:

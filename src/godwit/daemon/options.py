@@ -161,7 +161,7 @@ def _address(text: str) -> Address:
 def _address_and_length(text: str) -> tuple[Address, int | None]:
     """An address, and the prefix length after a slash; a slash alone is an error."""
     address, slash, length = text.partition("/")
-    parsed = _address(address)
+    parsed = _address(text if "," in text else address)  # of several, all are shown
     most = 32 if parsed.version == 4 else 128
     return parsed, _number(f"prefix length for IPv{parsed.version}", 1, most)(length) if slash else None
 

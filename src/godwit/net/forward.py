@@ -261,7 +261,7 @@ def _target_address(text: str, word: str) -> IPAddress | None:
 def _parse_ports(text: str, word: str) -> tuple[int, int]:
     match = _PORTS.fullmatch(word)
     if match is None or not word.isascii():
-        what = f"{word!r} is not a port or a range of ports" if word else "a port is missing"
+        what = f"{word!r} is not a port or a range of ports" if word else "a port is missing: 2222:22 has both"
         raise ForwardError(f"{text!r}: {what}")
     first, last = int(match[1]), int(match[2] or match[1])
     for port in (first, last):
