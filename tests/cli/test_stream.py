@@ -245,13 +245,28 @@ def test_there_is_no_repair_socket(place: Place) -> None:
     assert process.wait(10) == 0
 
 
-def test_a_vhost_user_front_end_is_told_apart(place: Place) -> None:
+VHOST_USER = "the session is over: this is a vhost-user front-end: start with --vhost-user, without --stream"
+
+
+@pytest.mark.parametrize("flags", [1, 9])
+def test_a_vhost_user_front_end_is_told_apart(place: Place, flags: int) -> None:
     """Its first request would be a length in network byte order, and no such one can be."""
     process = start(place)
     with FrontEnd.connect(place.socket) as front_end:
-        front_end.sock.sendall(struct.pack("<III", 1, 1, 0))  # GET_FEATURES
+        front_end.sock.sendall(struct.pack("<III", 1, flags, 0))  # GET_FEATURES
         assert front_end.sock.recv(1) == b""
-    assert any("16777216 bytes was announced" in line for line in said(process))
+    assert VHOST_USER in said(process)
+
+
+@pytest.mark.parametrize("header", [(1, 2, 0), (0, 1, 0), (512, 1, 0), (1, 1 | 1 << 8, 0)])
+def test_other_nonsense_is_not_taken_for_vhost_user(place: Place, header: tuple[int, int, int]) -> None:
+    process = start(place)
+    with FrontEnd.connect(place.socket) as front_end:
+        front_end.sock.sendall(struct.pack("<III", *header))
+        assert front_end.sock.recv(1) == b""
+    logged = said(process)
+    assert any("was announced" in line for line in logged)
+    assert VHOST_USER not in logged
 
 
 def test_a_front_end_that_speaks_vhost_user_is_told_apart_and_fills_no_log(place: Place) -> None:
@@ -266,7 +281,7 @@ def test_a_front_end_that_speaks_vhost_user_is_told_apart_and_fills_no_log(place
             except ConnectionResetError:
                 pass  # closed with our bytes unread
     logged = said(process)
-    hints = [line for line in logged if "vhost-user begins like that, and --vhost-user is what speaks it" in line]
+    hints = [line for line in logged if VHOST_USER in line]
     assert len(hints) == 20
     assert hints[-1].endswith("(no more like that for a minute)")
     assert len(logged) < 50

@@ -62,3 +62,4 @@ cdef class StreamCard:
     cdef int _memory        # memfd
     cdef _map(self)
     cdef _fill(self)
+    cdef bint _speaks_vhost_user(self)

@@ -91,6 +91,7 @@ from godwit.dataplane.sys cimport (
 
 cdef enum:
     VHOST_USER_REQUESTS = 64    # the number of a request, little-endian, is what its messages begin with
+    VHOST_USER_NEED_REPLY = 8
     PAGE = 4096
     RX_NUM = 256            # buffers to the guest
     RX_SIZE = 8192          # bytes of each; a frame takes as many as it needs
@@ -508,10 +509,9 @@ cdef class StreamCard:
         if self.c.failure == CUT_SHORT:
             return "it was closed in the middle of a frame"
         if self.c.failure == BAD_LENGTH:
-            said = f"a frame of {self.c.bad_length} bytes was announced, and 1 to {MOST} is what there can be"
-            if self.c.bad_length & 0xFFFFFF == 0 and 0 < self.c.bad_length >> 24 <= VHOST_USER_REQUESTS:
-                said += "; vhost-user begins like that, and --vhost-user is what speaks it"
-            return said
+            if self.c.frames_from == 0 and self._speaks_vhost_user():
+                return "this is a vhost-user front-end: start with --vhost-user, without --stream"
+            return f"a frame of {self.c.bad_length} bytes was announced, and 1 to {MOST} is what there can be"
         if self.c.failure == SOCKET:
             return os.strerror(self.c.error)
         if self.c.failure == RX_BROKEN:
@@ -519,6 +519,16 @@ cdef class StreamCard:
         if self.c.failure == TX_BROKEN:
             return "the data plane has broken the transmit ring"
         return None
+
+    cdef bint _speaks_vhost_user(self):
+        """Whether what came in place of a first frame is the header of a vhost-user request.
+
+        Three numbers in the byte order of the machine: the request, flags of which the lowest two
+        bits are the version, 1, and how many bytes follow (vhost-user, "Header").
+        """
+        cdef uint32_t *header = <uint32_t *>self.c.from_guest
+        return (self.c.received >= 8 and 0 < header[0] <= <uint32_t>VHOST_USER_REQUESTS
+                and header[1] & ~<uint32_t>VHOST_USER_NEED_REPLY == 1)
 
     @property
     def counters(self):
