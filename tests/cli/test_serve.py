@@ -488,7 +488,14 @@ def test_only_root_becomes_another_user(place: Place) -> None:
     assert "--runas 1: only root can become another user" in done.stderr
 
 
-def test_the_log_says_what_the_guest_is_told(place: Place) -> None:
-    process = place.start("-a", "192.0.2.7/24", "-g", "192.0.2.1", "-D", "192.0.2.53", "-o", "192.0.2.99")
-    logged = said(process)
-    assert any(line.startswith("the guest is told: IPv4 192.0.2.7/24, IPv4 router 192.0.2.1,") for line in logged)
+def test_the_log_says_what_the_guest_is_told(place: Place, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    launched = place.launch(
+        "-a", "192.0.2.7/24", "-g", "192.0.2.1", "-D", "192.0.2.53", "-o", "192.0.2.99", "-l", str(log)
+    )
+    assert (launched.returncode, launched.stderr) == (0, "")
+    os.kill(place.daemon(), signal.SIGTERM)
+    text = log.read_text()
+    assert "INFO the guest is told: IPv4 192.0.2.7/24, IPv4 router 192.0.2.1," in text
+    assert "name servers 192.0.2.53" in text
+    assert "WARNING --outbound: this host does not have the address 192.0.2.99" in text
