@@ -259,9 +259,11 @@ def test_port_that_goes_while_another_has_datagrams_in_hand(family: Family, peer
                 assert {guest.receive(is_udp).payload for _ in range(2)} == {b"answer", b"more"}
 
 
-def test_flood_from_outside_leaves_room_for_the_guest(family: Family) -> None:
+@pytest.mark.parametrize("place", ["everywhere", "one_address"])
+def test_flood_from_outside_leaves_room_for_the_guest(family: Family, place: str) -> None:
     """Flows that strangers open are a quarter of the table at most; beyond that they are served without one."""
-    with Guest(max_flows=64) as guest, forwarded(guest, family, 53) as port, contextlib.ExitStack() as stack:
+    where = None if place == "everywhere" else family.loopback
+    with Guest(max_flows=64) as guest, forwarded(guest, family, 53, where) as port, contextlib.ExitStack() as stack:
         peers = [stack.enter_context(Peer(family)) for _ in range(40)]
         for n, one in enumerate(peers):
             one.sock.sendto(struct.pack("!H", n), (family.loopback, port))

@@ -173,6 +173,11 @@ cdef void udp_prepare(int fd, bint v6, bint v4, bint forwarded) noexcept nogil:
             set_option(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
 
 
+cdef uint32_t strangers_share(Plane *p) noexcept nogil:
+    """How many exchanges are remembered while those that others begin are, too."""
+    return (p.max_flows - p.forwards + 3) >> 2
+
+
 cdef Flow *open_port(Plane *p, Packet *k, uint16_t guest_port, bint v4, int port_class) noexcept nogil:
     cdef Flow *f = flow_new(p, FLOW_UDP_PORT, k.saddr, guest_port, NOBODY, <uint16_t>port_class)
     if f == NULL:
@@ -200,7 +205,15 @@ cdef Flow *port_for(Plane *p, Packet *k, uint16_t guest_port, const uint8_t *hos
     if f != NULL and f.flags & (FF_TAKES_V4 if v4 else FF_V6):
         return f
     f = flow_find(p, FLOW_UDP_PORT, k.saddr, guest_port, NOBODY, <uint16_t>port_class)
-    return f if f != NULL else open_port(p, k, guest_port, v4, port_class)
+    if f != NULL:
+        return f
+    if p.open_peers >= strangers_share(p):
+        # Then not every stranger is remembered, and this may be the answer to one of the others: it comes from the
+        # port that was asked.
+        f = flow_find(p, FLOW_UDP_PORT, NOBODY, guest_port, NOBODY, PORT_FORWARDED_AT)
+        if f != NULL and f.flags & (FF_TAKES_V4 if v4 else FF_V6):
+            return f
+    return open_port(p, k, guest_port, v4, port_class)
 
 
 cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote_port) noexcept nogil:
@@ -210,10 +223,9 @@ cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote
 cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, const uint8_t *our_addr,
                         const uint8_t *remote, uint16_t remote_port, uint32_t flags) noexcept nogil:
     cdef Flow *f
-    cdef uint32_t places = p.max_flows - p.forwards
     # They take no descriptor, but a place in the table: TCP shall always find
     # one, and so shall the guest, whatever comes in from outside.
-    if p.open_peers >= ((places + 1) >> 1 if flags & FF_FROM_GUEST else (places + 3) >> 2):
+    if p.open_peers >= ((p.max_flows - p.forwards + 1) >> 1 if flags & FF_FROM_GUEST else strangers_share(p)):
         return NULL
     f = flow_new(p, FLOW_UDP, guest_addr, port.guest_port, our_addr, remote_port)
     if f == NULL:
