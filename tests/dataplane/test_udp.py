@@ -291,6 +291,17 @@ def test_next_guest_gets_nothing_of_the_last(family: Family, peer: Peer) -> None
         assert guest.receive(is_udp).payload == b"new"
 
 
+def test_what_came_while_there_was_no_guest_is_for_nobody(family: Family, peer: Peer) -> None:
+    with Guest() as guest, forwarded(guest, family, 9) as port:
+        guest.engine.park()
+        for n in range(20):
+            peer.sock.sendto(bytes([n]), (family.loopback, port))
+        guest.engine.drain_forwards()
+        guest.engine.unpark()
+        peer.sock.sendto(b"new", (family.loopback, port))
+        assert guest.receive(is_udp).payload == b"new"
+
+
 # ---- how long it is remembered
 
 

@@ -431,6 +431,24 @@ def test_a_guest_that_only_serves_outlives_its_back_end(tmp_path: Path, kind: so
         lab.close()
 
 
+def test_a_guest_gets_no_datagrams_of_before_it_came(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, *FORWARDS)
+    try:
+        lab.up()
+        lab.has(SLAAC, router=GATEWAY6)
+        with contextlib.closing(Serving(lab, SLAAC.partition("/")[0])) as serving:
+            lab.guest.disconnect()
+            wait_until(lambda: "has disconnected" in lab.backend.messages(), "the end of the session")
+            with lab.network.server.enter(), socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as early:
+                early.sendto(b"early", (HOST6, PORT))
+                time.sleep(0.2)
+            lab.guest.connect(lab.backend.socket)
+            time.sleep(0.5)
+            serving.asked(HOST6, socket.SOCK_DGRAM)  # and nothing else comes first
+    finally:
+        lab.close()
+
+
 @KINDS
 def test_a_guest_that_only_serves_is_reached_without_detection(tmp_path: Path, kind: socket.SocketKind) -> None:
     """Duplicate address detection would show the address; a kernel may be told to do without."""

@@ -516,6 +516,10 @@ class NetDevice(BaseDevice):
         self._running = None
         self._mover.helper_expected = False
 
+    def guest_comes(self) -> None:
+        """A front-end has connected. What came to its guest's ports while there was none is for nobody."""
+        self._engine.drain_forwards()
+
     async def disconnected(self) -> None:
         """The front-end is gone, and the guest with it: for good, or to where it was moved."""
         await self._settle("the front-end has hung up")

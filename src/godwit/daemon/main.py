@@ -276,6 +276,7 @@ class _Door:
 async def _session(connection: socket.socket, device: NetDevice, options: Options) -> None:
     """One front-end, to its end. Its errors end the session, never the process."""
     logger.info("a front-end has connected")
+    device.guest_comes()
     if await (serve_stream if options.stream else serve)(connection, device) is None:
         logger.info("the front-end has disconnected")
 

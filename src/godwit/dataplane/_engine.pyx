@@ -292,6 +292,14 @@ cdef class Engine(EngineBase):
             for j in range(PARTIALS):
                 self.p.fragments.partials[j].used = False
 
+    def drain_forwards(self):
+        """Forget the datagrams that wait at forwarded ports: a guest comes, and they are older than it."""
+        cdef uint32_t i
+        with self.parked():
+            for i in range(self.p.used_flows):
+                if self.p.flows[i].kind == FLOW_UDP_PORT and self.p.flows[i].flags & FF_FORWARD:
+                    udp_drain(self.p, &self.p.flows[i])
+
     def flows(self):
         """All flows, as dictionaries, for people to read. Parks the thread."""
         cdef uint32_t i
