@@ -49,6 +49,9 @@ class Device(BaseDevice):
         """The front-end has gone."""
         self._ends = time.monotonic() + self.seconds
 
+    def guest_comes(self) -> None:
+        pass
+
     @property
     def lingering(self) -> float:
         """As the network device has it."""
