@@ -15,7 +15,7 @@ from pathlib import Path
 
 from godwit.migration.document import lifecycle_diagram, lifecycle_states, record_table, stages_list
 from godwit.net.records import FLOW, OBSERVED, SIDE, SOCKET
-from godwit.net.state import versions
+from godwit.net.versions import versions
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -22,6 +22,7 @@ from godwit.migration import Migration
 from godwit.net import state
 from godwit.net.change import settle
 from godwit.net.config import NetConfig, link_local, packed16
+from godwit.net.versions import versions
 from godwit.vhost_user import Direction
 
 OLD, NEW = "2001:db8:1::7", "2001:db8:2::7"
@@ -266,7 +267,7 @@ def _empty_stream() -> bytes:
             return lambda *_: None
 
     source: Any = Source()
-    migration: Any = Migration(state.versions(), source)
+    migration: Any = Migration(versions(), source)
     migration.request(writes, Transfer.SOURCE, 2)
     migration.run()
     assert migration.outcome

@@ -69,8 +69,11 @@ def test_negotiation(known: list[int], version: int, compat: int, taken: int | N
 def test_refusal_names_both_sides() -> None:
     with pytest.raises(VersionRefusedError) as caught:
         negotiate(Header(7, 5), [Version[object](2)])
-    assert str(caught.value) == "device state version 7, compatible down to 5; this target knows 2"
-    with pytest.raises(VersionRefusedError, match=r"version 0x80000002, .* this target knows 2, 0x80000001$"):
+    assert (
+        str(caught.value)
+        == "device state version 7, compatible down to 5; this target knows 2: have the source write one of these"
+    )
+    with pytest.raises(VersionRefusedError, match=r"version 0x80000002, .* this target knows 2, 0x80000001: have the"):
         negotiate(Header(0x80000002, 0x80000002), [Version[object](0x80000001), Version(2)])
 
 
@@ -78,7 +81,9 @@ def test_withdrawn_is_refused_by_name() -> None:
     versions: list[Version[object]] = [Version(1, withdrawn="it was wrong"), Version(2)]
     with pytest.raises(VersionRefusedError) as caught:
         negotiate(Header(1, 1), versions)
-    assert str(caught.value).endswith("this target knows 2 (version 1 was withdrawn: it was wrong)")
+    assert str(caught.value).endswith(
+        "this target knows 2: have the source write one of these (version 1 was withdrawn: it was wrong)"
+    )
     assert negotiate(Header(2, 1), versions).id == 2
 
 

@@ -8,7 +8,7 @@ import os
 import struct
 import threading
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,8 @@ from godwit.migration import (
     VersionRefusedError,
 )
 from godwit.net.records import FLOW, MAX_FLOWS, MAX_QUEUE, OBSERVED, SIDE, SOCKET, V4_MAPPED, flat_of, flow_of
-from godwit.net.state import BATCH, NEVER_SEEN, FlowMover, versions
+from godwit.net.state import BATCH, NEVER_SEEN, FlowMover
+from godwit.net.versions import versions
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 NAMES = ["empty", "idle-v4", "idle-v6", "queues-v4", "half-closed-v4", "half-closed-v6"]
@@ -58,6 +59,9 @@ class Mover:
         self.calls: list[str] = []
         self.batches: list[int] = []
         self.given_up: list[tuple[int, str]] = []
+        self.told: dict[str, str] = {}
+        self.compared: dict[str, str] | None = None
+        self.lost: dict[int, str] = {}
 
     def observed(self) -> Observed:
         return self.seen
@@ -83,6 +87,15 @@ class Mover:
     def give_up(self, flow: int, why: str) -> None:
         self.given_up.append((flow, why))
 
+    def configuration(self) -> dict[str, str]:
+        return self.told
+
+    def compare(self, configuration: Mapping[str, str]) -> None:
+        self.compared = dict(configuration)
+
+    def prepared(self) -> Sequence[int]:
+        return range(len(self.states))
+
     def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
         first = len(self.states)
         self.states += flows
@@ -92,8 +105,9 @@ class Mover:
     def restore(self, flow: int, socket: SocketState, sndq: bytes, rcvq: bytes) -> None:
         self.sockets[flow] = (socket, sndq, rcvq)
 
-    def mark_lost(self, flow: int) -> None:
+    def mark_lost(self, flow: int, why: str = "") -> None:
         self.sockets[flow] = None
+        self.lost[flow] = why
 
     def commit(self) -> None:
         self.calls.append("commit")

@@ -31,12 +31,13 @@ from godwit.daemon.stats import Statistics
 from godwit.dataplane import Engine, StreamCard
 from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State
-from godwit.net import state
+from godwit.net.change import facts
 from godwit.net.config import IPAddress, NetConfig, packed16
 from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS, is_about_addresses, questions
 from godwit.net.records import MAX_FLOWS
 from godwit.net.responder import Responder
 from godwit.net.state import FlowMover
+from godwit.net.versions import versions
 from godwit.repair import RepairListener
 from godwit.vhost_user import BaseDevice, DeviceError, Direction, Feature, MemoryRegion, ProtocolFeature, VringAddr
 
@@ -112,7 +113,7 @@ class NetDevice(BaseDevice):
         self._repair = repair
         self._engine = Engine()
         self._responder = Responder(config)
-        self._mover = Mover(self._engine, repair, config.scope6, self._in_background)
+        self._mover = Mover(self._engine, repair, config.scope6, self._in_background, self._facts)
         self._transfer: Migration[FlowMover] | None = None
         self._running: asyncio.Task[object] | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -274,6 +275,11 @@ class NetDevice(BaseDevice):
             self._telling = self._loop.call_later(
                 CHANGE_INTERVAL, lambda: self._tell(self._responder.announce(), repeats - 1)
             )
+
+    def _facts(self) -> dict[str, str]:
+        """What a migration's other side should know of the guest's network here."""
+        forwards = {"TCP ports": str(self._options.tcp_ports), "UDP ports": str(self._options.udp_ports)}
+        return {**facts(self._config), **forwards}
 
     def _say(self, frames: list[bytes]) -> None:
         """Send the guest what it has not asked for; nothing while it may be about to leave."""
@@ -450,7 +456,7 @@ class NetDevice(BaseDevice):
     async def set_device_state_fd(self, direction: Direction, phase: int, fd: int) -> int | None:
         """SET_DEVICE_STATE_FD: start a save or a load; it goes on in a thread."""
         await self._end_transfer()
-        transfer: Migration[FlowMover] = Migration(state.versions(), self._mover)
+        transfer: Migration[FlowMover] = Migration(versions(), self._mover)
         self._transfer = transfer
         self._running = None
         try:

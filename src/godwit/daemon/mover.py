@@ -24,12 +24,13 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from godwit.daemon.linger import lingerers, reclaim
 from godwit.daemon.rescue import Rescue
 from godwit.dataplane import Engine, FlowState, Observed, Side, SocketState, sockstate
+from godwit.net.change import differences
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
 # TCP states as TCP_INFO gives them (the kernel's tcp_states.h).
@@ -119,7 +120,8 @@ class Mover:
 
     ``scope`` is the interface index of link-local peers. ``schedule`` runs a
     function in another worker thread after some seconds: for what must not
-    keep the guest waiting.
+    keep the guest waiting. ``configuration`` gives what the guest's network is
+    here, by names for people.
     """
 
     def __init__(
@@ -128,8 +130,10 @@ class Mover:
         repair: RepairListener | None,
         scope: int,
         schedule: Callable[[float, Callable[[], None]], None],
+        configuration: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._engine = engine
+        self._configuration = configuration
         self._repair = repair
         self.scope = scope
         self._schedule = schedule
@@ -150,6 +154,7 @@ class Mover:
         self._not_saved: set[int] = set()  # and of those, the ones that are not in the stream, or as lost
         self._frozen_listeners: list[int] = []
         self._arrivals: dict[int, _Arrival] = {}  # target: by flow
+        self._prepared: list[int] = []  # target: all flows that came, -1 for one that has no place
         self._lingerers: list[str] = []  # target: who may have sockets of the flows that come
         self._room = 0  # target: bytes that send queues may still take
 
@@ -162,6 +167,16 @@ class Mover:
     def set_observed(self, observed: Observed) -> None:
         """What the source has seen; zeros change nothing."""
         self._engine.set_observed(observed)
+
+    def configuration(self) -> Mapping[str, str]:
+        """What the guest's network is here."""
+        return self._configuration()
+
+    def compare(self, configuration: Mapping[str, str]) -> None:
+        """Say what is another here than where the guest comes from."""
+        differing = differences(configuration, self._configuration())
+        if differing:
+            log.warning("this host is another than the one that the guest comes from: %s", differing)
 
     def _park(self) -> None:
         if not self._parked:
@@ -391,7 +406,7 @@ class Mover:
         """Flows in the table, with frozen sockets in repair mode where they can be had."""
         with self._lock:
             self._park()  # from here on nobody looks for sockets in repair mode but us
-        if not self._arrivals:
+        if not self._prepared:
             self._room = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * QUEUES_SHARE)
             self._lingerers = lingerers()
         self._lingerers = reclaim([_host_side(state) for state in flows], self._lingerers)
@@ -408,7 +423,12 @@ class Mover:
             self._arrivals[flow].in_repair = True
         for flow in ready[done:]:
             self._lose(flow, "no repair helper")
+        self._prepared += ids
         return ids
+
+    def prepared(self) -> Sequence[int]:
+        """All flows that came, in their order; -1 for one that has no place here."""
+        return self._prepared
 
     def _place(self, state: FlowState) -> int:
         full = self._engine.is_full()
@@ -460,9 +480,9 @@ class Mover:
         if socket.tcpi_state in TCP_PEER_CLOSED:
             self._engine.note_peer_closed(flow)
 
-    def mark_lost(self, flow: int) -> None:
+    def mark_lost(self, flow: int, why: str = "") -> None:
         """The source could not move this flow."""
-        self._lose(flow, "the source could not move it")
+        self._lose(flow, f"the source could not move it{f': {why}' if why else ''}")
 
     def _lose(self, flow: int, why: str) -> None:
         arrival = self._arrivals.get(flow)
@@ -479,6 +499,7 @@ class Mover:
             self._let_go()
         finally:
             self._arrivals.clear()
+            self._prepared.clear()
             self._unpark()
         self._schedule(HURRY_SECONDS, self._engine.calm)
         self._watch()
@@ -578,4 +599,5 @@ class Mover:
                 self._engine.forget_flow(flow)
         finally:
             self._arrivals.clear()
+            self._prepared.clear()
             self._unpark()

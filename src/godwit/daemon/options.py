@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from godwit import __version__
 from godwit.daemon.errors import OptionError
+from godwit.migration.errors import version_name
 from godwit.net.config import (
     MAX_MTU,
     MIN_MTU4,
@@ -34,6 +35,8 @@ from godwit.net.config import (
     parse_prefix_len,
 )
 from godwit.net.forward import ForwardError, Forwards, parse_forwards
+from godwit.net.native import NATIVE
+from godwit.net.versions import versions
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -193,11 +196,18 @@ def _choice(kind: type[enum.Enum]) -> Callable[[str], Any]:
 
 
 def _migrate_version(text: str) -> int:
-    if text == "1":
-        _wrong("version 1 was withdrawn by passt: write 2")
-    if text != "2":
-        _wrong(f"{text!r} is no version of the device state that can be written: 2")
-    return 2
+    """A number, or the word for the newest of our own."""
+    known = {version.id: version for version in versions()}
+    try:
+        number = NATIVE if text == "native" else int(text, 0)
+    except ValueError:
+        number = 0
+    if number not in known:
+        names = ", ".join(version_name(one.id) for one in known.values() if not one.withdrawn)
+        _wrong(f"{text!r} is no version of the device state that can be written: native, {names}")
+    if known[number].withdrawn:
+        _wrong(f"version {number} was withdrawn by passt: {known[number].withdrawn}; write 2, or native")
+    return number
 
 
 # --- The table.
@@ -290,7 +300,14 @@ TABLE: tuple[Row, ...] = (
         _repair_path,
         "the repair helper's socket (the front-end's with .repair behind it), or none",
     ),
-    Row(("--migrate-version",), Kind.VALUE, "migrate_version", "N", _migrate_version, "device state to write: 2"),
+    Row(
+        ("--migrate-version",),
+        Kind.VALUE,
+        "migrate_version",
+        "2|native|N",
+        _migrate_version,
+        "device state to write: 2, as passt reads it too (the default), or godwit's own",
+    ),
     Row(("--migrate-exit",), Kind.ON, "migrate_exit", help="end when the guest has moved away"),
     Row(
         ("--migrate-no-linger",),

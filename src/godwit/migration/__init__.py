@@ -5,9 +5,11 @@ For any device; nothing here knows of networks or sockets. ``docs/migration.md``
 explains it from the start.
 """
 
+from godwit.migration.entries import Entries, Kind
 from godwit.migration.errors import (
     AbortedError,
     BadRecordError,
+    DamagedError,
     MigrationError,
     NotAStreamError,
     PeerGoneError,
@@ -17,6 +19,7 @@ from godwit.migration.errors import (
     TimedOutError,
     TrailingDataError,
     TruncatedError,
+    UnknownEntryError,
     VersionRefusedError,
 )
 from godwit.migration.faults import Faults, InjectedFaultError
@@ -24,7 +27,7 @@ from godwit.migration.header import MAGIC, Header
 from godwit.migration.lifecycle import Direction, State
 from godwit.migration.migration import Migration, Outcome, describe
 from godwit.migration.section import Field, Record, Section, UnsoundError
-from godwit.migration.stream import Cancel, Reader, Writer
+from godwit.migration.stream import Cancel, Part, Reader, Writer
 from godwit.migration.version import Stage, Version, negotiate
 
 __all__ = [
@@ -32,15 +35,19 @@ __all__ = [
     "AbortedError",
     "BadRecordError",
     "Cancel",
+    "DamagedError",
     "Direction",
+    "Entries",
     "Faults",
     "Field",
     "Header",
     "InjectedFaultError",
+    "Kind",
     "Migration",
     "MigrationError",
     "NotAStreamError",
     "Outcome",
+    "Part",
     "PeerGoneError",
     "PipeError",
     "Reader",
@@ -53,6 +60,7 @@ __all__ = [
     "TimedOutError",
     "TrailingDataError",
     "TruncatedError",
+    "UnknownEntryError",
     "UnsoundError",
     "Version",
     "VersionRefusedError",

@@ -2,7 +2,8 @@
 """What can go wrong in a transfer, sorted by whose fault it is.
 
 * The stream's (or its writer's): ``NotAStreamError``, ``VersionRefusedError``,
-  ``TruncatedError``, ``TrailingDataError``, ``BadRecordError``.
+  ``TruncatedError``, ``TrailingDataError``, ``BadRecordError``,
+  ``UnknownEntryError``, ``DamagedError``.
 * The pipe's: ``PeerGoneError``, ``TimedOutError``, ``PipeError``.
 * Ours: ``StageError`` (a device's stage raised), ``AbortedError``.
 * The caller's: ``StateError``, which is no ``MigrationError``: it is a bug.
@@ -36,7 +37,8 @@ class VersionRefusedError(MigrationError):
         names = ", ".join(version_name(version) for version in known) or "none"
         text = (
             f"device state version {version_name(header.version)}, "
-            f"compatible down to {version_name(header.compat_version)}; this target knows {names}"
+            f"compatible down to {version_name(header.compat_version)}; this target knows {names}: "
+            "have the source write one of these"
         )
         super().__init__(f"{text} ({reason})" if reason else text)
 
@@ -72,6 +74,31 @@ class BadRecordError(MigrationError):
         self.why = why
         shown = value.hex(":") if isinstance(value, bytes) else value
         super().__init__(f"{stage}: {record}: {field} is {shown}, {why} (at offset {offset})")
+
+
+class UnknownEntryError(MigrationError):
+    """An entry that must be understood, of a type that is not known here: a newer writer's."""
+
+    def __init__(self, stage: str, kind: int, offset: int, newest: int) -> None:
+        self.stage = stage
+        self.kind = kind
+        self.offset = offset
+        super().__init__(
+            f"{stage}: the entry at offset {offset} is of type {kind}, which must be understood and is not known here "
+            f"(the types up to {newest} are): have the source write an older version of the device state"
+        )
+
+
+class DamagedError(MigrationError):
+    """The check value at the end of the stream is not that of what came before it."""
+
+    def __init__(self, stage: str, offset: int, said: int, found: int) -> None:
+        self.stage = stage
+        self.offset = offset
+        super().__init__(
+            f"{stage}: the stream was damaged on the way: its CRC-32 up to offset {offset} is {found:08x}, "
+            f"and the source's was {said:08x}"
+        )
 
 
 class PeerGoneError(MigrationError):

@@ -28,6 +28,8 @@ Scalar = int | bytes
 Value = TypeVar("Value")
 
 _LITTLE: Final = sys.byteorder == "little"
+_SIZE: Final = struct.Struct(">H")
+_COUNT: Final = struct.Struct(">I")
 
 
 class Leaf(NamedTuple):
@@ -100,6 +102,8 @@ class Field:
 
     For an array, ``allowed`` is about each element. ``why`` says what is
     allowed, for messages and documentation; by default it is made from ``allowed``.
+    ``default`` is for fields that were added later, behind all others: what they
+    are where an older writer did not have them (`Record.pull_sized`).
     """
 
     name: str
@@ -107,6 +111,7 @@ class Field:
     doc: str = ""
     allowed: Collection[Scalar] | None = None
     why: str = ""
+    default: Scalar | None = None
 
     @property
     def rule(self) -> str:
@@ -157,6 +162,7 @@ class Record(Generic[Value]):
         self._allowed = tuple(
             (index, leaf.allowed) for index, leaf in enumerate(self.leaves) if leaf.allowed is not None
         )
+        self._sizes, self._defaults = _growth(self.name, self.fields)
 
     def unpack(self, data: bytes) -> tuple[Any, ...]:
         """The scalars in ``data``, which is ``size`` bytes long, in the order of ``leaves``. Checks nothing."""
@@ -248,6 +254,59 @@ class Record(Generic[Value]):
         except struct.error as error:
             raise ValueError(f"{self.name}: {error}") from None
 
+    def sized(self, value: Value) -> bytes:
+        """The bytes of ``value`` behind their number (u16): a record that later versions may add fields to.
+
+        :raises UnsoundError: a value is not allowed.
+        """
+        return _SIZE.pack(self.size) + self.encode(value)
+
+    def pull_sized(self, reader: Reader, name: str = "") -> Value:
+        """Read what ``sized`` gives, of this version, an older or a newer one.
+
+        Fields that the writer did not know get their defaults; those that it
+        knew beyond ours are passed over.
+
+        :raises TruncatedError: the stream ends within it.
+        :raises BadRecordError: a value is not allowed, or no version had that size.
+        """
+        size = self._pull_size(reader, name)
+        return self.build(self._grown(reader, reader.pull_bytes(size), size, 0, name))
+
+    def sized_many(self, flats: Sequence[Sequence[Any]]) -> bytes:
+        """The bytes of flat tuples that passed ``check``, behind the size of one (u16) and their number (u32)."""
+        return b"".join((_SIZE.pack(self.size), _COUNT.pack(len(flats)), *map(self.pack, flats)))
+
+    def pull_sized_many(self, reader: Reader, limit: int, name: str = "") -> list[tuple[Any, ...]]:
+        """Read what ``sized_many`` gives, as flat tuples; at most ``limit`` of them. Raises as ``pull_sized``."""
+        size = self._pull_size(reader, name)
+        (count,) = _COUNT.unpack(reader.pull_bytes(_COUNT.size))
+        if count > limit:
+            raise reader.bad(name or self.name, "count", count, f"must be at most {limit}", _COUNT.size)
+        data = reader.pull_bytes(size * count)
+        return [
+            self._grown(reader, data[at : at + size], size, len(data) - at - size, f"{name or self.name} {at // size}")
+            for at in range(0, len(data), size)
+        ]
+
+    def _pull_size(self, reader: Reader, name: str) -> int:
+        (size,) = _SIZE.unpack(reader.pull_bytes(_SIZE.size))
+        if size < self.size and size not in self._sizes:
+            raise reader.bad(name or self.name, "size", size, f"must be one of {sorted(self._sizes)}, or more", 2)
+        return int(size)
+
+    def _grown(self, reader: Reader, data: bytes, size: int, behind: int, name: str) -> tuple[Any, ...]:
+        """The checked scalars of a record as another version wrote it; ``behind``: bytes pulled since."""
+        data = data[: self.size]
+        flat = self.unpack(data + self._defaults[len(self._defaults) - (self.size - len(data)) :])
+        try:
+            self.check(flat)
+        except UnsoundError as error:
+            leaf = self.leaves[error.leaf]
+            back = behind + size - leaf.offset
+            raise reader.bad(name or self.name, leaf.name, flat[error.leaf], error.why, back) from None
+        return flat
+
     def index(self, name: str) -> int:
         """The place of the leaf of that name in a flat tuple."""
         return next(index for index, leaf in enumerate(self.leaves) if leaf.name == name)
@@ -305,6 +364,22 @@ class Section(Stage[Context], Generic[Context, Value]):
 
     def _load(self, context: Context, reader: Reader) -> None:
         self._put(context, self.record.pull(reader))
+
+
+def _growth(name: str, fields: Sequence[Field]) -> tuple[frozenset[int], bytes]:
+    """The sizes that a record has had, its present one included, and the bytes of its defaults."""
+    sizes: set[int] = set()
+    size, defaults = 0, b""
+    for field in fields:
+        if field.default is None and defaults:
+            raise ValueError(f"{name}: {field.name} follows a field with a default and has none")
+        if field.default is not None:
+            if not isinstance(field.kind, Scalars):
+                raise ValueError(f"{name}: {field.name} is no scalar and cannot have a default")
+            sizes.add(size)
+            defaults += struct.pack(">" + field.kind.code, field.default)
+        size += field.kind.size
+    return frozenset(sizes | {size}), defaults
 
 
 def _phrase(allowed: Collection[Scalar]) -> str:

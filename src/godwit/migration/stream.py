@@ -16,6 +16,7 @@ import errno
 import os
 import select
 import threading
+import zlib
 from typing import BinaryIO, Final
 
 from godwit.migration.errors import (
@@ -73,6 +74,7 @@ class _Stream:
         self.stage = "header"
         self._timeout = timeout
         self._cancel = cancel
+        self._check: int | None = None
         self._fd = -1
         self._file: BinaryIO | None = None
         if isinstance(file, int):
@@ -88,6 +90,15 @@ class _Stream:
         """
         if self._cancel is not None:
             self._cancel.check()
+
+    @property
+    def check(self) -> int:
+        """CRC-32 (as zlib has it) of all that passed since ``begin_check``; 0 before it."""
+        return self._check or 0
+
+    def begin_check(self) -> None:
+        """Keep a CRC-32 of all that passes from here on."""
+        self._check = 0
 
     def detach(self) -> None:
         """Forget the descriptor, which is about to be closed; whatever comes after this fails."""
@@ -137,8 +148,12 @@ class Reader(_Stream):
         if end <= len(self._buffer):
             self._pos = end
             self.offset += count
-            return self._buffer[start:end]
-        return self._pull_long(count)
+            data = self._buffer[start:end]
+        else:
+            data = self._pull_long(count)
+        if self._check is not None:
+            self._check = zlib.crc32(data, self._check)
+        return data
 
     def pull_u8(self) -> int:
         """The next byte."""
@@ -208,6 +223,51 @@ class Reader(_Stream):
                 self._wait(select.POLLIN, "read")
 
 
+class Part(Reader):
+    """A part of a stream, of a length that was announced: nothing behind it can be pulled."""
+
+    def __init__(self, whole: Reader, name: str, length: int) -> None:
+        self._whole = whole
+        self._name = name
+        self.left = length
+
+    @property
+    def stage(self) -> str:  # type: ignore[override]
+        """What messages call the place."""
+        return self._whole.stage
+
+    @property
+    def offset(self) -> int:  # type: ignore[override]
+        """Of the whole stream."""
+        return self._whole.offset
+
+    def check_cancelled(self) -> None:
+        """:raises AbortedError: the transfer was called off."""
+        self._whole.check_cancelled()
+
+    def pull_bytes(self, count: int, limit: int | None = None, name: str = "length") -> bytes:
+        """The next ``count`` bytes of the part.
+
+        :raises BadRecordError: the part has no more so many.
+        """
+        if count > self.left:
+            raise self.bad(self._name, name, count, f"and {self.left} bytes of it are left")
+        data = self._whole.pull_bytes(count, limit, name)
+        self.left -= count
+        return data
+
+    def at_end(self) -> bool:
+        """Whether all of it was pulled."""
+        return not self.left
+
+    def skip(self) -> int:
+        """Pull what is left, a piece at a time; how many bytes that was."""
+        skipped = self.left
+        while self.left:
+            self.pull_bytes(min(self.left, CHUNK))
+        return skipped
+
+
 class Writer(_Stream):
     """A cursor that gathers what is pushed and writes it in large pieces.
 
@@ -225,6 +285,8 @@ class Writer(_Stream):
     def push_bytes(self, data: bytes) -> None:
         """Append ``data`` as it is."""
         size = len(data)
+        if self._check is not None:
+            self._check = zlib.crc32(data, self._check)
         if size >= CHUNK:
             self.flush()  # so that it is written from where it is
         self.offset += size

@@ -91,6 +91,9 @@ class Forwards:
     def __bool__(self) -> bool:
         return bool(self.ranges)
 
+    def __str__(self) -> str:
+        return ",".join(map(str, self.ranges)) or "none"
+
     @property
     def ports(self) -> int:
         """How many host ports that is."""

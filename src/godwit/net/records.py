@@ -78,7 +78,7 @@ SIDE: Final[Record[Side]] = Record(
 
 
 @functools.lru_cache(maxsize=4096)
-def _family(address: bytes) -> int:
+def address_family(address: bytes) -> int:
     """4 or 6, by the form of the address; 0 for one that no host can have. Few are different, hence the cache."""
     if address in _UNSPECIFIED:
         return 0
@@ -93,7 +93,7 @@ def _check_flow(flat: tuple[Any, ...]) -> None:
     if first + second != PIF_HOST + PIF_GUEST or first == 0 or second == 0:
         raise UnsoundError(1, f"with {first} on the other side: must be host (1) and guest (2), in either order")
     for index in (2, 6):
-        ours, end = _family(flat[index]), _family(flat[index + 1])
+        ours, end = address_family(flat[index]), address_family(flat[index + 1])
         if not ours or not end:
             raise UnsoundError(index if not ours else index + 1, "must be the address of one host")
         if ours != end:

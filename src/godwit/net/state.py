@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The migration stages of the network device.
+"""The migration stages of the network device, and version 2 of its stream.
 
 Version 2 is passt's, byte for byte (``docs/stream-v2.md``): a guest can move
-between the two programs. Here is the order of things in a stream and what is
+between the two programs. Ours is in ``native``. Here is the order of things in a stream and what is
 believed of it; how a flow is frozen, dumped and restored is the device's, seen
 through ``FlowMover``.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 from godwit.dataplane.state import FlowState, Observed, SocketState
@@ -71,6 +71,15 @@ class FlowMover(Protocol):
     def give_up(self, flow: int, why: str) -> None:
         """Source, frozen: this flow is not in the stream, or as lost: to be reset when the guest has moved."""
 
+    def configuration(self) -> Mapping[str, str]:
+        """Source: what the guest's network is here, by names for people."""
+
+    def compare(self, configuration: Mapping[str, str]) -> None:
+        """Target: what it was where the guest comes from; differences are reported. Causes no packet."""
+
+    def prepared(self) -> Sequence[int]:
+        """Target: the ids of all flows that were prepared, in their order."""
+
     def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
         """Target: make flows and frozen sockets in repair mode, silently; an id for each.
 
@@ -81,7 +90,7 @@ class FlowMover(Protocol):
     def restore(self, flow: int, socket: SocketState, sndq: bytes, rcvq: bytes) -> None:
         """Target: fill the socket of a prepared flow, silently; on failure the flow is reset at the commit."""
 
-    def mark_lost(self, flow: int) -> None:
+    def mark_lost(self, flow: int, why: str = "") -> None:
         """Target: the source could not move this flow: reset it on the guest's side at the commit."""
 
     def commit(self) -> None:
@@ -94,7 +103,7 @@ class FlowMover(Protocol):
         """Source, saved: keep the frozen sockets silent until ``thaw``, or until the front-end is gone."""
 
 
-def _usable(observed: Observed) -> Observed:
+def usable(observed: Observed) -> Observed:
     """What a guest can have used; the rest as never seen. These come from a guest's frames: odd is not broken."""
     usable = Observed(
         observed.addr6 if observed.addr6[0] != 0xFF else NEVER_SEEN.addr6,
@@ -109,7 +118,7 @@ def _usable(observed: Observed) -> Observed:
 
 
 def _take_observed(mover: FlowMover, observed: Observed) -> None:
-    mover.set_observed(_usable(observed))
+    mover.set_observed(usable(observed))
 
 
 def _save_flows(mover: FlowMover, writer: Writer) -> None:
@@ -236,20 +245,14 @@ TRANSFER_STAGE: Final[Stage[FlowMover]] = Stage(
     "resets the guest's side; passt writes a count of 0.",
 )
 
-_VERSIONS: Final[tuple[Version[FlowMover], ...]] = (
-    Version(
-        1,
-        withdrawn="it has the MSS in the wrong byte order and no TCP timestamps",
-        doc="An early version of passt's.",
-    ),
-    Version(
-        2,
-        (OBSERVED_STAGE, PREPARE_STAGE, TRANSFER_STAGE),
-        doc="The common one: every released passt that moves flows writes and reads it.",
-    ),
+VERSION_1: Final[Version[FlowMover]] = Version(
+    1,
+    withdrawn="it has the MSS in the wrong byte order and no TCP timestamps",
+    doc="An early version of passt's.",
 )
 
-
-def versions() -> tuple[Version[FlowMover], ...]:
-    """The versions that this device knows, for ``godwit.migration.Migration``."""
-    return _VERSIONS
+VERSION_2: Final[Version[FlowMover]] = Version(
+    2,
+    (OBSERVED_STAGE, PREPARE_STAGE, TRANSFER_STAGE),
+    doc="The common one: every released passt that moves flows writes and reads it.",
+)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A stage of self-describing entries, for formats that are to grow.
+
+Each entry says its type, whether a reader must understand it, and its length::
+
+    type u16 | flags u16 | length u32 | that many bytes
+
+all big-endian. A reader passes over an entry of a type that it does not know,
+and refuses the stream if the entry is one that must be understood (flag 1). It
+passes over what an entry has behind what it knows of it, too. So a new writer
+says more to an old reader without harm, or says clearly that it cannot be
+understood, one entry at a time.
+
+Type 0 ends the stage. It holds the CRC-32 of all entries before it, since a
+stream that passes through several hands on its way may be damaged by one. (A
+CRC because it costs least: the guest stands still meanwhile. It is no seal;
+whoever can change a stream on purpose can change its check value.)
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic
+
+from godwit.migration.errors import DamagedError, UnknownEntryError
+from godwit.migration.section import Record
+from godwit.migration.stream import Part, Reader, Writer
+from godwit.migration.version import Context, Stage
+
+log = logging.getLogger(__name__)
+
+HEAD: Final = struct.Struct(">HHI")
+END: Final = 0
+REQUIRED: Final = 0x0001
+
+
+@dataclass(frozen=True)
+class Kind(Generic[Context]):
+    """One type of entries: ``load(context, part)`` reads one.
+
+    ``layout`` is what such an entry consists of, in order, for the
+    documentation and the inspector: records, and what else is in it in words.
+    """
+
+    type: int
+    name: str
+    load: Callable[[Context, Part], None]
+    layout: Sequence[Record[Any] | str] = ()
+    required: bool = True
+    doc: str = ""
+
+    def __post_init__(self) -> None:
+        if not END < self.type <= 0xFFFF:
+            raise ValueError(f"{self.name}: no entry can have type {self.type}")
+
+
+#: Writes one entry: its kind, and the parts of its payload.
+Push = Callable[..., None]
+
+
+class Entries(Stage[Context]):
+    """A stage that is a table of kinds. ``save(context, push)`` calls ``push(kind, *parts)`` for each entry there is.
+
+    ``loaded(context)`` is called on the target when all were read, and the check value was right.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kinds: Sequence[Kind[Context]],
+        save: Callable[[Context, Push], None],
+        *,
+        loaded: Callable[[Context], None] | None = None,
+        rollback: Callable[[Context], None] | None = None,
+        linger: Callable[[Context], None] | None = None,
+        discard: Callable[[Context], None] | None = None,
+        commit: Callable[[Context], None] | None = None,
+        doc: str = "",
+    ) -> None:
+        super().__init__(
+            name,
+            source=self._save,
+            target=self._load,
+            rollback=rollback,
+            linger=linger,
+            discard=discard,
+            commit=commit,
+            doc=doc,
+        )
+        self.kinds = tuple(kinds)
+        self._known = {kind.type: kind for kind in kinds}
+        self._save_all = save
+        self._loaded = loaded
+        if len(self._known) != len(self.kinds):
+            raise ValueError(f"{name}: two kinds of one type")
+
+    def _save(self, context: Context, writer: Writer) -> None:
+        def push(kind: Kind[Context], *parts: bytes) -> None:
+            writer.check_cancelled()
+            writer.push_bytes(HEAD.pack(kind.type, REQUIRED if kind.required else 0, sum(map(len, parts))))
+            for part in parts:
+                writer.push_bytes(part)
+
+        writer.begin_check()
+        self._save_all(context, push)
+        check = writer.check
+        writer.push_bytes(HEAD.pack(END, REQUIRED, 4) + check.to_bytes(4, "big"))
+
+    def _load(self, context: Context, reader: Reader) -> None:
+        reader.begin_check()
+        unknown: Counter[int] = Counter()
+        while True:
+            reader.check_cancelled()
+            before, check = reader.offset, reader.check
+            number, flags, length = HEAD.unpack(reader.pull_bytes(HEAD.size))
+            if number == END:
+                break
+            kind = self._known.get(number)
+            part = Part(reader, kind.name if kind else f"entry of type {number}", length)
+            if kind is not None:
+                kind.load(context, part)
+            elif flags & REQUIRED:
+                raise UnknownEntryError(self.name, number, before, max(self._known, default=END))
+            else:
+                unknown[number] += 1
+            part.skip()
+        if (flags, length) != (REQUIRED, 4):
+            raise reader.bad("end", "head", f"{flags:#x}, {length}", "must be 0x1, 4", 6)
+        said = reader.pull_u32()
+        if said != check:
+            raise DamagedError(self.name, before, said, check)
+        for number, count in unknown.items():
+            log.info("%s: %d entries of type %d, which is not known here, were passed over", self.name, count, number)
+        if self._loaded is not None:
+            self._loaded(context)

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The native stream: between two godwits, with what version 2 has no place for.
+
+It is made of entries that say what they are (`godwit.migration.entries`), so
+that it can grow without a new version: ``docs/stream.md``. As in version 2
+nothing is used before it was checked, a bad value fails the load, and a flow
+that could not be dumped or restored is that flow's loss alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Sequence
+from typing import Any, Final
+
+from godwit.dataplane.state import FlowState, Side
+from godwit.migration import Entries, Field, Kind, Part, Record, UnsoundError, Version
+from godwit.migration.entries import Push
+from godwit.migration.section import octets, u8, u16, u32
+from godwit.net.records import (
+    EVENT_ESTABLISHED,
+    MAX_FLOWS,
+    MAX_QUEUE,
+    MAX_WINDOW_SCALE,
+    OBSERVED,
+    PIF_GUEST,
+    PIF_HOST,
+    SOCKET,
+    STATES_ENDED,
+    address_family,
+)
+from godwit.net.state import BATCH, NEVER_SEEN, PREPARE_STAGE, FlowMover, usable
+
+log = logging.getLogger(__name__)
+
+#: The id of the first version of our own; passt's have small ones.
+NATIVE: Final = 0x80000001
+MAX_CONFIGURATION: Final = 65536  # bytes of text
+MAX_WHY: Final = 1024  # bytes of text
+
+
+def _make_flow(*flat: Any) -> FlowState:
+    """The flow of the fields' values. What version 2 has besides these is passt's own business."""
+    initiator, guest, host = flat[0], Side._make(flat[1:5]), Side._make(flat[5:9])
+    sides = (guest, host) if initiator == PIF_GUEST else (host, guest)
+    pif = (PIF_GUEST, PIF_HOST) if initiator == PIF_GUEST else (PIF_HOST, PIF_GUEST)
+    events, from_guest, to_guest, mss, *rest = flat[9:]
+    return FlowState(pif, sides, 0, from_guest, to_guest, events, mss, 0, 0, 0, *rest)
+
+
+def _flow_fields(flow: FlowState) -> tuple[Any, ...]:
+    guest, host = flow.sides if flow.pif[0] == PIF_GUEST else flow.sides[::-1]
+    return (flow.pif[0], *guest, *host, flow.events, flow.ws_from_tap, flow.ws_to_tap, flow.tap_mss, *flow[10:])
+
+
+def _check_flow(flat: tuple[Any, ...]) -> None:
+    """What no single field of a flow can know."""
+    for index in (1, 5):
+        ours, end = address_family(flat[index]), address_family(flat[index + 1])
+        if not ours or not end:
+            raise UnsoundError(index if not ours else index + 1, "must be the address of one host")
+        if ours != end:
+            raise UnsoundError(index + 1, "must be of the same family as the other address of that side")
+    if not flat[9] & EVENT_ESTABLISHED:
+        raise UnsoundError(9, "must have bit 0x04: only an established flow can be here")
+
+
+FLOW: Final[Record[FlowState]] = Record(
+    "TCP flow",
+    (
+        Field("initiator", u8, "who opened it: 1 the host's side, 2 the guest", (PIF_HOST, PIF_GUEST)),
+        Field(
+            "guest_our_addr", octets(16), "towards the guest: address that the back-end stands for; IPv4 as v4-mapped"
+        ),
+        Field("guest_end_addr", octets(16), "the guest's address"),
+        Field("guest_our_port", u16, "port to `guest_our_addr`", range(1, 65536)),
+        Field("guest_end_port", u16, "port to `guest_end_addr`", range(1, 65536)),
+        Field("host_our_addr", octets(16), "towards the peer: address of the socket on the host"),
+        Field("host_end_addr", octets(16), "the peer's address"),
+        Field("host_our_port", u16, "port to `host_our_addr`", range(1, 65536)),
+        Field("host_end_port", u16, "port to `host_end_addr`", range(1, 65536)),
+        Field(
+            "events",
+            u8,
+            "0x01 accepted on the host, 0x02 SYN from the guest, 0x04 established, 0x08 FIN from the host, "
+            "0x10 FIN to the host, 0x20 FIN from the guest, 0x40 FIN to the guest, 0x80 that one acknowledged",
+        ),
+        Field("ws_from_guest", u8, "window scale that the guest announced", range(MAX_WINDOW_SCALE + 1)),
+        Field("ws_to_guest", u8, "window scale announced to the guest", range(MAX_WINDOW_SCALE + 1)),
+        Field("mss", u16, "largest segment to the guest", range(4, 65536)),
+        Field("window_from_guest", u16, "window that the guest announced last, in its scale"),
+        Field("window_to_guest", u16, "window announced to the guest last, in its scale"),
+        Field("seq_to_guest", u32, "next sequence number to the guest"),
+        Field("ack_from_guest", u32, "last acknowledged by the guest"),
+        Field("seq_from_guest", u32, "next sequence number expected from the guest"),
+        Field("ack_to_guest", u32, "last acknowledged to the guest"),
+        Field("init_from_guest", u32, "sequence number of the guest's SYN"),
+    ),
+    _make_flow,
+    fields_of=_flow_fields,
+    check=_check_flow,
+    doc="A TCP connection as the guest's side knows it.",
+)
+
+
+# ---- reading
+
+
+def _load_configuration(mover: FlowMover, part: Part) -> None:
+    text = part.pull_bytes(part.left, MAX_CONFIGURATION, "length").decode(errors="replace")
+    pairs = (line.partition("\t") for line in text.splitlines())
+    mover.compare({name: value for name, tab, value in pairs if tab})
+
+
+def _load_observed(mover: FlowMover, part: Part) -> None:
+    mover.set_observed(usable(OBSERVED.pull_sized(part)))
+
+
+def _load_flows(mover: FlowMover, part: Part) -> None:
+    before = len(mover.prepared())
+    limit = min(BATCH, MAX_FLOWS - before)
+    flows = [FLOW.build(flat) for flat in FLOW.pull_sized_many(part, limit)]
+    if len(mover.prepare(flows)) != len(flows):
+        raise RuntimeError(f"{len(flows)} flows prepared, another number of ids returned")
+
+
+def _pull_flow(mover: FlowMover, part: Part) -> int:
+    """The id of the flow that an entry names by its number."""
+    number = part.pull_u32()
+    flows = mover.prepared()
+    if number >= len(flows):
+        raise part.bad("TCP socket", "flow", number, f"must be below {len(flows)}, the number of flows so far", 4)
+    return flows[number]
+
+
+def _load_socket(mover: FlowMover, part: Part) -> None:
+    flow = _pull_flow(mover, part)
+    state = SOCKET.pull_sized(part)
+    sndq = part.pull_bytes(state.sndq, MAX_QUEUE, "sndq")
+    rcvq = part.pull_bytes(state.rcvq, MAX_QUEUE, "rcvq")
+    if state.tcpi_state in STATES_ENDED:
+        mover.mark_lost(flow, "it ended meanwhile")
+    else:
+        mover.restore(flow, state, sndq, rcvq)
+
+
+def _load_lost(mover: FlowMover, part: Part) -> None:
+    flow = _pull_flow(mover, part)
+    mover.mark_lost(flow, part.pull_bytes(part.left, MAX_WHY, "length").decode(errors="replace"))
+
+
+CONFIGURATION_KIND: Final[Kind[FlowMover]] = Kind(
+    1,
+    "configuration",
+    _load_configuration,
+    ("lines of text (UTF-8), each a name, a tab and a value",),
+    required=False,
+    doc="The guest's network where it comes from. The target compares it with its own and reports what differs.",
+)
+OBSERVED_KIND: Final[Kind[FlowMover]] = Kind(
+    2, "observed addresses", _load_observed, (OBSERVED,), doc="As in version 2."
+)
+FLOWS_KIND: Final[Kind[FlowMover]] = Kind(
+    3,
+    "TCP flows",
+    _load_flows,
+    ("the size of one record (u16) and their number (u32, at most " + str(BATCH) + ")", FLOW),
+    doc="Flows, numbered from 0 through all such entries; before their sockets.",
+)
+SOCKET_KIND: Final[Kind[FlowMover]] = Kind(
+    4,
+    "TCP socket",
+    _load_socket,
+    ("the number of its flow (u32)", SOCKET, "the send queue", "the receive queue"),
+    doc="The kernel's side of one flow.",
+)
+LOST_KIND: Final[Kind[FlowMover]] = Kind(
+    5,
+    "lost TCP flow",
+    _load_lost,
+    ("the number of the flow (u32)", "why, as text (UTF-8)"),
+    doc="A flow that the source could not save: it is reset on both sides.",
+)
+
+
+# ---- writing
+
+
+def _save(mover: FlowMover, push: Push) -> None:
+    lines = "".join(f"{name}\t{value}\n" for name, value in mover.configuration().items())
+    push(CONFIGURATION_KIND, lines.encode()[:MAX_CONFIGURATION])
+    push(OBSERVED_KIND, OBSERVED.sized(mover.observed()))
+    moving = _save_flows(mover, push)
+    for number, flow in enumerate(moving):
+        why = _save_socket(mover, push, number, flow)
+        if why:
+            push(LOST_KIND, number.to_bytes(4, "big"), why.encode(errors="replace")[:MAX_WHY])
+
+
+def _save_flows(mover: FlowMover, push: Push) -> Sequence[int]:
+    """Write the flows; gives those that could be, in the order of their numbers."""
+    moving: list[int] = []
+    flats: list[tuple[Any, ...]] = []
+    for flow in mover.flows():
+        flat = FLOW.flatten(mover.flow_state(flow))
+        try:
+            FLOW.check(flat)
+        except UnsoundError as error:
+            mover.give_up(flow, f"{FLOW.leaves[error.leaf].name} {error.why}")
+            continue
+        moving.append(flow)
+        flats.append(flat)
+    for first in range(0, len(flats), BATCH):
+        push(FLOWS_KIND, FLOW.sized_many(flats[first : first + BATCH]))
+    return moving
+
+
+def _save_socket(mover: FlowMover, push: Push, number: int, flow: int) -> str:
+    """Write one socket; else why it cannot be."""
+    dumped = mover.dump(flow)
+    if dumped is None:
+        return "the source could not save it"
+    state, sndq, rcvq = dumped
+    try:
+        if state.sndq != len(sndq) or state.rcvq != len(rcvq):
+            raise UnsoundError(2, f"with {len(sndq)} + {len(rcvq)} bytes in the queues")
+        record = SOCKET.sized(state)
+    except (UnsoundError, struct.error) as error:
+        why = str(error)
+        if isinstance(error, UnsoundError):
+            why = f"{SOCKET.leaves[error.leaf].name} {state[error.leaf]} {error.why}"
+        mover.give_up(flow, why)
+        return why
+    push(SOCKET_KIND, number.to_bytes(4, "big"), record, sndq, rcvq)
+    return ""
+
+
+def _discard(mover: FlowMover) -> None:
+    mover.discard()
+    mover.set_observed(NEVER_SEEN)
+
+
+ENTRIES: Final[Entries[FlowMover]] = Entries(
+    "state",
+    (CONFIGURATION_KIND, OBSERVED_KIND, FLOWS_KIND, SOCKET_KIND, LOST_KIND),
+    _save,
+    discard=_discard,
+    commit=lambda mover: mover.commit(),
+    doc="Entries, up to one of type 0.",
+)
+
+VERSION: Final[Version[FlowMover]] = Version(
+    NATIVE,
+    (PREPARE_STAGE, ENTRIES),
+    doc="Ours: what a guest has, whatever it is, as long as both sides are godwit.",
+)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The native stream: what version 2 can carry comes through it the same, and a broken one leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from godwit.dataplane.state import FlowState
+from godwit.migration import Direction, Migration, Outcome, VersionRefusedError
+from godwit.migration.entries import HEAD
+from godwit.net.native import FLOW, NATIVE
+from godwit.net.records import SOCKET
+from godwit.net.state import BATCH, NEVER_SEEN, FlowMover
+from godwit.net.versions import versions
+
+from .test_state import NAMES, Mover, load, loaded
+
+FROZEN = Path(__file__).resolve().parent.parent / "native"
+
+
+def save(mover: Mover) -> tuple[bytes, Outcome]:
+    transfer: Migration[FlowMover] = Migration(versions(), mover)
+    file = io.BytesIO()
+    transfer.request(file, Direction.SOURCE, NATIVE)
+    outcome = transfer.run()
+    return file.getvalue(), outcome
+
+
+def what_moves(state: FlowState) -> FlowState:
+    """Without what is passt's own business."""
+    return state._replace(retries=0, sndbuf=0, flags=0, seq_dup_ack_approx=0)
+
+
+@pytest.fixture(params=NAMES)
+def source(request: pytest.FixtureRequest) -> Mover:
+    mover = loaded(request.param)
+    mover.told = {"IPv4": "10.9.0.2/24", "search list": "example.org\texample.net"}
+    return mover
+
+
+def test_all_comes_through(source: Mover) -> None:
+    data, saved = save(source)
+    assert saved
+    target, outcome, transfer = load(data)
+    assert outcome
+    assert (outcome.version, outcome.size) == (NATIVE, len(data))
+    assert target.states == list(map(what_moves, source.states))
+    assert target.sockets == source.sockets
+    assert target.seen == source.seen
+    assert target.compared == source.told
+    assert target.calls == []
+    assert transfer.commit() == []
+    assert target.calls == ["commit"]
+    assert save_again(target, source) == data
+
+
+def save_again(target: Mover, source: Mover) -> bytes:
+    target.told = source.told
+    return save(target)[0]
+
+
+def test_a_flow_that_cannot_move_is_that_flows_loss() -> None:
+    source = loaded("queues-v4")
+    source.sockets[0] = None
+    data, saved = save(source)
+    assert saved
+    target, outcome, _ = load(data)
+    assert outcome
+    assert target.lost == {0: "the source could not save it"}
+    assert target.sockets[1] == source.sockets[1]
+    source = loaded("queues-v4")
+    dumped = source.sockets[1]
+    assert dumped is not None
+    source.sockets[1] = (dumped[0]._replace(snd_ws=15), *dumped[1:])
+    source.states[0] = source.states[0]._replace(events=0)
+    target, outcome, _ = load(save(source)[0])
+    assert outcome
+    assert [why for _, why in source.given_up] == [
+        "events must have bit 0x04: only an established flow can be here",
+        "snd_ws 15 must be from 0 to 14",
+    ]
+    assert target.states == [what_moves(source.states[1])]
+    assert target.lost == {0: "snd_ws 15 must be from 0 to 14"}
+
+
+def test_many_flows_come_in_batches() -> None:
+    source = loaded("idle-v4")
+    source.states *= BATCH * 2 + 5
+    source.sockets = dict.fromkeys(range(len(source.states)), source.sockets[0])
+    data, _ = save(source)
+    target, outcome, _ = load(data)
+    assert outcome
+    assert target.batches == [BATCH, BATCH, 5]
+    assert target.sockets == source.sockets
+
+
+def test_a_broken_stream_leaves_nothing(source: Mover) -> None:
+    data, _ = save(source)
+    places = range(len(data)) if len(data) < 2000 else [*range(700), *range(700, len(data), len(data) // 300)]
+    for at in places:
+        if 8 <= at < 12:
+            continue  # a higher version that says that ours will do
+        for broken in (data[:at], data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]):
+            target, outcome, transfer = load(broken)
+            assert not outcome, at
+            transfer.close()
+            assert target.states == []
+            assert target.sockets == {}
+            assert target.seen == NEVER_SEEN
+            assert "commit" not in target.calls
+
+
+def with_check(body: bytes) -> bytes:
+    """A whole stream of these entries."""
+    header = versions()[-1].header(0xB1BB1D1B0BB1D1B0).pack()
+    return header + body + HEAD.pack(0, 1, 4) + zlib.crc32(body).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (HEAD.pack(4, 1, 4) + bytes(4), "TCP socket: flow is 0, must be below 0, the number of flows so far"),
+        (HEAD.pack(5, 1, 4) + bytes(4), "TCP socket: flow is 0, must be below 0, the number of flows so far"),
+        (
+            HEAD.pack(3, 1, 6) + FLOW.size.to_bytes(2, "big") + b"\xff\xff\xff\xff",
+            "count is 4294967295, must be at most",
+        ),
+        (HEAD.pack(2, 1, 2) + b"\0\x05", "observed addresses: size is 5, must be one of [42], or more"),
+        (HEAD.pack(1, 0, 65537) + bytes(65537), "length is 65537, must be at most 65536"),
+        (HEAD.pack(77, 1, 0), "is of type 77, which must be understood and is not known here"),
+    ],
+)
+def test_what_cannot_be_is_named(body: bytes, message: str) -> None:
+    _, outcome, _ = load(with_check(body))
+    assert message in str(outcome.error)
+
+
+def test_a_newer_native_that_we_can_read_is_read() -> None:
+    """Entries that may be skipped, fields behind ours, and a version that says that ours will do."""
+    source = loaded("idle-v4")
+    data, _ = save(source)
+    body = data[16:-12]
+    extra = HEAD.pack(900, 0, 5) + b"extra"
+    header = versions()[-1].header(0xB1BB1D1B0BB1D1B0)._replace(version=NATIVE + 1).pack()
+    body = extra + body + extra
+    newer = header + body + HEAD.pack(0, 1, 4) + zlib.crc32(body).to_bytes(4, "big")
+    target, outcome, _ = load(newer)
+    assert outcome
+    assert target.sockets == source.sockets
+    header = versions()[-1].header(0xB1BB1D1B0BB1D1B0)._replace(version=NATIVE + 1, compat_version=NATIVE + 1).pack()
+    _, outcome, _ = load(header + newer[16:])
+    assert isinstance(outcome.error, VersionRefusedError)
+    assert "device state version 0x80000002" in str(outcome.error)
+    assert "knows 2, 0x80000001: have the source write one of these" in str(outcome.error)
+
+
+def frozen() -> list[Path]:
+    return sorted(FROZEN.glob("*.bin"))
+
+
+def test_a_stream_of_each_version_is_kept() -> None:
+    names = {path.stem.partition("-")[0] for path in frozen()}
+    assert names == {f"{version.id:#x}" for version in versions() if version.id >= NATIVE}
+
+
+@pytest.mark.parametrize("path", frozen(), ids=lambda path: path.stem)
+def test_streams_of_before_are_read(path: Path) -> None:
+    """What stands there was in this one."""
+    name = path.stem.partition("-")[2]
+    source = loaded(name)
+    target, outcome, _ = load(path.read_bytes())
+    assert outcome
+    assert target.states == list(map(what_moves, source.states))
+    assert target.sockets == source.sockets
+    assert target.seen == source.seen
+    assert target.compared == {"IPv4": "10.9.0.2/24"}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 4, 5, 6]), st.sampled_from([0, 1]), st.binary(max_size=200)), max_size=6
+    )
+)
+def test_entries_of_nonsense_end_in_an_error_or_in_nothing(entries: list[tuple[int, int, bytes]]) -> None:
+    body = b"".join(HEAD.pack(kind, flags, len(data)) + data for kind, flags, data in entries)
+    target, outcome, transfer = load(with_check(body))
+    if not outcome:
+        assert target.states == []
+        assert target.sockets == {}
+    transfer.close()
+    assert target.sockets == {}
+    assert SOCKET.size == 52
