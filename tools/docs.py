@@ -13,7 +13,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from godwit.migration.document import lifecycle_diagram, lifecycle_states, record_table, stages_list
+from godwit.migration.document import entries_table, lifecycle_diagram, lifecycle_states, record_table, stages_list
+from godwit.net import native
 from godwit.net.records import FLOW, OBSERVED, SIDE, SOCKET
 from godwit.net.versions import versions
 
@@ -23,6 +24,12 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "migration.md": {
         "life cycle": lifecycle_diagram,
         "states": lifecycle_states,
+    },
+    "stream.md": {
+        "entries": lambda: entries_table(native.ENTRIES),
+        "observed addresses": lambda: record_table(OBSERVED),
+        "TCP flow": lambda: record_table(native.FLOW),
+        "socket": lambda: record_table(SOCKET),
     },
     "stream-v2.md": {
         "stages": lambda: stages_list(next(version for version in versions() if version.id == 2)),

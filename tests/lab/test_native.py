@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import HOST6, wait_until
 from godwit.lab.scenario import PORT, Load, Scenario
+from godwit.migration.inspect import inspect
+from godwit.net.versions import versions
 
 from .moves import IDLE, RATE, begin, saved, suspended, works_on
 
@@ -73,3 +80,40 @@ def test_what_is_another_at_the_target_is_said() -> None:
             "this host is another than the one that the guest comes from: IPv6 2001:db8:9::10/64 (was "
             in target.messages()
         )
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where a daemon that has given up root may write."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        path.chmod(0o777)
+        yield path
+
+
+@pytest.mark.parametrize("version", ["2", "native"])
+def test_states_are_recorded(folder: Path, version: str) -> None:
+    """On either side, the same bytes, for nobody else to read."""
+    arguments = ["--migrate-version", version, "--record", str(folder / "state")]
+    with Scenario(godwit_arguments=arguments) as scenario:
+        load = scenario.start_load(idle=IDLE, rate=RATE)
+        for _ in range(2):
+            scenario.move()
+        works_on(scenario, load)
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == ["state.1.loaded", "state.1.saved", "state.2.loaded", "state.2.saved"]
+    for number in (1, 2):
+        saved, loaded = (folder / f"state.{number}.{kind}" for kind in ("saved", "loaded"))
+        assert saved.read_bytes() == loaded.read_bytes()
+        assert saved.stat().st_mode & 0o777 == 0o600
+        with saved.open("rb") as file:
+            names = Counter(item.name for item in inspect(file, versions()))
+        assert names["socket" if version == "2" else "TCP socket"] == IDLE + 2
+
+
+def test_a_state_that_cannot_be_recorded_moves_all_the_same(tmp_path: Path) -> None:
+    with Scenario(godwit_arguments=["--record", str(tmp_path / "none" / "state")]) as scenario:
+        load = scenario.start_load(idle=IDLE, rate=RATE)
+        scenario.move()
+        works_on(scenario, load)
+        assert "the device state is not recorded: cannot write" in scenario.messages()

@@ -27,6 +27,7 @@ from godwit.migration import (
     Version,
 )
 from godwit.migration.entries import END, HEAD, Push
+from godwit.migration.layout import Many, One
 from godwit.migration.section import octets, u8, u32
 
 MAGIC = 0x1122334455667788
@@ -56,10 +57,14 @@ NEW = Record("thing", (COUNT, NAME, Field("mode", u8, "", range(4), default=2), 
 
 
 def kind(record: Record[Any], number: int = 1, *, required: bool = True) -> Kind[Device]:
-    return Kind(number, "thing", lambda device, part: device.seen.append(record.pull_sized(part)), required=required)
+    return Kind(number, "thing", (One(record),), take, required=required)
 
 
-def device_versions(*kinds: Kind[Device], save: bytes = b"") -> tuple[Version[Device], ...]:
+def take(device: Device, _part: Part, value: object) -> None:
+    device.seen.append(value)
+
+
+def device_versions(*kinds: Kind[Device], save: object = None) -> tuple[Version[Device], ...]:
     def write(_device: Device, push: Push) -> None:
         push(kinds[0], save)
 
@@ -86,12 +91,11 @@ def load(data: bytes, *kinds: Kind[Device]) -> tuple[list[object], Outcome]:
 
 
 def test_what_is_written_is_read() -> None:
-    value = OLD.sized(Old(7, b"name"))
     file = io.BytesIO()
-    transfer: Migration[Device] = Migration(device_versions(kind(OLD), save=value), Device(), magic=MAGIC)
+    transfer: Migration[Device] = Migration(device_versions(kind(OLD), save=Old(7, b"name")), Device(), magic=MAGIC)
     transfer.request(file, Direction.SOURCE)
     assert transfer.run()
-    assert file.getvalue() == stream(entry(1, value))
+    assert file.getvalue() == stream(entry(1, OLD.sized(Old(7, b"name"))))
     assert load(file.getvalue(), kind(OLD))[0] == [Old(7, b"name"), "all"]
 
 
@@ -173,19 +177,19 @@ def test_an_end_that_is_none() -> None:
 
 
 def test_many_of_a_kind() -> None:
-    def take(device: Device, part: Part) -> None:
-        device.seen += [NEW.build(flat) for flat in NEW.pull_sized_many(part, limit=3, name="many")]
+    def take_many(device: Device, _part: Part, flats: list[tuple[Any, ...]]) -> None:
+        device.seen += map(NEW.build, flats)
 
-    many = Kind(1, "many", take)
+    many: Kind[Device] = Kind(1, "many", (Many(NEW, 3),), take_many)
     old = OLD.sized_many([Old(1, b"name"), Old(2, b"eman")])
     seen, outcome = load(stream(entry(1, old), entry(1, NEW.sized_many([New(3, b"mean", 0, 1)]))), many)
     assert outcome
     assert seen == [New(1, b"name", 2, 7), New(2, b"eman", 2, 7), New(3, b"mean", 0, 1), "all"]
     for data, message in (
-        (OLD.sized_many([Old(1, b"name")] * 4), "many: count is 4, must be at most 3 (at offset 26)"),
+        (OLD.sized_many([Old(1, b"name")] * 4), "thing: count is 4, must be at most 3 (at offset 26)"),
         (
             OLD.sized_many([Old(1, b"name"), Old(1000, b"name")]),
-            "many 1: number is 1000, must be from 0 to 999 (at offset 38)",
+            "thing 1: number is 1000, must be from 0 to 999 (at offset 38)",
         ),
         (OLD.sized_many([Old(1, b"name")])[:-1], "many: length is 8, and 7 bytes of it are left (at offset 30)"),
     ):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from godwit.dataplane.state import FlowState
+from godwit.dataplane.state import FlowState, SocketState
 from godwit.migration import Direction, Migration, Outcome, VersionRefusedError
 from godwit.migration.entries import HEAD
 from godwit.net.native import FLOW, NATIVE
@@ -116,6 +116,9 @@ def test_a_broken_stream_leaves_nothing(source: Mover) -> None:
             assert "commit" not in target.calls
 
 
+A_SOCKET = SocketState(0, 0, 0, 0, 0, 1000, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0)
+
+
 def with_check(body: bytes) -> bytes:
     """A whole stream of these entries."""
     header = versions()[-1].header(0xB1BB1D1B0BB1D1B0).pack()
@@ -125,7 +128,11 @@ def with_check(body: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (HEAD.pack(4, 1, 4) + bytes(4), "TCP socket: flow is 0, must be below 0, the number of flows so far"),
+        (HEAD.pack(4, 1, 4) + bytes(4), "TCP socket: length is 2, and 0 bytes of it are left"),
+        (
+            HEAD.pack(4, 1, 6 + SOCKET.size) + bytes(4) + SOCKET.sized(A_SOCKET),
+            "TCP socket: flow is 0, must be below 0, the number of flows so far",
+        ),
         (HEAD.pack(5, 1, 4) + bytes(4), "TCP socket: flow is 0, must be below 0, the number of flows so far"),
         (
             HEAD.pack(3, 1, 6) + FLOW.size.to_bytes(2, "big") + b"\xff\xff\xff\xff",

@@ -27,6 +27,7 @@ from godwit.daemon.linger import LINGER_SECONDS, Linger
 from godwit.daemon.mover import Mover
 from godwit.daemon.options import Options, VirtioFeatures
 from godwit.daemon.probe import AddressProbe
+from godwit.daemon.record import Recording
 from godwit.daemon.stats import Statistics
 from godwit.dataplane import Engine, StreamCard
 from godwit.migration import Direction as Transfer
@@ -115,6 +116,7 @@ class NetDevice(BaseDevice):
         self._responder = Responder(config)
         self._mover = Mover(self._engine, repair, config.scope6, self._in_background, self._facts)
         self._transfer: Migration[FlowMover] | None = None
+        self._recording: Recording | None = None
         self._running: asyncio.Task[object] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -456,18 +458,28 @@ class NetDevice(BaseDevice):
     async def set_device_state_fd(self, direction: Direction, phase: int, fd: int) -> int | None:
         """SET_DEVICE_STATE_FD: start a save or a load; it goes on in a thread."""
         await self._end_transfer()
-        transfer: Migration[FlowMover] = Migration(versions(), self._mover)
+        saving = direction is Direction.SAVE
+        self._recording = Recording(path, "saved" if saving else "loaded") if (path := self._options.record) else None
+        copy = None if self._recording is None else self._recording.write
+        transfer: Migration[FlowMover] = Migration(versions(), self._mover, copy=copy)
         self._transfer = transfer
         self._running = None
         try:
-            if direction is Direction.SAVE:
+            if saving:
                 transfer.request(fd, Transfer.SOURCE, self._options.migrate_version)
             else:
                 transfer.request(fd, Transfer.TARGET)
         except ValueError as error:
             raise DeviceError(str(error)) from error
-        self._running = asyncio.ensure_future(asyncio.to_thread(transfer.run))
+        self._running = asyncio.ensure_future(asyncio.to_thread(self._run, transfer))
         return None
+
+    def _run(self, transfer: Migration[FlowMover]) -> object:
+        try:
+            return transfer.run()
+        finally:
+            if self._recording is not None:
+                self._recording.close()
 
     async def check_device_state(self) -> bool:
         """CHECK_DEVICE_STATE: how the transfer ended, once it has."""

@@ -87,6 +87,7 @@ class Options:
     stats: int = 0  # seconds between two reports at least; 0 for none
     repair_path: str | None = None
     migrate_version: int = 2
+    record: str | None = None
     migrate_exit: bool = False
     migrate_linger: bool = True
     virtio_features: VirtioFeatures = VirtioFeatures.FULL
@@ -307,6 +308,14 @@ TABLE: tuple[Row, ...] = (
         "2|native|N",
         _migrate_version,
         "device state to write: 2, as passt reads it too (the default), or godwit's own",
+    ),
+    Row(
+        ("--record",),
+        Kind.VALUE,
+        "record",
+        "PATH",
+        _path,
+        "keep each device state that is saved or loaded, in PATH.N.saved or PATH.N.loaded (godwit inspect shows them)",
     ),
     Row(("--migrate-exit",), Kind.ON, "migrate_exit", help="end when the guest has moved away"),
     Row(

@@ -28,7 +28,7 @@ from godwit.migration.lifecycle import Direction, State
 from godwit.migration.migration import Migration, Outcome, describe
 from godwit.migration.section import Field, Record, Section, UnsoundError
 from godwit.migration.stream import Cancel, Part, Reader, Writer
-from godwit.migration.version import Stage, Version, negotiate
+from godwit.migration.version import Item, Stage, Version, negotiate
 
 __all__ = [
     "MAGIC",
@@ -42,6 +42,7 @@ __all__ = [
     "Field",
     "Header",
     "InjectedFaultError",
+    "Item",
     "Kind",
     "Migration",
     "MigrationError",

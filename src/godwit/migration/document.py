@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from godwit.migration.entries import Entries
+from godwit.migration.layout import anchor
 from godwit.migration.lifecycle import TABLE, State
 from godwit.migration.section import Array, Field, Kind, Record, Scalars, Section
 from godwit.migration.version import Version
@@ -49,11 +51,22 @@ def stages_list(version: Version[Any]) -> str:
     return "\n".join(lines)
 
 
+def entries_table(stage: Entries[Any]) -> str:
+    """The kinds of a stage of entries, as a Markdown table."""
+    lines = ["| type | entry | unknown, it is | what is in it |", "| ---: | --- | --- | --- |"]
+    for kind in stage.kinds:
+        rule = "refused" if kind.required else "passed over"
+        layout = "; ".join(element.describe() for element in kind.layout)
+        lines.append(f"| {kind.type} | **{kind.name}** | {rule} | {kind.doc} {layout[:1].upper()}{layout[1:]}. |")
+    lines.append("| 0 | **end** | | The CRC-32 of all entries before it (u32). |")
+    return "\n".join(lines)
+
+
 def _kind_name(field: Field) -> str:
     kind: Kind = field.kind
     count = ""
     while isinstance(kind, Array):
         count = f"[{kind.count}]{count}"
         kind = kind.kind
-    name = kind.name if isinstance(kind, Scalars) else f"[{kind.name}](#{kind.name})"
+    name = kind.name if isinstance(kind, Scalars) else f"[{kind.name}](#{anchor(kind.name)})"
     return name + count

@@ -22,14 +22,14 @@ from __future__ import annotations
 import logging
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic
 
 from godwit.migration.errors import DamagedError, UnknownEntryError
-from godwit.migration.section import Record
+from godwit.migration.layout import Element, pull_all, show_all
 from godwit.migration.stream import Part, Reader, Writer
-from godwit.migration.version import Context, Stage
+from godwit.migration.version import Context, Item, Stage
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +40,16 @@ REQUIRED: Final = 0x0001
 
 @dataclass(frozen=True)
 class Kind(Generic[Context]):
-    """One type of entries: ``load(context, part)`` reads one.
+    """One type of entries: what one consists of, and what becomes of it.
 
-    ``layout`` is what such an entry consists of, in order, for the
-    documentation and the inspector: records, and what else is in it in words.
+    ``load(context, part, *values)`` takes the values of the elements of
+    ``layout``; ``part`` is for errors (``bad``), and has what lies behind them.
     """
 
     type: int
     name: str
-    load: Callable[[Context, Part], None]
-    layout: Sequence[Record[Any] | str] = ()
+    layout: Sequence[Element]
+    load: Callable[..., None]
     required: bool = True
     doc: str = ""
 
@@ -58,12 +58,12 @@ class Kind(Generic[Context]):
             raise ValueError(f"{self.name}: no entry can have type {self.type}")
 
 
-#: Writes one entry: its kind, and the parts of its payload.
+#: Writes one entry: its kind, and the values of its elements.
 Push = Callable[..., None]
 
 
 class Entries(Stage[Context]):
-    """A stage that is a table of kinds. ``save(context, push)`` calls ``push(kind, *parts)`` for each entry there is.
+    """A stage that is a table of kinds. ``save(context, push)`` calls ``push(kind, *values)`` for each entry there is.
 
     ``loaded(context)`` is called on the target when all were read, and the check value was right.
     """
@@ -89,6 +89,7 @@ class Entries(Stage[Context]):
             linger=linger,
             discard=discard,
             commit=commit,
+            inspect=self._inspect,
             doc=doc,
         )
         self.kinds = tuple(kinds)
@@ -99,8 +100,9 @@ class Entries(Stage[Context]):
             raise ValueError(f"{name}: two kinds of one type")
 
     def _save(self, context: Context, writer: Writer) -> None:
-        def push(kind: Kind[Context], *parts: bytes) -> None:
+        def push(kind: Kind[Context], *values: Any) -> None:
             writer.check_cancelled()
+            parts = [element.push(value) for element, value in zip(kind.layout, values, strict=True)]
             writer.push_bytes(HEAD.pack(kind.type, REQUIRED if kind.required else 0, sum(map(len, parts))))
             for part in parts:
                 writer.push_bytes(part)
@@ -111,8 +113,36 @@ class Entries(Stage[Context]):
         writer.push_bytes(HEAD.pack(END, REQUIRED, 4) + check.to_bytes(4, "big"))
 
     def _load(self, context: Context, reader: Reader) -> None:
-        reader.begin_check()
         unknown: Counter[int] = Counter()
+        for before, number, flags, part in self._entries(reader):
+            kind = self._known.get(number)
+            if kind is not None:
+                kind.load(context, part, *pull_all(kind.layout, part))
+            elif flags & REQUIRED:
+                raise UnknownEntryError(self.name, number, before, max(self._known, default=END))
+            else:
+                unknown[number] += 1
+        for number, count in unknown.items():
+            log.info("%s: %d entries of type %d, which is not known here, were passed over", self.name, count, number)
+        if self._loaded is not None:
+            self._loaded(context)
+
+    def _inspect(self, reader: Reader) -> Iterator[Item]:
+        for offset, number, flags, part in self._entries(reader):
+            kind = self._known.get(number)
+            size = HEAD.size + part.left
+            if kind is not None:
+                for values in show_all(kind.layout, part):
+                    yield Item(offset, size, kind.name, values)
+            else:
+                rule = "must be understood" if flags & REQUIRED else "may be skipped"
+                yield Item(offset, size, f"entry of type {number}", {"bytes not known here": part.left, "rule": rule})
+        size = HEAD.size + 4
+        yield Item(reader.offset - size, size, "check value", {"crc32": "right"})
+
+    def _entries(self, reader: Reader) -> Iterator[tuple[int, int, int, Part]]:
+        """Offset, type, flags and payload of each entry; at the end the check value is compared."""
+        reader.begin_check()
         while True:
             reader.check_cancelled()
             before, check = reader.offset, reader.check
@@ -121,19 +151,10 @@ class Entries(Stage[Context]):
                 break
             kind = self._known.get(number)
             part = Part(reader, kind.name if kind else f"entry of type {number}", length)
-            if kind is not None:
-                kind.load(context, part)
-            elif flags & REQUIRED:
-                raise UnknownEntryError(self.name, number, before, max(self._known, default=END))
-            else:
-                unknown[number] += 1
+            yield before, number, flags, part
             part.skip()
         if (flags, length) != (REQUIRED, 4):
             raise reader.bad("end", "head", f"{flags:#x}, {length}", "must be 0x1, 4", 6)
         said = reader.pull_u32()
         if said != check:
             raise DamagedError(self.name, before, said, check)
-        for number, count in unknown.items():
-            log.info("%s: %d entries of type %d, which is not known here, were passed over", self.name, count, number)
-        if self._loaded is not None:
-            self._loaded(context)

@@ -59,7 +59,7 @@ class Migration(Generic[Context]):
     ``versions`` are all that the device knows, ``context`` is the device as
     its stages see it, ``magic`` begins its streams. ``timeout``, in seconds,
     bounds each wait for the pipe (None: no bound; a pipe whose other end died
-    ends the wait anyway).
+    ends the wait anyway). ``copy`` is given the stream's bytes, for debugging.
     """
 
     def __init__(
@@ -70,7 +70,9 @@ class Migration(Generic[Context]):
         magic: int = MAGIC,
         timeout: float | None = None,
         faults: Faults | None = None,
+        copy: Callable[[bytes], None] | None = None,
     ) -> None:
+        self._copy = copy
         self._versions = tuple(versions)
         if len({version.id for version in self._versions}) != len(self._versions):
             raise ValueError("two versions of one id")
@@ -220,7 +222,7 @@ class Migration(Generic[Context]):
         if version is None:
             raise StateError("run: no version was chosen")
         outcome.version = version.id
-        self._stream = writer = Writer(self._open(), timeout=self._timeout, cancel=self._cancel)
+        self._stream = writer = Writer(self._open(), timeout=self._timeout, cancel=self._cancel, copy=self._copy)
         self._at("source:header", "header", "source")
         writer.push_bytes(version.header(self._magic).pack())
         for stage in version.stages:
@@ -238,7 +240,7 @@ class Migration(Generic[Context]):
         outcome.size = writer.offset
 
     def _load(self, outcome: Outcome) -> None:
-        self._stream = reader = Reader(self._open(), timeout=self._timeout, cancel=self._cancel)
+        self._stream = reader = Reader(self._open(), timeout=self._timeout, cancel=self._cancel, copy=self._copy)
         self._at("target:header", "header", "target")
         header = Header.parse(reader.pull_bytes(Header.size()), self._magic)
         version = negotiate(header, self._versions)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from godwit.migration.stream import Reader, Writer
-from godwit.migration.version import Context, Stage
+from godwit.migration.version import Context, Item, Stage
 
 #: One integer or byte string of a record.
 Scalar = int | bytes
@@ -42,6 +42,7 @@ class Leaf(NamedTuple):
     native: bool
     allowed: Collection[Scalar] | None
     why: str
+    show: Callable[[Any], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Field:
     For an array, ``allowed`` is about each element. ``why`` says what is
     allowed, for messages and documentation; by default it is made from ``allowed``.
     ``default`` is for fields that were added later, behind all others: what they
-    are where an older writer did not have them (`Record.pull_sized`).
+    are where an older writer did not have them (`Record.pull_sized`). ``show``
+    makes a value readable for people.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Field:
     allowed: Collection[Scalar] | None = None
     why: str = ""
     default: Scalar | None = None
+    show: Callable[[Any], str] | None = None
 
     @property
     def rule(self) -> str:
@@ -353,6 +356,7 @@ class Section(Stage[Context], Generic[Context, Value]):
             linger=linger,
             discard=discard,
             commit=commit,
+            inspect=self._inspect,
             doc=doc or record.doc,
         )
         self.record = record
@@ -364,6 +368,11 @@ class Section(Stage[Context], Generic[Context, Value]):
 
     def _load(self, context: Context, reader: Reader) -> None:
         self._put(context, self.record.pull(reader))
+
+    def _inspect(self, reader: Reader) -> Iterator[Item]:
+        offset = reader.offset
+        value = self.record.pull(reader)
+        yield Item(offset, self.record.size, self.name, shown(self.record, self.record.flatten(value)))
 
 
 def _growth(name: str, fields: Sequence[Field]) -> tuple[frozenset[int], bytes]:
@@ -380,6 +389,17 @@ def _growth(name: str, fields: Sequence[Field]) -> tuple[frozenset[int], bytes]:
             defaults += struct.pack(">" + field.kind.code, field.default)
         size += field.kind.size
     return frozenset(sizes | {size}), defaults
+
+
+def shown(record: Record[Any], flat: Sequence[Scalar]) -> dict[str, int | str]:
+    """The scalars of a record by their names, as people and programs read them: numbers and texts."""
+    found: dict[str, int | str] = {}
+    for leaf, value in zip(record.leaves, flat, strict=True):
+        if leaf.show is not None:
+            found[leaf.name] = leaf.show(value)
+        else:
+            found[leaf.name] = value.hex(":") if isinstance(value, bytes) else value
+    return found
 
 
 def _phrase(allowed: Collection[Scalar]) -> str:
@@ -403,7 +423,7 @@ def _leaves(fields: Sequence[Field], prefix: str = "", offset: int = 0) -> list[
 
 def _kind_leaves(kind: Kind, name: str, offset: int, field: Field) -> list[Leaf]:
     if isinstance(kind, Scalars):
-        return [Leaf(name, offset, kind.size, kind.code, kind.native, field.allowed, field.rule)]
+        return [Leaf(name, offset, kind.size, kind.code, kind.native, field.allowed, field.rule, field.show)]
     if isinstance(kind, Record):
         return _leaves(kind.fields, name + ".", offset)
     leaves: list[Leaf] = []

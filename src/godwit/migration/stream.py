@@ -17,6 +17,7 @@ import os
 import select
 import threading
 import zlib
+from collections.abc import Callable
 from typing import BinaryIO, Final
 
 from godwit.migration.errors import (
@@ -68,10 +69,21 @@ class Cancel:
 
 
 class _Stream:
-    """What both cursors have: the file, the stage in hand for messages, waiting."""
+    """What both cursors have: the file, the stage in hand for messages, waiting.
 
-    def __init__(self, file: int | BinaryIO, *, timeout: float | None = None, cancel: Cancel | None = None) -> None:
+    ``copy`` is given all that is read or written, in pieces.
+    """
+
+    def __init__(
+        self,
+        file: int | BinaryIO,
+        *,
+        timeout: float | None = None,
+        cancel: Cancel | None = None,
+        copy: Callable[[bytes], None] | None = None,
+    ) -> None:
         self.stage = "header"
+        self._copy = copy
         self._timeout = timeout
         self._cancel = cancel
         self._check: int | None = None
@@ -127,8 +139,15 @@ class Reader(_Stream):
     ``TimedOutError``, ``AbortedError``, ``PipeError``).
     """
 
-    def __init__(self, file: int | BinaryIO, *, timeout: float | None = None, cancel: Cancel | None = None) -> None:
-        super().__init__(file, timeout=timeout, cancel=cancel)
+    def __init__(
+        self,
+        file: int | BinaryIO,
+        *,
+        timeout: float | None = None,
+        cancel: Cancel | None = None,
+        copy: Callable[[bytes], None] | None = None,
+    ) -> None:
+        super().__init__(file, timeout=timeout, cancel=cancel, copy=copy)
         self.offset = 0
         self._buffer = b""
         self._pos = 0
@@ -213,6 +232,8 @@ class Reader(_Stream):
         except OSError as error:
             raise self._os_error(error, "read") from error
         self._eof = not data
+        if self._copy is not None:
+            self._copy(data)
         return data
 
     def _read_fd(self, most: int) -> bytes:
@@ -276,8 +297,15 @@ class Writer(_Stream):
     ``PipeError``.
     """
 
-    def __init__(self, file: int | BinaryIO, *, timeout: float | None = None, cancel: Cancel | None = None) -> None:
-        super().__init__(file, timeout=timeout, cancel=cancel)
+    def __init__(
+        self,
+        file: int | BinaryIO,
+        *,
+        timeout: float | None = None,
+        cancel: Cancel | None = None,
+        copy: Callable[[bytes], None] | None = None,
+    ) -> None:
+        super().__init__(file, timeout=timeout, cancel=cancel, copy=copy)
         self.offset = 0
         self._parts: list[bytes] = []
         self._gathered = 0
@@ -319,6 +347,8 @@ class Writer(_Stream):
         self._parts.clear()
         self._gathered = 0
         self.check_cancelled()
+        if self._copy is not None:
+            self._copy(data)
         try:
             if self._file is not None:
                 self._file.write(data)

@@ -9,7 +9,7 @@ to bottom (or, for undoing, from bottom to top).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -19,6 +19,16 @@ from godwit.migration.stream import Reader, Writer
 
 #: The device, as its stages see it. One object, handed to every callback of a transfer.
 Context = TypeVar("Context")
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something in a stream: where (in bytes from its start), how long, what, and its values by name."""
+
+    offset: int
+    size: int
+    name: str
+    values: dict[str, int | str]
 
 
 class Stage(Generic[Context]):
@@ -38,6 +48,10 @@ class Stage(Generic[Context]):
     ``commit(context)``
         on the target, lets what was loaded live. There is no way back.
 
+    ``inspect(reader)``
+        shows what the stage has in a stream, item by item, and changes nothing
+        (`godwit.migration.inspect`). A stage that writes nothing needs none.
+
     A callback that raises fails the transfer (``source``, ``target``) or is
     logged and collected (the others: each of them runs whatever the others do).
     """
@@ -52,6 +66,7 @@ class Stage(Generic[Context]):
         linger: Callable[[Context], None] | None = None,
         discard: Callable[[Context], None] | None = None,
         commit: Callable[[Context], None] | None = None,
+        inspect: Callable[[Reader], Iterator[Item]] | None = None,
         doc: str = "",
     ) -> None:
         self.name = name
@@ -61,6 +76,7 @@ class Stage(Generic[Context]):
         self.linger = linger
         self.discard = discard
         self.commit = commit
+        self.inspect = inspect
         self.doc = doc
 
     def __repr__(self) -> str:

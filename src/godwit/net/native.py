@@ -14,9 +14,10 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
-from godwit.dataplane.state import FlowState, Side
+from godwit.dataplane.state import FlowState, Observed, Side, SocketState
 from godwit.migration import Entries, Field, Kind, Part, Record, UnsoundError, Version
 from godwit.migration.entries import Push
+from godwit.migration.layout import Data, Many, Number, One, Text
 from godwit.migration.section import octets, u8, u16, u32
 from godwit.net.records import (
     EVENT_ESTABLISHED,
@@ -29,6 +30,7 @@ from godwit.net.records import (
     SOCKET,
     STATES_ENDED,
     address_family,
+    address_text,
 )
 from godwit.net.state import BATCH, NEVER_SEEN, PREPARE_STAGE, FlowMover, usable
 
@@ -71,13 +73,16 @@ FLOW: Final[Record[FlowState]] = Record(
     (
         Field("initiator", u8, "who opened it: 1 the host's side, 2 the guest", (PIF_HOST, PIF_GUEST)),
         Field(
-            "guest_our_addr", octets(16), "towards the guest: address that the back-end stands for; IPv4 as v4-mapped"
+            "guest_our_addr",
+            octets(16),
+            "towards the guest: address that the back-end stands for; IPv4 as v4-mapped",
+            show=address_text,
         ),
-        Field("guest_end_addr", octets(16), "the guest's address"),
+        Field("guest_end_addr", octets(16), "the guest's address", show=address_text),
         Field("guest_our_port", u16, "port to `guest_our_addr`", range(1, 65536)),
         Field("guest_end_port", u16, "port to `guest_end_addr`", range(1, 65536)),
-        Field("host_our_addr", octets(16), "towards the peer: address of the socket on the host"),
-        Field("host_end_addr", octets(16), "the peer's address"),
+        Field("host_our_addr", octets(16), "towards the peer: address of the socket on the host", show=address_text),
+        Field("host_end_addr", octets(16), "the peer's address", show=address_text),
         Field("host_our_port", u16, "port to `host_our_addr`", range(1, 65536)),
         Field("host_end_port", u16, "port to `host_end_addr`", range(1, 65536)),
         Field(
@@ -107,79 +112,81 @@ FLOW: Final[Record[FlowState]] = Record(
 # ---- reading
 
 
-def _load_configuration(mover: FlowMover, part: Part) -> None:
-    text = part.pull_bytes(part.left, MAX_CONFIGURATION, "length").decode(errors="replace")
+def _load_configuration(mover: FlowMover, _part: Part, text: str) -> None:
     pairs = (line.partition("\t") for line in text.splitlines())
     mover.compare({name: value for name, tab, value in pairs if tab})
 
 
-def _load_observed(mover: FlowMover, part: Part) -> None:
-    mover.set_observed(usable(OBSERVED.pull_sized(part)))
+def _load_observed(mover: FlowMover, _part: Part, observed: Observed) -> None:
+    mover.set_observed(usable(observed))
 
 
-def _load_flows(mover: FlowMover, part: Part) -> None:
-    before = len(mover.prepared())
-    limit = min(BATCH, MAX_FLOWS - before)
-    flows = [FLOW.build(flat) for flat in FLOW.pull_sized_many(part, limit)]
-    if len(mover.prepare(flows)) != len(flows):
-        raise RuntimeError(f"{len(flows)} flows prepared, another number of ids returned")
+def _load_flows(mover: FlowMover, part: Part, flats: Sequence[tuple[Any, ...]]) -> None:
+    if len(mover.prepared()) + len(flats) > MAX_FLOWS:
+        raise part.bad("TCP flows", "count", len(flats), f"must be at most {MAX_FLOWS} in all", 4)
+    if len(mover.prepare([FLOW.build(flat) for flat in flats])) != len(flats):
+        raise RuntimeError(f"{len(flats)} flows prepared, another number of ids returned")
 
 
-def _pull_flow(mover: FlowMover, part: Part) -> int:
+def _flow(mover: FlowMover, part: Part, number: int) -> int:
     """The id of the flow that an entry names by its number."""
-    number = part.pull_u32()
     flows = mover.prepared()
     if number >= len(flows):
-        raise part.bad("TCP socket", "flow", number, f"must be below {len(flows)}, the number of flows so far", 4)
+        raise part.bad("TCP socket", "flow", number, f"must be below {len(flows)}, the number of flows so far")
     return flows[number]
 
 
-def _load_socket(mover: FlowMover, part: Part) -> None:
-    flow = _pull_flow(mover, part)
-    state = SOCKET.pull_sized(part)
-    sndq = part.pull_bytes(state.sndq, MAX_QUEUE, "sndq")
-    rcvq = part.pull_bytes(state.rcvq, MAX_QUEUE, "rcvq")
+def _load_socket(mover: FlowMover, part: Part, number: int, state: SocketState, sndq: bytes, rcvq: bytes) -> None:
+    flow = _flow(mover, part, number)
     if state.tcpi_state in STATES_ENDED:
         mover.mark_lost(flow, "it ended meanwhile")
     else:
         mover.restore(flow, state, sndq, rcvq)
 
 
-def _load_lost(mover: FlowMover, part: Part) -> None:
-    flow = _pull_flow(mover, part)
-    mover.mark_lost(flow, part.pull_bytes(part.left, MAX_WHY, "length").decode(errors="replace"))
+def _load_lost(mover: FlowMover, part: Part, number: int, why: str) -> None:
+    mover.mark_lost(_flow(mover, part, number), why)
 
 
 CONFIGURATION_KIND: Final[Kind[FlowMover]] = Kind(
     1,
     "configuration",
+    (Text("text", MAX_CONFIGURATION, "lines, each a name, a tab and a value"),),
     _load_configuration,
-    ("lines of text (UTF-8), each a name, a tab and a value",),
     required=False,
     doc="The guest's network where it comes from. The target compares it with its own and reports what differs.",
 )
 OBSERVED_KIND: Final[Kind[FlowMover]] = Kind(
-    2, "observed addresses", _load_observed, (OBSERVED,), doc="As in version 2."
+    2,
+    "observed addresses",
+    (One(OBSERVED),),
+    _load_observed,
+    doc="What the guest uses.",
 )
 FLOWS_KIND: Final[Kind[FlowMover]] = Kind(
     3,
     "TCP flows",
+    (Many(FLOW, BATCH),),
     _load_flows,
-    ("the size of one record (u16) and their number (u32, at most " + str(BATCH) + ")", FLOW),
-    doc="Flows, numbered from 0 through all such entries; before their sockets.",
+    doc="Flows, numbered from 0 on through all such entries. They come before their sockets.",
 )
 SOCKET_KIND: Final[Kind[FlowMover]] = Kind(
     4,
     "TCP socket",
+    (
+        Number("flow", "the number of its flow"),
+        One(SOCKET),
+        Data("sndq", lambda values: int(values[1].sndq), MAX_QUEUE, "the send queue, `sndq` bytes"),
+        Data("rcvq", lambda values: int(values[1].rcvq), MAX_QUEUE, "the receive queue, `rcvq` bytes"),
+    ),
     _load_socket,
-    ("the number of its flow (u32)", SOCKET, "the send queue", "the receive queue"),
     doc="The kernel's side of one flow.",
 )
 LOST_KIND: Final[Kind[FlowMover]] = Kind(
     5,
     "lost TCP flow",
+    (Number("flow", "the number of the flow"), Text("why", MAX_WHY, "why")),
     _load_lost,
-    ("the number of the flow (u32)", "why, as text (UTF-8)"),
     doc="A flow that the source could not save: it is reset on both sides.",
 )
 
@@ -189,13 +196,13 @@ LOST_KIND: Final[Kind[FlowMover]] = Kind(
 
 def _save(mover: FlowMover, push: Push) -> None:
     lines = "".join(f"{name}\t{value}\n" for name, value in mover.configuration().items())
-    push(CONFIGURATION_KIND, lines.encode()[:MAX_CONFIGURATION])
-    push(OBSERVED_KIND, OBSERVED.sized(mover.observed()))
+    push(CONFIGURATION_KIND, lines)
+    push(OBSERVED_KIND, mover.observed())
     moving = _save_flows(mover, push)
     for number, flow in enumerate(moving):
         why = _save_socket(mover, push, number, flow)
         if why:
-            push(LOST_KIND, number.to_bytes(4, "big"), why.encode(errors="replace")[:MAX_WHY])
+            push(LOST_KIND, number, why)
 
 
 def _save_flows(mover: FlowMover, push: Push) -> Sequence[int]:
@@ -212,7 +219,7 @@ def _save_flows(mover: FlowMover, push: Push) -> Sequence[int]:
         moving.append(flow)
         flats.append(flat)
     for first in range(0, len(flats), BATCH):
-        push(FLOWS_KIND, FLOW.sized_many(flats[first : first + BATCH]))
+        push(FLOWS_KIND, flats[first : first + BATCH])
     return moving
 
 
@@ -225,14 +232,14 @@ def _save_socket(mover: FlowMover, push: Push, number: int, flow: int) -> str:
     try:
         if state.sndq != len(sndq) or state.rcvq != len(rcvq):
             raise UnsoundError(2, f"with {len(sndq)} + {len(rcvq)} bytes in the queues")
-        record = SOCKET.sized(state)
+        SOCKET.encode(state)
     except (UnsoundError, struct.error) as error:
         why = str(error)
         if isinstance(error, UnsoundError):
             why = f"{SOCKET.leaves[error.leaf].name} {state[error.leaf]} {error.why}"
         mover.give_up(flow, why)
         return why
-    push(SOCKET_KIND, number.to_bytes(4, "big"), record, sndq, rcvq)
+    push(SOCKET_KIND, number, state, sndq, rcvq)
     return ""
 
 

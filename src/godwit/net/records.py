@@ -9,6 +9,7 @@ byte order of the machine that wrote them.
 from __future__ import annotations
 
 import functools
+from ipaddress import IPv6Address, ip_address
 from typing import Any, Final
 
 from godwit.dataplane.state import FlowState, Observed, Side, SocketState
@@ -52,12 +53,19 @@ STATES_KNOWN: Final = STATES_ENDED | {
 V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 _UNSPECIFIED: Final = (bytes(16), V4_MAPPED + bytes(4))
 
+
+def address_text(address: bytes) -> str:
+    """4 or 16 bytes as people write them; IPv4 may be v4-mapped."""
+    found = ip_address(address)
+    return str(found.ipv4_mapped or found) if isinstance(found, IPv6Address) else str(found)
+
+
 OBSERVED: Final[Record[Observed]] = Record(
     "observed addresses",
     (
-        Field("addr6", octets(16), "IPv6 address, not link-local, that the guest used last"),
-        Field("addr6_ll", octets(16), "link-local IPv6 address that the guest used last"),
-        Field("addr4", octets(4), "IPv4 address that the guest used last"),
+        Field("addr6", octets(16), "IPv6 address, not link-local, that the guest used last", show=address_text),
+        Field("addr6_ll", octets(16), "link-local IPv6 address that the guest used last", show=address_text),
+        Field("addr4", octets(4), "IPv4 address that the guest used last", show=address_text),
         Field("mac", octets(6), "MAC address that the guest used last"),
     ),
     Observed,
@@ -67,8 +75,8 @@ OBSERVED: Final[Record[Observed]] = Record(
 SIDE: Final[Record[Side]] = Record(
     "side",
     (
-        Field("our_addr", octets(16), "address that the back-end stands for; IPv4 as v4-mapped"),
-        Field("end_addr", octets(16), "address of the other party: the guest, or the remote peer"),
+        Field("our_addr", octets(16), "address that the back-end stands for; IPv4 as v4-mapped", show=address_text),
+        Field("end_addr", octets(16), "address of the other party: the guest, or the remote peer", show=address_text),
         Field("our_port", native_u16, "port to `our_addr`", range(1, 65536)),
         Field("end_port", native_u16, "port to `end_addr`", range(1, 65536)),
     ),

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 from godwit.dataplane.state import FlowState, Observed, SocketState
-from godwit.migration import Reader, Section, Stage, UnsoundError, Version, Writer
+from godwit.migration import Item, Part, Reader, Section, Stage, UnsoundError, Version, Writer
+from godwit.migration.layout import Data, Shown, show_all
+from godwit.migration.section import shown
 from godwit.net.records import (
     FLOW,
     LOST,
@@ -36,6 +38,12 @@ log = logging.getLogger(__name__)
 
 #: Flows read and prepared at once: four full messages to the repair helper.
 BATCH: Final = 4 * 253
+
+#: Behind a socket's record.
+QUEUES: Final = (
+    Data("sndq", lambda values: int(values[0].sndq), MAX_QUEUE, "the send queue, `sndq` bytes"),
+    Data("rcvq", lambda values: int(values[0].rcvq), MAX_QUEUE, "the receive queue, `rcvq` bytes"),
+)
 
 NEVER_SEEN: Final = Observed(bytes(16), bytes(16), bytes(4), bytes(6))
 
@@ -218,6 +226,37 @@ def _load_socket(mover: FlowMover, reader: Reader, number: int, flow: int) -> No
         mover.restore(flow, state, sndq, rcvq)
 
 
+def _inspect_flows(reader: Reader) -> Iterator[Item]:
+    """What ``_load_flows`` reads; no queue is ever in memory as a whole."""
+    offset = reader.offset
+    count = reader.pull_u32()
+    if count > MAX_FLOWS:
+        raise reader.bad("flows", "count", count, f"must be at most {MAX_FLOWS}", 4)
+    yield Item(offset, 4, "flows", {"count": count})
+    for number in range(count):
+        offset = reader.offset
+        flow = FLOW.pull(reader, f"flow {number}")
+        yield Item(offset, FLOW.size, "flow", {"number": number, **shown(FLOW, flat_of(flow))})
+    for number in range(count):
+        offset = reader.offset
+        state = SocketState._make(SOCKET.unpack(reader.pull_bytes(SOCKET.size)))
+        values: Shown = {"flow": number}
+        if state.tcpi_state == STATE_LOST:
+            yield Item(offset, SOCKET.size, "socket", {**values, "lost": "yes"})
+            continue
+        try:
+            SOCKET.check(state)
+        except UnsoundError as error:
+            leaf = SOCKET.leaves[error.leaf]
+            back = SOCKET.size - leaf.offset
+            raise reader.bad(f"socket of flow {number}", leaf.name, state[error.leaf], error.why, back) from None
+        values |= shown(SOCKET, state)
+        part = Part(reader, f"queues of flow {number}", state.sndq + state.rcvq)
+        for values_of_queue in show_all(QUEUES, part, [state]):
+            values |= values_of_queue
+        yield Item(offset, reader.offset - offset, "socket", values)
+
+
 OBSERVED_STAGE: Final[Section[FlowMover, Observed]] = Section(
     "observed addresses",
     OBSERVED,
@@ -240,6 +279,7 @@ TRANSFER_STAGE: Final[Stage[FlowMover]] = Stage(
     target=_load_flows,
     discard=lambda mover: mover.discard(),
     commit=lambda mover: mover.commit(),
+    inspect=_inspect_flows,
     doc="A count (u32, big-endian); that many flow records; then, in the same order, that many socket records, "
     "each with its queues behind it. A source with no repair helper writes sockets that are lost, so that the target "
     "resets the guest's side; passt writes a count of 0.",
