@@ -29,6 +29,9 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "entries": lambda: entries_table(native.ENTRIES),
         "observed addresses": lambda: record_table(OBSERVED),
         "TCP flow": lambda: record_table(native.FLOW),
+        "UDP port": lambda: record_table(native.UDP_PORT),
+        "UDP peer": lambda: record_table(native.UDP_PEER),
+        "datagram": lambda: record_table(native.WAITING),
         "socket": lambda: record_table(SOCKET),
     },
     "stream-v2.md": {

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,3 +120,70 @@ def test_a_state_that_cannot_be_recorded_moves_all_the_same(tmp_path: Path) -> N
         scenario.move()
         works_on(scenario, load)
         assert "the device state is not recorded: cannot write" in scenario.messages()
+
+
+@pytest.mark.parametrize("ipv6", [False, True])
+def test_datagrams_move(ipv6: bool) -> None:
+    """The guest's port is the same to its peers, and what waited for the guest comes, in order, before all else."""
+    arguments = [*ARGUMENTS, "--udp-ports", str(PORT)]
+    with Scenario(godwit_arguments=arguments, ipv6=ipv6) as scenario, contextlib.ExitStack() as stack:
+        guest = scenario.guest
+        assert isinstance(guest, EmbeddedGuest)
+        family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        there = scenario.network.a.address(ipv6)
+        with guest.space.enter():
+            service, asking = (stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2))
+        with scenario.network.server.enter():
+            server, client = (stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2))
+        for sock in (service, asking, server, client):
+            sock.settimeout(5)
+        service.bind(("::" if ipv6 else "", PORT))
+        server.bind((scenario.server_address, PORT))
+        asking.sendto(b"question", (scenario.server_address, PORT))
+        question, address = server.recvfrom(100)
+        assert question == b"question"
+        attempt = suspended(scenario)
+        for number in range(20):
+            server.sendto(b"answer %d" % number, address)
+            client.sendto(b"from outside %d" % number, (there, PORT))
+        server.sendto(bytes(9000), address)
+        time.sleep(0.2)
+        attempt.transfer()
+        scenario.network.switch("b")
+        attempt.switch_over()
+        attempt.finish()
+        server.sendto(b"afterwards", address)
+        assert [asking.recv(10000) for _ in range(22)] == [
+            *(b"answer %d" % number for number in range(20)),
+            bytes(9000),
+            b"afterwards",
+        ]
+        came = [service.recvfrom(100) for _ in range(20)]
+        assert [data for data, _ in came] == [b"from outside %d" % number for number in range(20)]
+        service.sendto(b"thank you", came[-1][1])
+        assert client.recvfrom(100)[0] == b"thank you"
+        asking.sendto(b"another", (scenario.server_address, PORT))
+        assert server.recvfrom(100) == (b"another", address)
+
+
+def test_datagrams_stay_when_the_guest_does() -> None:
+    with Scenario(godwit_arguments=ARGUMENTS) as scenario, contextlib.ExitStack() as stack:
+        guest = scenario.guest
+        assert isinstance(guest, EmbeddedGuest)
+        with guest.space.enter():
+            asking = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        with scenario.network.server.enter():
+            server = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        for sock in (asking, server):
+            sock.settimeout(5)
+        server.bind((scenario.server_address, PORT))
+        asking.sendto(b"question", (scenario.server_address, PORT))
+        _, address = server.recvfrom(100)
+        for again in range(2):
+            attempt = suspended(scenario)
+            for number in range(10):
+                server.sendto(b"answer %d.%d" % (again, number), address)
+            time.sleep(0.1)
+            attempt.transfer()
+            attempt.cancel()
+            assert [asking.recv(100) for _ in range(10)] == [b"answer %d.%d" % (again, one) for one in range(10)]

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from godwit.dataplane.state import FlowState, SocketState
+from godwit.dataplane.state import Datagram, FlowState, SocketState, UdpPeer, UdpPort
 from godwit.migration import Direction, Migration, Outcome, VersionRefusedError
 from godwit.migration.entries import HEAD
-from godwit.net.native import FLOW, NATIVE
+from godwit.net.native import FLOW, NATIVE, UDP_PEER, WAITING, Waiting
 from godwit.net.records import SOCKET
 from godwit.net.state import BATCH, NEVER_SEEN, FlowMover
 from godwit.net.versions import versions
@@ -204,3 +204,48 @@ def test_entries_of_nonsense_end_in_an_error_or_in_nothing(entries: list[tuple[i
     transfer.close()
     assert target.sockets == {}
     assert SOCKET.size == 52
+
+
+V4, V6 = bytes(10) + b"\xff\xff" + bytes((10, 9, 0, 2)), bytes.fromhex("fd09000000000000 0000000000000002")
+NOBODY = bytes(16)
+
+
+def test_udp_comes_through() -> None:
+    source = loaded("empty")
+    peers = [UdpPeer(V4, V4, V4, NOBODY, port, 1, 1) for port in range(1, 5001)]
+    source.ports = [
+        (
+            UdpPort(0, V4, 5000, V4, 40000, 0),
+            peers,
+            [Datagram(V4, NOBODY, 53, b"answer"), Datagram(V4, NOBODY, 53, b"")],
+        ),
+        (UdpPort(2, NOBODY, 53, NOBODY, 53, 1), [], [Datagram(V6, V6, 9, bytes(65000))]),
+        (UdpPort(0, V6, 5001, V6, 40000, 0), [UdpPeer(V6, V6, V6, V6, 1, 0, 0)], []),
+    ]
+    data, saved = save(source)
+    assert saved
+    target, outcome, transfer = load(data)
+    assert outcome
+    assert target.ports == source.ports
+    transfer.discard()
+    assert target.ports == []
+
+
+def test_udp_that_is_not_sound_is_left_out() -> None:
+    source = loaded("empty")
+    good = UdpPeer(V4, V4, V4, NOBODY, 7, 1, 1)
+    source.ports = [
+        (UdpPort(1, V4, 5000, V4, 40000, 0), [good], []),
+        (UdpPort(0, V4, 5000, V4, 40000, 0), [good._replace(our_addr=V6), good], [Datagram(V4, NOBODY, 0, b"x")]),
+    ]
+    target, outcome, _ = load(save(source)[0])
+    assert outcome
+    assert target.ports == [(UdpPort(0, V4, 5000, V4, 40000, 0), [good], [])]
+
+
+@pytest.mark.parametrize("kind", [7, 8])
+def test_a_udp_port_that_did_not_come(kind: int) -> None:
+    records = UDP_PEER.sized_many([]) if kind == 7 else WAITING.sized(Waiting(V4, V4, 1, 0))
+    payload = (1).to_bytes(4, "big") + records
+    _, outcome, _ = load(with_check(HEAD.pack(kind, 0, len(payload)) + payload))
+    assert "port is 1, there is none" in str(outcome.error)

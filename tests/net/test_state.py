@@ -8,14 +8,14 @@ import os
 import struct
 import threading
 import tracemalloc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from godwit.dataplane.state import FlowState, Observed, Side, SocketState
+from godwit.dataplane.state import Datagram, FlowState, Observed, Side, SocketState, UdpPeer, UdpPort
 from godwit.migration import (
     BadRecordError,
     Direction,
@@ -62,6 +62,7 @@ class Mover:
         self.told: dict[str, str] = {}
         self.compared: dict[str, str] | None = None
         self.lost: dict[int, str] = {}
+        self.ports: list[tuple[UdpPort, list[UdpPeer], list[Datagram]]] = []
 
     def observed(self) -> Observed:
         return self.seen
@@ -93,6 +94,22 @@ class Mover:
     def compare(self, configuration: Mapping[str, str]) -> None:
         self.compared = dict(configuration)
 
+    def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
+        yield from self.ports
+
+    def add_udp_port(self, port: UdpPort) -> None:
+        self.ports.append((port, [], []))
+
+    def add_udp_peers(self, number: int, peers: Sequence[UdpPeer]) -> None:
+        if number >= len(self.ports):
+            raise ValueError("there is none")
+        self.ports[number][1].extend(peers)
+
+    def add_datagrams(self, number: int, datagrams: Sequence[Datagram]) -> None:
+        if number >= len(self.ports):
+            raise ValueError("there is none")
+        self.ports[number][2].extend(datagrams)
+
     def prepared(self) -> Sequence[int]:
         return range(len(self.states))
 
@@ -116,6 +133,7 @@ class Mover:
         self.calls.append("discard")
         self.states.clear()
         self.sockets.clear()
+        self.ports.clear()
 
     def linger(self) -> None:
         self.calls.append("linger")

@@ -27,9 +27,20 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from godwit.daemon.datagrams import open_socket, peek, readable
 from godwit.daemon.linger import lingerers, reclaim
 from godwit.daemon.rescue import Rescue
-from godwit.dataplane import Engine, FlowState, Observed, Side, SocketState, sockstate
+from godwit.dataplane import (
+    Datagram,
+    Engine,
+    FlowState,
+    Observed,
+    Side,
+    SocketState,
+    UdpPeer,
+    UdpPort,
+    sockstate,
+)
 from godwit.net.change import differences
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
@@ -155,6 +166,8 @@ class Mover:
         self._frozen_listeners: list[int] = []
         self._arrivals: dict[int, _Arrival] = {}  # target: by flow
         self._prepared: list[int] = []  # target: all flows that came, -1 for one that has no place
+        self._udp: list[int | None] = []  # target: the UDP ports that came, None for one that has none here
+        self._datagrams: dict[int, list[Datagram]] = {}  # target: by port
         self._lingerers: list[str] = []  # target: who may have sockets of the flows that come
         self._room = 0  # target: bytes that send queues may still take
 
@@ -480,6 +493,65 @@ class Mover:
         if socket.tcpi_state in TCP_PEER_CLOSED:
             self._engine.note_peer_closed(flow)
 
+    def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
+        """Each UDP port that has anything to move. The sockets keep what they have."""
+        peers: dict[int, list[UdpPeer]] = {}
+        for port, peer in self._engine.udp_peers():
+            peers.setdefault(port, []).append(peer)
+        sockets = {port: self._engine.udp_socket(port) for port in self._engine.udp_ports()}
+        waiting = readable(list(sockets.values()))  # there may be thousands, forwarded, with nothing
+        for port, fd in sockets.items():
+            found = self._engine.udp_waiting(port)
+            if fd in waiting:
+                found += peek(fd)
+            if found or port in peers:
+                yield self._engine.udp_port_state(port), peers.get(port, []), found
+
+    def add_udp_port(self, port: UdpPort) -> None:
+        """The port that is forwarded here too, or a socket like the one it had."""
+        with self._lock:
+            self._park()
+        index = self._engine.find_udp_port(port)
+        if index is None and port.kind == 0:
+            index = self._open_udp(port)
+        if index is None:
+            log.warning("UDP port %d of the guest's does not move: there is none for it here", port.guest_port)
+        self._udp.append(index)
+
+    def _open_udp(self, port: UdpPort) -> int | None:
+        try:
+            fd, same = open_socket(port)
+        except OSError as error:
+            log.warning("UDP port %d of the guest's: %s", port.guest_port, error)
+            return None
+        try:
+            index = self._engine.import_udp_port(port, fd)
+        except ValueError as error:
+            os.close(fd)
+            log.warning("UDP port %d of the guest's: %s", port.guest_port, error)
+            return None
+        if not same:
+            log.info("UDP port %d of the guest's leaves through another port than before", port.guest_port)
+        return index
+
+    def _udp_port(self, number: int) -> int | None:
+        if number >= len(self._udp):
+            raise ValueError(f"must be below {len(self._udp)}, the number of ports so far")
+        return self._udp[number]
+
+    def add_udp_peers(self, number: int, peers: Sequence[UdpPeer]) -> None:
+        """Peers of a port that came."""
+        index = self._udp_port(number)
+        if index is not None:
+            for peer in peers:
+                self._engine.import_udp_peer(index, peer)
+
+    def add_datagrams(self, number: int, datagrams: Sequence[Datagram]) -> None:
+        """Datagrams of a port that came; they are delivered after the commit."""
+        index = self._udp_port(number)
+        if index is not None:
+            self._datagrams.setdefault(index, []).extend(datagrams)
+
     def mark_lost(self, flow: int, why: str = "") -> None:
         """The source could not move this flow."""
         self._lose(flow, f"the source could not move it{f': {why}' if why else ''}")
@@ -500,11 +572,18 @@ class Mover:
         finally:
             self._arrivals.clear()
             self._prepared.clear()
+            self._udp.clear()
+            self._datagrams.clear()
             self._unpark()
         self._schedule(HURRY_SECONDS, self._engine.calm)
         self._watch()
 
     def _let_go(self) -> None:
+        for port, datagrams in self._datagrams.items():
+            self._engine.carry_datagrams(port, datagrams)
+        self._let_flows_go()
+
+    def _let_flows_go(self) -> None:
         for flow, arrival in self._arrivals.items():
             if not arrival.lost and arrival.socket is None:
                 self._lose(flow, "it was not restored")
@@ -597,7 +676,10 @@ class Mover:
         try:
             for flow in self._arrivals:
                 self._engine.forget_flow(flow)
+            self._engine.forget_udp([port for port in self._udp if port is not None])
         finally:
             self._arrivals.clear()
             self._prepared.clear()
+            self._udp.clear()
+            self._datagrams.clear()
             self._unpark()

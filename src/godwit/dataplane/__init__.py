@@ -3,6 +3,16 @@
 
 from godwit.dataplane._engine import Engine
 from godwit.dataplane.card import StreamCard
-from godwit.dataplane.state import FlowState, Observed, Side, SocketState
+from godwit.dataplane.state import Datagram, FlowState, Observed, Side, SocketState, UdpPeer, UdpPort
 
-__all__ = ["Engine", "FlowState", "Observed", "Side", "SocketState", "StreamCard"]
+__all__ = [
+    "Datagram",
+    "Engine",
+    "FlowState",
+    "Observed",
+    "Side",
+    "SocketState",
+    "StreamCard",
+    "UdpPeer",
+    "UdpPort",
+]

@@ -1,17 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The flows as the control thread sees them, and how they move from one data plane to another."""
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.string cimport memcpy, memset
 
-from godwit.dataplane._base cimport EngineBase, copy_bytes
-from godwit.dataplane.flow cimport carry_new, flow_close, flow_find, flow_index, flow_new, flow_watch
-from godwit.dataplane.host cimport is_loopback, is_v4
+from godwit.dataplane._base cimport EngineBase, check, copy_bytes
+from godwit.dataplane.flow cimport (
+    carry_free,
+    carry_new,
+    flow_close,
+    flow_find,
+    flow_index,
+    flow_new,
+    flow_wait_ring,
+    flow_watch,
+)
+from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_loopback, is_v4
 from godwit.dataplane.loop cimport clock_ms
 from godwit.dataplane.plane cimport (
     EV_ACCEPTED,
     EV_ESTABLISHED,
     EV_FIN_TO_GUEST,
     EV_SYN_FROM_GUEST,
+    FF_ANSWERED,
+    FF_ANY_PEER,
     FF_DRAINING,
     FF_FIN_KNOWN,
     FF_FORWARD,
@@ -28,10 +40,20 @@ from godwit.dataplane.plane cimport (
     FLOW_UDP_PORT,
     NONE,
     PARTIALS,
+    UDP_SLOT,
     Carry,
     Flow,
+    UdpIn,
 )
-from godwit.dataplane.sys cimport EPOLL_CTL_DEL, epoll_ctl
+from godwit.dataplane.sys cimport (
+    EPOLL_CTL_DEL,
+    epoll_ctl,
+    errno,
+    getsockname,
+    sockaddr,
+    sockaddr_storage,
+    socklen_t,
+)
 from godwit.dataplane.tcp cimport (
     tcp_abort,
     tcp_drop_socket,
@@ -41,9 +63,10 @@ from godwit.dataplane.tcp cimport (
     tcp_resume,
 )
 from godwit.dataplane.tcp_open cimport tcp_refuse_waiting
-from godwit.dataplane.udp_to_guest cimport udp_drain
+from godwit.dataplane.udp cimport PORT_LOOPBACK, PORT_OWN, udp_add_peer, udp_prepare, udp_used
+from godwit.dataplane.udp_to_guest cimport Carried, Seen, look_at_control, udp_drain
 
-from godwit.dataplane.state import FlowState, Side
+from godwit.dataplane.state import Datagram, FlowState, Side, UdpPeer, UdpPort
 
 cdef enum:
     PIF_HOST = 1
@@ -227,6 +250,175 @@ cdef class Engine(EngineBase):
     def note_peer_closed(self, uint32_t index):
         """The peer of an imported flow has closed: the end of the queue is the end."""
         self.flow(index).flags |= FF_PEER_FIN
+
+    # ---- UDP that moves; the thread is parked here, too
+
+    cdef Flow *udp_port(self, uint32_t index) except NULL:
+        if index >= self.p.used_flows or self.p.flows[index].kind != FLOW_UDP_PORT:
+            raise ValueError(f"no UDP port {index}")
+        return &self.p.flows[index]
+
+    def udp_ports(self):
+        """The guest's UDP ports that can move, their indices: all but those that lead to this host's loopback."""
+        cdef uint32_t i
+        return [
+            i for i in range(self.p.used_flows)
+            if self.p.flows[i].kind == FLOW_UDP_PORT and self.p.flows[i].sock >= 0
+            and self.p.flows[i].our_port != PORT_LOOPBACK
+        ]
+
+    def udp_socket(self, uint32_t index):
+        """The descriptor of a UDP port."""
+        return self.udp_port(index).sock
+
+    def udp_port_state(self, uint32_t index):
+        """The UdpPort of one, to be written into a stream."""
+        cdef Flow *f = self.udp_port(index)
+        cdef sockaddr_storage addr
+        cdef socklen_t n = sizeof(addr)
+        cdef uint8_t bound[16]
+        cdef uint16_t port
+        check(-errno if getsockname(f.sock, <sockaddr *>&addr, &n) != 0 else 0, "UDP socket")
+        get_sockaddr(<sockaddr *>&addr, bound, &port)
+        return UdpPort(f.our_port, f.guest_addr[:16], f.guest_port, bound[:16], port, int(f.flags & FF_ANY_PEER != 0))
+
+    def udp_peers(self):
+        """(index of the port, UdpPeer) for each that the guest exchanges datagrams with."""
+        cdef uint32_t i
+        cdef Flow *f
+        found = []
+        for i in range(self.p.used_flows):
+            f = &self.p.flows[i]
+            if f.kind == FLOW_UDP and not is_loopback(f.remote_addr):
+                found.append((f.port, UdpPeer(
+                    f.guest_addr[:16], f.our_addr[:16], f.remote_addr[:16], f.local_addr[:16], f.remote_port,
+                    int(f.flags & FF_FROM_GUEST != 0), int(f.flags & FF_ANSWERED != 0),
+                )))
+        return found
+
+    def udp_waiting(self, uint32_t index):
+        """The Datagrams of a port that are no more, or not yet, in its socket, and not with the guest."""
+        cdef Flow *f = self.udp_port(index)
+        cdef UdpIn *u = &self.p.udp_in
+        cdef Carried head
+        cdef uint32_t at, total, each
+        cdef uint8_t remote[16]
+        cdef uint16_t port
+        cdef int i
+        cdef Seen seen
+        cdef bytes local
+        found = []
+        if u.port == index and u.generation == f.generation:
+            for i in range(u.next, u.count):
+                look_at_control(&u.msgs[i].msg_hdr, &seen)
+                get_sockaddr(<sockaddr *>&u.names[i], remote, &port)
+                local = seen.local_addr[:16]
+                total = u.msgs[i].msg_len
+                each = seen.segment if 0 < seen.segment < total else total
+                at = u.at if i == u.next else 0
+                while True:     # one of no bytes is one, too
+                    found.append(Datagram(remote[:16], local, port,
+                                          (u.data + i * UDP_SLOT)[at:min(at + each, total)]))
+                    at += each
+                    if at >= total:
+                        break
+        if f.carry_to_guest != NULL:
+            at = f.carry_to_guest.at
+            while at < f.carry_to_guest.size:
+                memcpy(&head, f.carry_to_guest.data + at, sizeof(Carried))
+                at += sizeof(Carried)
+                found.append(Datagram(head.remote_addr[:16], head.local_addr[:16], head.remote_port,
+                                      f.carry_to_guest.data[at:at + head.size]))
+                at += head.size
+        return found
+
+    def find_udp_port(self, state):
+        """The index of the port of that kind, forwarded here too, or None."""
+        cdef bytes guest_addr = state.guest_addr
+        cdef bytes nobody = bytes(16)
+        cdef Flow *f = flow_find(self.p, FLOW_UDP_PORT, guest_addr, state.guest_port, nobody, state.kind)
+        return None if f == NULL else flow_index(self.p, f)
+
+    def import_udp_port(self, state, int fd):
+        """A port of the guest's own, with a bound socket, which is the engine's from now on. Returns its index.
+
+        ValueError: there is one, or the table is full; the socket stays the caller's.
+        """
+        cdef Flow *f
+        cdef bytes guest_addr = state.guest_addr
+        cdef bytes nobody = bytes(16)
+        if self.find_udp_port(state) is not None:
+            raise ValueError("the guest has this UDP port already")
+        f = flow_new(self.p, FLOW_UDP_PORT, guest_addr, state.guest_port, nobody, PORT_OWN)
+        if f == NULL:
+            raise ValueError("the flow table is full")
+        f.flags = FF_FROM_GUEST | (0 if is_v4(guest_addr) else FF_V6)
+        if state.any_peer:
+            f.flags |= FF_ANY_PEER
+            self.p.many_ports += 1
+        f.sock = fd
+        udp_prepare(fd, not is_v4(guest_addr), is_v4(guest_addr), False)
+        if flow_watch(self.p, f) != 0:
+            f.sock = -1
+            flow_close(self.p, f)
+            raise ValueError("its socket cannot be watched")
+        return flow_index(self.p, f)
+
+    def import_udp_peer(self, uint32_t index, state):
+        """Somebody with whom the guest exchanged datagrams through that port. False: there is no place."""
+        cdef Flow *port = self.udp_port(index)
+        cdef Flow *f
+        cdef bytes guest_addr = state.guest_addr, our_addr = state.our_addr, remote_addr = state.remote_addr
+        self.p.now = clock_ms(self.p)
+        if flow_find(self.p, FLOW_UDP, guest_addr, port.guest_port, our_addr, state.remote_port) != NULL:
+            return False
+        f = udp_add_peer(self.p, port, guest_addr, our_addr, remote_addr, state.remote_port,
+                         (FF_FROM_GUEST if state.from_guest else 0) | (FF_ANSWERED if state.answered else 0))
+        if f == NULL:
+            return False
+        copy_bytes(f.local_addr, state.local_addr, 16, "address")
+        f.scope = self.p.config.ifindex if is_link_local6(f.remote_addr) else 0
+        f.last_active = self.p.now
+        udp_used(self.p, f)
+        return True
+
+    def carry_datagrams(self, uint32_t index, datagrams):
+        """Datagrams for the guest that came along: they go before all that the port's socket has."""
+        cdef Flow *f = self.udp_port(index)
+        cdef Carried head
+        cdef bytes data
+        parts = []
+        for one in datagrams:
+            if len(one.data) > UDP_SLOT:
+                raise ValueError(f"a datagram of {len(one.data)} bytes")
+            memset(&head, 0, sizeof(head))
+            copy_bytes(head.remote_addr, one.remote_addr, 16, "address")
+            copy_bytes(head.local_addr, one.local_addr, 16, "address")
+            head.remote_port = one.remote_port
+            head.size = <uint32_t>len(one.data)
+            parts.append((<uint8_t *>&head)[:sizeof(head)])
+            parts.append(one.data)
+        data = b"".join(parts)
+        if not data or f.carry_to_guest != NULL:
+            return
+        f.carry_to_guest = carry_new(data, <uint32_t>len(data))
+        if f.carry_to_guest == NULL:
+            raise MemoryError
+        flow_wait_ring(self.p, f)
+
+    def forget_udp(self, ports):
+        """Take ports that were imported away again, and what was imported into others (their indices)."""
+        cdef uint32_t i
+        wanted = set(ports)
+        for i in range(self.p.used_flows):
+            if self.p.flows[i].kind == FLOW_UDP and self.p.flows[i].port in wanted:
+                flow_close(self.p, &self.p.flows[i])
+        for i in wanted:
+            if self.p.flows[i].kind == FLOW_UDP_PORT:
+                carry_free(self.p.flows[i].carry_to_guest)
+                self.p.flows[i].carry_to_guest = NULL
+                if not self.p.flows[i].flags & FF_FORWARD:
+                    flow_close(self.p, &self.p.flows[i])
 
     def resume_flow(self, uint32_t index, bint watch):
         """Go on with a flow: one thawed, or (``watch``) one imported and restored."""

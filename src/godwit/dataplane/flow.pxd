@@ -39,6 +39,7 @@ cdef void flow_unwait(Plane *p, Flow *f) noexcept nogil
 cdef Carry *carry_new(const uint8_t *data, uint32_t size) noexcept nogil
 # Add `size` bytes of an iovec, after the first `skip`. False: no memory.
 cdef bint carry_append(Carry **c, const iovec *iov, int count, uint32_t skip, uint32_t size) noexcept nogil
+cdef void carry_free(Carry *c) noexcept nogil
 # Done with n bytes; returns NULL (and frees it) when that was the last.
 cdef Carry *carry_take(Carry *c, uint32_t n) noexcept nogil
 

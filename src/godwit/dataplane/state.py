@@ -74,6 +74,49 @@ class SocketState(NamedTuple):
     tcpi_options: int
 
 
+class UdpPort(NamedTuple):
+    """A UDP port of the guest's, and the socket on the host that it leaves through.
+
+    ``kind`` is 0 for one that was opened when the guest first sent from it, 2
+    for one that is forwarded on every address, 3 for one forwarded on one.
+    ``guest_addr`` is unspecified where the port is any address's of the guest.
+    ``any_peer``: whoever answers is heard, since the guest has asked many.
+    """
+
+    kind: int
+    guest_addr: bytes
+    guest_port: int
+    local_addr: bytes
+    local_port: int
+    any_peer: int
+
+
+class UdpPeer(NamedTuple):
+    """Somebody with whom the guest exchanges datagrams through one of its ports.
+
+    ``our_addr`` is what the guest calls it, ``remote_addr`` and ``remote_port``
+    are what the host does. ``local_addr`` is the host's address in this
+    exchange, unspecified where the kernel chooses.
+    """
+
+    guest_addr: bytes
+    our_addr: bytes
+    remote_addr: bytes
+    local_addr: bytes
+    remote_port: int
+    from_guest: int
+    answered: int
+
+
+class Datagram(NamedTuple):
+    """One that waits for the guest: where it came from, which address of the host's it came to (or unspecified)."""
+
+    remote_addr: bytes
+    local_addr: bytes
+    remote_port: int
+    data: bytes
+
+
 class Observed(NamedTuple):
     """The guest's addresses as last seen in its frames; all zero where never seen."""
 

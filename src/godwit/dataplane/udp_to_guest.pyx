@@ -18,7 +18,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest, fits_mtu
-from godwit.dataplane.flow cimport flow_close, flow_find, flow_index, flow_wait_ring, peer_in, peer_out
+from godwit.dataplane.flow cimport carry_take, flow_close, flow_find, flow_index, flow_wait_ring, peer_in, peer_out
 from godwit.dataplane.host cimport (
     get_sockaddr,
     guest_side,
@@ -40,6 +40,7 @@ from godwit.dataplane.plane cimport (
     UDP_CONTROL,
     UDP_IN,
     UDP_SLOT,
+    Carry,
     Flow,
     Plane,
     UdpIn,
@@ -49,7 +50,9 @@ from godwit.dataplane.sys cimport (
     AF_INET6,
     CMSG_DATA,
     CMSG_FIRSTHDR,
+    CMSG_LEN,
     CMSG_NXTHDR,
+    CMSG_SPACE,
     EAGAIN,
     ENOMEM,
     IPPROTO_IP,
@@ -98,12 +101,6 @@ cdef enum:
     DRAIN = 100000      # more datagrams than a queue holds
     ERRORS = 64         # of earlier datagrams, in a row: each is reported by one call
 
-# What control messages said about a message.
-cdef struct Seen:
-    uint8_t tos
-    uint32_t segment        # bytes; 0: it is one datagram
-    uint8_t local_addr[16]  # where it was sent to; unspecified: not said
-
 
 cdef int udp_init(Plane *p) noexcept nogil:
     cdef UdpIn *u = &p.udp_in
@@ -126,11 +123,46 @@ cdef void udp_free(Plane *p) noexcept nogil:
         p.udp_in.data = NULL
 
 
+cdef int take_carried(Plane *p, Flow *port, int most) noexcept nogil:
+    """The same from what came with the flow when it moved here (`Engine.carry_datagrams`)."""
+    cdef UdpIn *u = &p.udp_in
+    cdef Carry *c = port.carry_to_guest
+    cdef Carried head       # copied: there it lies as it comes
+    cdef cmsghdr *control
+    cdef int n = 0
+    while n < most and c != NULL:
+        memcpy(&head, c.data + c.at, sizeof(Carried))
+        u.msgs[n].msg_len = head.size
+        u.msgs[n].msg_hdr.msg_name = &u.names[n]
+        u.msgs[n].msg_hdr.msg_namelen = put_sockaddr6(<sockaddr *>&u.names[n], head.remote_addr, head.remote_port,
+                                                      p.config.ifindex if is_link_local6(head.remote_addr) else 0)
+        u.msgs[n].msg_hdr.msg_control = u.control[n]
+        u.msgs[n].msg_hdr.msg_controllen = CMSG_SPACE(sizeof(in6_pktinfo))
+        control = CMSG_FIRSTHDR(&u.msgs[n].msg_hdr)
+        memset(u.control[n], 0, CMSG_SPACE(sizeof(in6_pktinfo)))
+        control.cmsg_level = IPPROTO_IPV6
+        control.cmsg_type = IPV6_PKTINFO
+        control.cmsg_len = CMSG_LEN(sizeof(in6_pktinfo))
+        memcpy(&(<in6_pktinfo *>CMSG_DATA(control)).ipi6_addr, head.local_addr, 16)
+        memcpy(u.iov[n].iov_base, c.data + c.at + sizeof(Carried), head.size)
+        c = carry_take(c, <uint32_t>sizeof(Carried) + head.size)
+        n += 1
+    port.carry_to_guest = c
+    u.port = flow_index(p, port)
+    u.generation = port.generation
+    u.count = n
+    u.next = 0
+    u.at = u.done = 0
+    return n
+
+
 cdef int take_in(Plane *p, Flow *port, int most) noexcept nogil:
     """Take messages from a port's socket in hand; how many, 0 if there are none."""
     cdef UdpIn *u = &p.udp_in
     cdef msghdr *m
     cdef int i, n
+    if port.carry_to_guest != NULL:
+        return take_carried(p, port, most)
     for i in range(most):
         m = &u.msgs[i].msg_hdr
         m.msg_name = &u.names[i]
@@ -364,6 +396,7 @@ cdef void udp_from_sock(Plane *p, Flow *port) noexcept nogil:
     cdef Queue *q = &p.queues[RX]
     cdef int i, most
     cdef uint32_t generation = port.generation
+    cdef bint carried
     for i in range(ROUNDS):
         most = 0
         if empty_hand(p) and queue_active(q):
@@ -377,7 +410,8 @@ cdef void udp_from_sock(Plane *p, Flow *port) noexcept nogil:
             return
         if most > UDP_IN:
             most = UDP_IN
-        if take_in(p, port, most) < most:
+        carried = port.carry_to_guest != NULL   # and the socket was not asked
+        if take_in(p, port, most) < most and not carried:
             # There were no more, or there was an error after these: the next event tells of either.
             if not empty_hand(p):
                 flow_wait_ring(p, port)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from godwit.dataplane.state import FlowState, Observed, Side, SocketState
+from godwit.dataplane.state import Datagram, FlowState, Observed, Side, SocketState, UdpPeer, UdpPort
 from godwit.migration import Entries, Field, Kind, Part, Record, UnsoundError, Version
 from godwit.migration.entries import Push
 from godwit.migration.layout import Data, Many, Number, One, Text
@@ -29,6 +29,7 @@ from godwit.net.records import (
     PIF_HOST,
     SOCKET,
     STATES_ENDED,
+    V4_MAPPED,
     address_family,
     address_text,
 )
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 NATIVE: Final = 0x80000001
 MAX_CONFIGURATION: Final = 65536  # bytes of text
 MAX_WHY: Final = 1024  # bytes of text
+MAX_PEERS: Final = 4096  # in one entry
 
 
 def _make_flow(*flat: Any) -> FlowState:
@@ -106,6 +108,73 @@ FLOW: Final[Record[FlowState]] = Record(
     fields_of=_flow_fields,
     check=_check_flow,
     doc="A TCP connection as the guest's side knows it.",
+)
+
+
+UDP_PORT: Final[Record[UdpPort]] = Record(
+    "UDP port",
+    (
+        Field(
+            "kind",
+            u8,
+            "0: opened when the guest first sent from it; 2: forwarded on every address, 3: on one",
+            (0, 2, 3),
+        ),
+        Field("guest_addr", octets(16), "the guest's address; unspecified: any of its", show=address_text),
+        Field("guest_port", u16, "the guest's port", range(1, 65536)),
+        Field("local_addr", octets(16), "address that the socket is bound to", show=address_text),
+        Field("local_port", u16, "port that the socket is bound to", range(1, 65536)),
+        Field("any_peer", u8, "1: the guest has asked many, whoever answers is heard", range(2)),
+    ),
+    UdpPort,
+    doc="A UDP port of the guest's, and the socket that it leaves through.",
+)
+
+
+def _check_peer(flat: tuple[Any, ...]) -> None:
+    guest = address_family(flat[0])
+    if not guest:
+        raise UnsoundError(0, "must be the address of one host")
+    if guest != (4 if flat[1][:12] == V4_MAPPED else 6):
+        raise UnsoundError(1, "must be of the same family as the guest's address")
+
+
+UDP_PEER: Final[Record[UdpPeer]] = Record(
+    "UDP peer",
+    (
+        Field("guest_addr", octets(16), "the guest's address", show=address_text),
+        Field("our_addr", octets(16), "what the guest calls the peer", show=address_text),
+        Field("remote_addr", octets(16), "what the host calls it", show=address_text),
+        Field("local_addr", octets(16), "the host's address in this exchange, or unspecified", show=address_text),
+        Field("remote_port", u16, "the peer's port", range(1, 65536)),
+        Field("from_guest", u8, "1: the guest was the first to send", range(2)),
+        Field("answered", u8, "1: the guest has sent something", range(2)),
+    ),
+    UdpPeer,
+    check=_check_peer,
+    doc="Somebody with whom the guest exchanges datagrams.",
+)
+
+
+class Waiting(NamedTuple):
+    """A datagram without its data."""
+
+    remote_addr: bytes
+    local_addr: bytes
+    remote_port: int
+    size: int
+
+
+WAITING: Final[Record[Waiting]] = Record(
+    "datagram",
+    (
+        Field("remote_addr", octets(16), "where it came from", show=address_text),
+        Field("local_addr", octets(16), "which address of the host's it came to, or unspecified", show=address_text),
+        Field("remote_port", u16, "the sender's port", range(1, 65536)),
+        Field("size", u32, "bytes", range(65536)),
+    ),
+    Waiting,
+    doc="A datagram that waits for the guest.",
 )
 
 
@@ -191,6 +260,54 @@ LOST_KIND: Final[Kind[FlowMover]] = Kind(
 )
 
 
+def _load_udp_port(mover: FlowMover, _part: Part, port: UdpPort) -> None:
+    mover.add_udp_port(port)
+
+
+def _load_udp_peers(mover: FlowMover, part: Part, number: int, flats: Sequence[tuple[Any, ...]]) -> None:
+    try:
+        mover.add_udp_peers(number, [UDP_PEER.build(flat) for flat in flats])
+    except ValueError as error:
+        raise part.bad("UDP peers", "port", number, str(error)) from None
+
+
+def _load_datagram(mover: FlowMover, part: Part, number: int, head: Waiting, data: bytes) -> None:
+    try:
+        mover.add_datagrams(number, [Datagram(*head[:3], data)])
+    except ValueError as error:
+        raise part.bad("UDP datagram", "port", number, str(error)) from None
+
+
+UDP_PORT_KIND: Final[Kind[FlowMover]] = Kind(
+    6,
+    "UDP port",
+    (One(UDP_PORT),),
+    _load_udp_port,
+    required=False,
+    doc="Numbered from 0 on. Of forwarded ports those with peers or datagrams.",
+)
+UDP_PEERS_KIND: Final[Kind[FlowMover]] = Kind(
+    7,
+    "UDP peers",
+    (Number("port", "the number of their port"), Many(UDP_PEER, MAX_PEERS)),
+    _load_udp_peers,
+    required=False,
+    doc="Peers of one port.",
+)
+DATAGRAM_KIND: Final[Kind[FlowMover]] = Kind(
+    8,
+    "UDP datagram",
+    (
+        Number("port", "the number of its port"),
+        One(WAITING),
+        Data("data", lambda values: int(values[1].size), 65535, "its data, `size` bytes"),
+    ),
+    _load_datagram,
+    required=False,
+    doc="One that waits for the guest, oldest first.",
+)
+
+
 # ---- writing
 
 
@@ -203,6 +320,33 @@ def _save(mover: FlowMover, push: Push) -> None:
         why = _save_socket(mover, push, number, flow)
         if why:
             push(LOST_KIND, number, why)
+    _save_udp(mover, push)  # last: what comes to a socket after that is not in the stream
+
+
+def _save_udp(mover: FlowMover, push: Push) -> None:
+    """Write what can be of UDP; what cannot be is no loss that a datagram's sender does not know."""
+    number = 0
+    for port, peers, datagrams in mover.udp():
+        if not _is_sound(UDP_PORT, port):
+            continue
+        push(UDP_PORT_KIND, port)
+        flats = [UDP_PEER.flatten(peer) for peer in peers if _is_sound(UDP_PEER, peer)]
+        for first in range(0, len(flats), MAX_PEERS):
+            push(UDP_PEERS_KIND, number, flats[first : first + MAX_PEERS])
+        for one in datagrams:
+            head = Waiting(one.remote_addr, one.local_addr, one.remote_port, len(one.data))
+            if _is_sound(WAITING, head):
+                push(DATAGRAM_KIND, number, head, one.data)
+        number += 1
+
+
+def _is_sound(record: Record[Any], value: Any) -> bool:
+    try:
+        record.encode(value)
+    except (UnsoundError, struct.error) as error:
+        log.info("%s does not move: %s", record.name, error)
+        return False
+    return True
 
 
 def _save_flows(mover: FlowMover, push: Push) -> Sequence[int]:
@@ -250,7 +394,16 @@ def _discard(mover: FlowMover) -> None:
 
 ENTRIES: Final[Entries[FlowMover]] = Entries(
     "state",
-    (CONFIGURATION_KIND, OBSERVED_KIND, FLOWS_KIND, SOCKET_KIND, LOST_KIND),
+    (
+        CONFIGURATION_KIND,
+        OBSERVED_KIND,
+        FLOWS_KIND,
+        SOCKET_KIND,
+        LOST_KIND,
+        UDP_PORT_KIND,
+        UDP_PEERS_KIND,
+        DATAGRAM_KIND,
+    ),
     _save,
     discard=_discard,
     commit=lambda mover: mover.commit(),

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
-from godwit.dataplane.state import FlowState, Observed, SocketState
+from godwit.dataplane.state import Datagram, FlowState, Observed, SocketState, UdpPeer, UdpPort
 from godwit.migration import Item, Part, Reader, Section, Stage, UnsoundError, Version, Writer
 from godwit.migration.layout import Data, Shown, show_all
 from godwit.migration.section import shown
@@ -100,6 +100,18 @@ class FlowMover(Protocol):
 
     def mark_lost(self, flow: int, why: str = "") -> None:
         """Target: the source could not move this flow: reset it on the guest's side at the commit."""
+
+    def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
+        """Source, frozen: each UDP port of the guest's, its peers, and what waits for the guest. Takes nothing."""
+
+    def add_udp_port(self, port: UdpPort) -> None:
+        """Target: the next of them, numbered from 0 on. It may be that there is none to be had."""
+
+    def add_udp_peers(self, number: int, peers: Sequence[UdpPeer]) -> None:
+        """Target: peers of that port. ValueError: no such number."""
+
+    def add_datagrams(self, number: int, datagrams: Sequence[Datagram]) -> None:
+        """Target: what waits for the guest at that port. ValueError: no such number."""
 
     def commit(self) -> None:
         """Target: the guest runs: let all go."""

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""UDP sockets that move: what waits in one is read without being taken, and one like it is made elsewhere.
+
+A socket of UDP needs no helper to move: its state is the address that it is
+bound to, and the datagrams in its queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from ipaddress import ip_address
+
+from godwit.dataplane import Datagram, UdpPort
+from godwit.net.config import packed16
+
+SO_PEEK_OFF = 42  # asm-generic/socket.h; socket(7)
+UDP_GRO = 104  # linux/udp.h
+IP_PKTINFO = 8
+MOST = 65536  # datagrams of one socket
+MOST_BYTES = 32 << 20
+ERRORS = 64  # in a row: each tells of an earlier datagram, once
+_V4_MAPPED = bytes(10) + b"\xff\xff"
+
+
+def readable(fds: Sequence[int]) -> set[int]:
+    """Those of the descriptors at which something waits."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, events in poll.poll(0) if events & select.POLLIN}
+
+
+def peek(fd: int) -> list[Datagram]:
+    """What waits in a socket, and stays there (SO_PEEK_OFF), oldest first; those that were joined are apart again."""
+    found: list[Datagram] = []
+    size = errors = 0
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+        try:
+            while len(found) < MOST and size < MOST_BYTES and errors < ERRORS:
+                try:
+                    data, control, _, name = sock.recvmsg(65536, 512, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    errors += 1
+                    continue
+                errors = 0
+                size += len(data)
+                found += _apart(data, control, name)
+        finally:
+            sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+    return found
+
+
+def _apart(data: bytes, control: Sequence[tuple[int, int, bytes]], name: tuple[str, int]) -> Iterator[Datagram]:
+    each, local = len(data), bytes(16)
+    for level, kind, value in control:
+        if (level, kind) == (socket.IPPROTO_UDP, UDP_GRO):
+            each = struct.unpack_from("=i", value)[0] or len(data)
+        elif (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+            local = value[:16]
+        elif (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
+            local = _V4_MAPPED + value[8:12]
+    remote = packed16(ip_address(name[0].partition("%")[0]))
+    for at in range(0, max(1, len(data)), max(1, each)):
+        yield Datagram(remote, local, name[1], data[at : at + each])
+
+
+def open_socket(state: UdpPort) -> tuple[int, bool]:
+    """A socket for a port of the guest's, and whether it has the address that it had; else another port.
+
+    Raises OSError where there is none to be had.
+    """
+    v4 = state.guest_addr[:12] == _V4_MAPPED
+    text = (
+        socket.inet_ntop(socket.AF_INET, state.local_addr[12:])
+        if v4
+        else socket.inet_ntop(socket.AF_INET6, state.local_addr)
+    )
+    anywhere = "0.0.0.0" if v4 else "::"
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(
+            socket.socket(socket.AF_INET if v4 else socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        )
+        if not v4:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        for address in ((text, state.local_port), (anywhere, state.local_port), (anywhere, 0)):
+            try:
+                sock.bind(address)
+            except OSError:
+                if address[1] == 0:
+                    raise
+                continue
+            return sock.detach(), address[1] != 0
+    raise AssertionError("a socket is bound, or that is an error")

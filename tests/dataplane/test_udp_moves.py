@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""UDP ports go from one data plane to another, with what waits for the guest."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from godwit.daemon.datagrams import open_socket, peek, readable
+from godwit.dataplane import Datagram, UdpPeer, UdpPort
+from godwit.lab.netns import Namespace
+
+from .driver import FULL, PLAIN, Family, Guest, address
+
+HERE = {4: "198.51.100.2", 6: "2001:db8:ff::2"}
+
+
+@pytest.fixture
+def peer(family: Family) -> Iterator[socket.socket]:
+    """Somebody at an address that is no loopback one, in a network of its own."""
+    with Namespace("moves") as space:
+        space.ip("link set lo up", f"addr add {HERE[4]}/32 dev lo", f"addr add {HERE[6]}/128 dev lo nodad")
+        with space.enter(), socket.socket(family.af, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(5)
+            sock.bind((HERE[6 if family.v6 else 4], 0))
+            yield sock
+
+
+def here(family: Family) -> str:
+    return HERE[6 if family.v6 else 4]
+
+
+def ask(guest: Guest, family: Family, peer: socket.socket, text: bytes = b"question") -> tuple[str, int]:
+    guest.send(guest.udp(family, 5000, peer.getsockname()[1], text, dst=here(family)))
+    data, name = peer.recvfrom(2000)
+    assert data == text
+    return (name[0], name[1])
+
+
+def dump(guest: Guest) -> tuple[UdpPort, list[UdpPeer], list[Datagram]]:
+    """The one port that there is, as a migration sees it."""
+    [port] = guest.engine.udp_ports()
+    waiting = guest.engine.udp_waiting(port)
+    fd = guest.engine.udp_socket(port)
+    if readable([fd]):
+        waiting += peek(fd)
+    return guest.engine.udp_port_state(port), [one for at, one in guest.engine.udp_peers() if at == port], waiting
+
+
+def load(guest: Guest, dumped: tuple[UdpPort, list[UdpPeer], list[Datagram]], fd: int) -> int:
+    state, peers, waiting = dumped
+    port = guest.engine.import_udp_port(state, fd)
+    assert all(guest.engine.import_udp_peer(port, one) for one in peers)
+    guest.engine.carry_datagrams(port, waiting)
+    return port
+
+
+@pytest.mark.parametrize("features", [FULL, PLAIN], ids=["full", "plain"])
+def test_a_port_moves_with_what_waits(features: int, family: Family, peer: socket.socket) -> None:
+    """With the guest, in hand, and in the socket: each once, in order, and again from the second to a third."""
+    texts = [b"%d" % number * (1 + number * 7) for number in range(60)]
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(Guest(features, rx=((2048,),) * 8))
+        name = ask(source, family, peer)
+        source.refill = False
+        for text in texts:
+            peer.sendto(text, name)
+        source.barrier()
+        came = [frame.payload for frame in source.collect()]
+        assert 0 < len(came) <= 8
+        source.engine.park()
+        dumped = dump(source)
+        assert (came + [one.data for one in dumped[2]]) == texts
+        assert dump(source) == dumped  # looking takes nothing
+        assert dumped[0].guest_port == 5000
+        assert dumped[0].local_port == name[1]
+        assert [one.remote_port for one in dumped[1]] == [peer.getsockname()[1]]
+        source.engine.forget_udp(source.engine.udp_ports())
+        assert source.engine.udp_peers() == []
+        source.engine.unpark()
+
+        second = stack.enter_context(Guest(features, rx=((2048,),) * 8))
+        second.engine.park()
+        fd, same = open_socket(dumped[0])
+        assert same
+        load(second, dumped, fd)
+        peer.sendto(b"later", name)
+        again = dump(second)
+        assert [one.data for one in again[2]] == [*(one.data for one in dumped[2]), b"later"]
+        second.engine.unpark()
+        for text in [*texts[len(came) :], b"later"]:
+            assert second.receive(lambda frame: frame.ether.type != 0x88CC).payload == text
+        assert ask(second, family, peer, b"the next question") == name
+
+
+def test_a_port_that_is_taken(family: Family, peer: socket.socket) -> None:
+    with Guest() as source, Guest() as target, socket.socket(family.af, socket.SOCK_DGRAM) as other:
+        name = ask(source, family, peer)
+        source.engine.park()
+        dumped = dump(source)
+        source.engine.forget_udp(source.engine.udp_ports())
+        source.engine.unpark()
+        other.bind(("", name[1]))
+        target.engine.park()
+        fd, same = open_socket(dumped[0])
+        assert not same
+        port = load(target, dumped, fd)
+        with pytest.raises(ValueError, match="has this UDP port already"):
+            target.engine.import_udp_port(dumped[0], fd)
+        assert not target.engine.import_udp_peer(port, dumped[1][0])  # it is there
+        target.engine.unpark()
+        assert ask(target, family, peer)[1] not in (0, name[1])
+
+
+def test_what_was_loaded_is_forgotten(family: Family, peer: socket.socket) -> None:
+    """A load that is discarded: of a port of the guest's own all, of a forwarded one what came to it."""
+    with Guest() as source, Guest() as target:
+        ask(source, family, peer)
+        source.engine.park()
+        dumped = dump(source)
+        source.engine.unpark()
+        with socket.socket(family.af, socket.SOCK_DGRAM) as forwarded:
+            forwarded.bind((here(family), 0))
+            target.engine.listen(forwarded.detach(), 77)
+        target.engine.park()
+        [there] = target.engine.udp_ports()
+        assert target.engine.find_udp_port(dumped[0]) is None
+        assert target.engine.find_udp_port(target.engine.udp_port_state(there)) == there
+        waiting = Datagram(address(here(family)), bytes(16), 9, b"x")
+        target.engine.carry_datagrams(there, [waiting])
+        assert target.engine.udp_waiting(there) == [waiting]
+        port = load(target, (dumped[0], dumped[1], [waiting]), open_socket(dumped[0]._replace(local_port=1))[0])
+        target.engine.forget_udp([port, there])
+        assert target.engine.udp_ports() == [there]
+        assert target.engine.udp_waiting(there) == []
+        assert target.engine.udp_peers() == []
+        with pytest.raises(ValueError, match=f"no UDP port {port}"):
+            target.engine.udp_port_state(port)
+        with pytest.raises(ValueError, match="a datagram of 65537 bytes"):
+            target.engine.carry_datagrams(there, [waiting._replace(data=bytes(65537))])
+        target.engine.unpark()
+
+
+def test_ports_that_lead_to_this_hosts_loopback_stay(family: Family) -> None:
+    with Guest() as guest, socket.socket(family.af, socket.SOCK_DGRAM) as server:
+        server.settimeout(5)
+        server.bind((family.loopback, 0))
+        guest.send(guest.udp(family, 5000, server.getsockname()[1], b"hello"))
+        assert server.recv(100) == b"hello"
+        guest.engine.park()
+        assert guest.engine.udp_ports() == []
+        assert guest.engine.udp_peers() == []
+        guest.engine.unpark()
