@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from godwit.daemon.mover import TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_LAST_ACK, Mover
+from godwit.daemon.mover import TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_LAST_ACK, Mover, _report
 from godwit.dataplane import Engine, FlowState, Side, SocketState
 from godwit.repair import Repair, RepairError, RepairListener
 
@@ -164,3 +164,23 @@ def test_the_state_of_a_flow_that_carries_bytes(rig: Rig, kernel: int, guest_clo
     whole, sndq, _ = rig.mover._whole(flow, state, b"", b"")
     assert whole.tcpi_state == written
     assert sndq == b"carried"
+
+
+def test_what_a_source_says_is_short_and_one_line_in_the_log(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the configuration and of the reasons of losses; and many reasons take no time at the commit."""
+    mover = Mover(rig.engine, rig.listener, 0, rig.schedule, lambda: {"IPv4": "10.9.0.2/24", "MTU": "1500"})
+    mover.compare({"IPv4": "10.9.0.2/24", "MTU": "1500", "what": "ever"})
+    assert caplog.text == ""
+    mover.compare({"IPv4": "\x1b[2J\u202e\n" + "x" * 65000})
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].isprintable()
+    assert "IPv4 10.9.0.2/24 (was ?[2J??xxx" in caplog.messages[0]
+    assert len(caplog.messages[0]) < 1200
+    caplog.clear()
+    state = rig.engine.flow_state(rig.add())
+    lost = [("often", state)] * 3 + [(f"reason {number}", state) for number in range(100_000)]
+    _report(lost)
+    assert caplog.messages[0].startswith("3 lost, 127.0.0.1 port ")
+    assert caplog.messages[0].endswith(" and so on: often")
+    assert len(caplog.messages) == 21
+    assert caplog.messages[-1] == "99981 lost for 99981 other reasons"

@@ -89,6 +89,14 @@ def test_a_flow_that_cannot_move_is_that_flows_loss() -> None:
     assert target.lost == {0: "snd_ws 15 must be from 0 to 14"}
 
 
+def test_a_reason_is_short_and_one_line() -> None:
+    flows = HEAD.pack(3, 1, 6 + FLOW.size) + FLOW.sized_many([FLOW.flatten(loaded("idle-v4").states[0])])
+    why = b"\x1b[2J\n\xff" + b"y" * 1017
+    target, outcome, _ = load(with_check(flows + HEAD.pack(5, 1, 4 + len(why)) + bytes(4) + why))
+    assert outcome
+    assert target.lost == {0: f"?[2J?\ufffd{'y' * 94}... (1023 characters)"}
+
+
 def test_many_flows_come_in_batches() -> None:
     source = loaded("idle-v4")
     source.states *= BATCH * 2 + 5

@@ -41,6 +41,7 @@ from godwit.dataplane import (
     UdpPort,
     sockstate,
 )
+from godwit.migration.layout import printable
 from godwit.net.change import differences
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
@@ -69,6 +70,10 @@ LOOK_SECONDS = 60.0
 # When the peers of lost connections are told, in seconds after the commit: the
 # network may be switched late, and until then they cannot hear it from here.
 KNOCKS = (0.0, 1.0, 2.0, 5.0)  # each after the one before
+
+# What a source can make the log say at most: characters of what differs, and reasons why connections were lost.
+MAX_DIFFERENCES = 1000
+MAX_REASONS = 20
 
 # Of the memory of this host, the part that send queues may take until the commit.
 QUEUES_SHARE = 1 / 4
@@ -101,6 +106,20 @@ def _shared(listening: Sequence[socket.socket]) -> Iterator[bool]:
     finally:
         for sock in listening:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+
+
+def _report(lost: Iterable[tuple[str, FlowState]]) -> None:
+    """Say why connections were lost: the most frequent reasons, with one of the connections for each."""
+    examples: dict[str, FlowState] = {}
+    numbers: Counter[str] = Counter()
+    for why, state in lost:
+        numbers[why] += 1
+        examples.setdefault(why, state)
+    most = numbers.most_common(MAX_REASONS)
+    for why, number in most:
+        log.error("%d lost, %s%s: %s", number, _ends(examples[why]), " and so on" if number > 1 else "", why)
+    if len(numbers) > len(most):
+        log.error("%d lost for %d other reasons", numbers.total() - sum(n for _, n in most), len(numbers) - len(most))
 
 
 def _flat(side: Side) -> tuple[bytes, int, bytes, int]:
@@ -189,7 +208,8 @@ class Mover:
         """Say what is another here than where the guest comes from."""
         differing = differences(configuration, self._configuration())
         if differing:
-            log.warning("this host is another than the one that the guest comes from: %s", differing)
+            shown = printable(differing, MAX_DIFFERENCES)
+            log.warning("this host is another than the one that the guest comes from: %s", shown)
 
     def _park(self) -> None:
         if not self._parked:
@@ -610,9 +630,7 @@ class Mover:
         for flow in lost:
             self._engine.reset_flow(flow)
         log.info("%d connections go on here, %d were lost", len(self._arrivals) - len(lost), len(lost))
-        for why, number in Counter(arrival.lost for arrival in lost.values()).items():
-            example = next(arrival for arrival in lost.values() if arrival.lost == why)
-            log.error("%d lost, %s%s: %s", number, _ends(example.state), " and so on" if number > 1 else "", why)
+        _report((arrival.lost, arrival.state) for arrival in lost.values())
         self._knock(peers, KNOCKS)
 
     def _knock(self, peers: Sequence[Side], delays: Sequence[float]) -> None:

@@ -180,6 +180,13 @@ class Text(Element):
         return f"{self.doc} (UTF-8, at most {self.most} bytes)"
 
 
+def printable(text: str, most: int) -> str:
+    """A text out of a stream as a log may have it: one line that no terminal obeys, ``most`` characters or so."""
+    cut = text[:most]
+    safe = "".join(one if one.isprintable() else "?" for one in cut)
+    return safe if len(text) <= most else f"{safe}... ({len(text)} characters)"
+
+
 def anchor(name: str) -> str:
     """Where the heading ``name`` is found in a page."""
     return name.lower().replace(" ", "-")

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 from godwit.dataplane.state import Datagram, FlowState, Observed, Side, SocketState, UdpPeer, UdpPort
 from godwit.migration import Entries, Field, Kind, Part, Record, UnsoundError, Version
 from godwit.migration.entries import Push
-from godwit.migration.layout import Data, Many, Number, One, Text
+from godwit.migration.layout import Data, Many, Number, One, Text, printable
 from godwit.migration.section import octets, u8, u16, u32
 from godwit.net.records import (
     EVENT_ESTABLISHED,
@@ -42,6 +42,7 @@ NATIVE: Final = 0x80000001
 MAX_CONFIGURATION: Final = 65536  # bytes of text
 MAX_WHY: Final = 1024  # bytes of text
 MAX_PEERS: Final = 4096  # in one entry
+SHOWN_WHY: Final = 100  # characters of it that are kept: there may be one for each flow
 
 
 def _make_flow(*flat: Any) -> FlowState:
@@ -214,7 +215,7 @@ def _load_socket(mover: FlowMover, part: Part, number: int, state: SocketState, 
 
 
 def _load_lost(mover: FlowMover, part: Part, number: int, why: str) -> None:
-    mover.mark_lost(_flow(mover, part, number), why)
+    mover.mark_lost(_flow(mover, part, number), printable(why, SHOWN_WHY))
 
 
 CONFIGURATION_KIND: Final[Kind[FlowMover]] = Kind(
