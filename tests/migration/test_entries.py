@@ -118,7 +118,14 @@ def test_what_is_not_known_is_passed_over_or_refused(caplog: pytest.LogCaptureFi
         seen, outcome = load(stream(entry(9, b"x" * 1_000_000, 0), value, entry(9, b"", 0x8000)), kind(OLD))
     assert outcome
     assert seen == [Old(7, b"name"), "all"]
-    assert "things: 2 entries of type 9, which is not known here, were passed over" in caplog.text
+    assert "things: 2 entries of types not known here were passed over: 9" in caplog.text
+    many = stream(*(entry(number, b"", 0) for number in range(2, 65536)))
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert load(many, kind(OLD))[1]
+    assert [message for message in caplog.messages if "passed over" in message] == [
+        "things: 65534 entries of types not known here were passed over: 2, 3, 4, 5, 6, 7, 8, 9 ..."
+    ]
     seen, outcome = load(stream(value, entry(9, b"x", 1)), kind(OLD))
     assert seen == [Old(7, b"name")]
     assert isinstance(outcome.error, UnknownEntryError)
@@ -203,6 +210,8 @@ def test_declarations_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="two kinds of one type"):
         device_versions(kind(OLD), kind(NEW))
     with pytest.raises(ValueError, match="name follows a field with a default and has none"):
-        Record("thing", (Field("mode", u8, default=1), NAME), Old)
+        Record("thing", (COUNT, Field("mode", u8, default=1), NAME), New)
+    with pytest.raises(ValueError, match="mode is the first field and has a default"):
+        Record("thing", (Field("mode", u8, default=1),), Old)
     with pytest.raises(ValueError, match="inner is no scalar and cannot have a default"):
         Record("thing", (COUNT, Field("inner", OLD, default=1)), Old)

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from godwit.dataplane.state import Datagram, FlowState, SocketState, UdpPeer, UdpPort
-from godwit.migration import Direction, Migration, Outcome, VersionRefusedError
+from godwit.migration import Direction, Migration, MigrationError, Outcome, UnknownEntryError, VersionRefusedError
 from godwit.migration.entries import HEAD
+from godwit.migration.inspect import inspect
 from godwit.net.native import FLOW, NATIVE, UDP_PEER, WAITING, Waiting
-from godwit.net.records import SOCKET
+from godwit.net.records import OBSERVED, SOCKET
 from godwit.net.state import BATCH, NEVER_SEEN, FlowMover
 from godwit.net.versions import versions
 
@@ -90,9 +91,8 @@ def test_a_flow_that_cannot_move_is_that_flows_loss() -> None:
 
 
 def test_a_reason_is_short_and_one_line() -> None:
-    flows = HEAD.pack(3, 1, 6 + FLOW.size) + FLOW.sized_many([FLOW.flatten(loaded("idle-v4").states[0])])
     why = b"\x1b[2J\n\xff" + b"y" * 1017
-    target, outcome, _ = load(with_check(flows + HEAD.pack(5, 1, 4 + len(why)) + bytes(4) + why))
+    target, outcome, _ = load(with_check(A_FLOW + HEAD.pack(5, 1, 4 + len(why)) + bytes(4) + why))
     assert outcome
     assert target.lost == {0: f"?[2J?\ufffd{'y' * 94}... (1023 characters)"}
 
@@ -127,6 +127,16 @@ def test_a_broken_stream_leaves_nothing(source: Mover) -> None:
 A_SOCKET = SocketState(0, 0, 0, 0, 0, 1000, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0)
 
 
+def socket_of(number: int) -> bytes:
+    """The entry of one."""
+    return HEAD.pack(4, 1, 6 + SOCKET.size) + number.to_bytes(4, "big") + SOCKET.sized(A_SOCKET)
+
+
+A_FLOW = HEAD.pack(3, 1, 6 + FLOW.size) + FLOW.sized_many([FLOW.flatten(loaded("idle-v4").states[0])])
+A_LOSS = HEAD.pack(5, 1, 4) + bytes(4)
+AN_OBSERVED = HEAD.pack(2, 1, 2 + OBSERVED.size) + OBSERVED.sized(NEVER_SEEN)
+
+
 def with_check(body: bytes) -> bytes:
     """A whole stream of these entries."""
     header = versions()[-1].header(0xB1BB1D1B0BB1D1B0).pack()
@@ -141,7 +151,15 @@ def with_check(body: bytes) -> bytes:
             HEAD.pack(4, 1, 6 + SOCKET.size) + bytes(4) + SOCKET.sized(A_SOCKET),
             "TCP socket: flow is 0, must be below 0, the number of flows so far",
         ),
-        (HEAD.pack(5, 1, 4) + bytes(4), "TCP socket: flow is 0, must be below 0, the number of flows so far"),
+        (HEAD.pack(5, 1, 4) + bytes(4), "lost TCP flow: flow is 0, must be below 0, the number of flows so far"),
+        (A_FLOW + 2 * A_LOSS, "lost TCP flow: flow is 0, which has come before (at offset 152)"),
+        (A_FLOW + A_LOSS + socket_of(0), "TCP socket: flow is 0, which has come before (at offset 152)"),
+        (A_FLOW + socket_of(0) + A_LOSS, "lost TCP flow: flow is 0, which has come before (at offset 206)"),
+        (A_FLOW + socket_of(0) * 2, "TCP socket: flow is 0, which has come before (at offset 206)"),
+        (socket_of(0) + A_FLOW, "TCP socket: flow is 0, must be below 0, the number of flows so far (at offset 24)"),
+        (A_FLOW + socket_of(1) + A_FLOW, "TCP socket: flow is 1, must be below 1, the number of flows so far"),
+        (HEAD.pack(1, 0, 0) * 2, "configuration: entry is 2, must be the only one (at offset 32)"),
+        (AN_OBSERVED * 2, "observed addresses: entry is 2, must be the only one (at offset 76)"),
         (
             HEAD.pack(3, 1, 6) + FLOW.size.to_bytes(2, "big") + b"\xff\xff\xff\xff",
             "count is 4294967295, must be at most",
@@ -152,8 +170,44 @@ def with_check(body: bytes) -> bytes:
     ],
 )
 def test_what_cannot_be_is_named(body: bytes, message: str) -> None:
-    _, outcome, _ = load(with_check(body))
+    target, outcome, _ = load(with_check(body))
     assert message in str(outcome.error)
+    assert target.sockets == {}
+    assert inspected(with_check(body)) == (
+        "None" if isinstance(outcome.error, UnknownEntryError) else str(outcome.error)
+    )
+
+
+def inspected(data: bytes) -> str:
+    """The error that the inspector gives; or none."""
+    try:
+        for _ in inspect(io.BytesIO(data), versions()):
+            pass
+    except MigrationError as error:
+        return str(error)
+    return "None"
+
+
+def test_the_inspector_says_what_a_target_would_say(source: Mover) -> None:
+    data, _ = save(source)
+    for at in range(min(len(data), 600)):
+        for broken in (data[:at], data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]):
+            error = load(broken)[1].error
+            assert inspected(broken) == str(error) or isinstance(error, UnknownEntryError)  # it shows those
+
+
+def test_odd_orders_that_are_sound() -> None:
+    """Flows of a later entry behind the sockets of the ones before; and no flows are no batch."""
+    none = HEAD.pack(3, 1, 6) + FLOW.size.to_bytes(2, "big") + bytes(4)
+    body = A_FLOW + socket_of(0) + none + A_FLOW + socket_of(1) + AN_OBSERVED + HEAD.pack(1, 0, 3) + b"a\tb"
+    target, outcome, _ = load(with_check(body))
+    assert outcome
+    assert sorted(target.sockets) == [0, 1]
+    assert (target.batches, target.compared) == ([1, 1], {"a": "b"})
+    items = list(inspect(io.BytesIO(with_check(body)), versions()))
+    assert [item.name for item in items][3:6] == ["TCP flows", "TCP flows", "TCP socket"]
+    assert items[3].values == {}
+    assert load(with_check(b""))[1]
 
 
 def test_a_newer_native_that_we_can_read_is_read() -> None:

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 HEAD: Final = struct.Struct(">HHI")
 END: Final = 0
 REQUIRED: Final = 0x0001
+SHOWN_TYPES: Final = 8  # of those not known, in the log
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,15 @@ class Kind(Generic[Context]):
 
     ``load(context, part, *values)`` takes the values of the elements of
     ``layout``; ``part`` is for errors (``bad``), and has what lies behind them.
+    ``check(notes, part, *values)`` comes before it, in the inspector too: what
+    entries must be beside each other. ``notes`` lasts for one reading (`Entries`).
     """
 
     type: int
     name: str
     layout: Sequence[Element]
     load: Callable[..., None]
+    check: Callable[..., None] | None = None
     required: bool = True
     doc: str = ""
 
@@ -65,7 +69,8 @@ Push = Callable[..., None]
 class Entries(Stage[Context]):
     """A stage that is a table of kinds. ``save(context, push)`` calls ``push(kind, *values)`` for each entry there is.
 
-    ``loaded(context)`` is called on the target when all were read, and the check value was right.
+    ``notes()`` is made anew for each reading, for the kinds' ``check``. ``loaded(context)`` is called on the target
+    when all were read, and the check value was right.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class Entries(Stage[Context]):
         kinds: Sequence[Kind[Context]],
         save: Callable[[Context, Push], None],
         *,
+        notes: Callable[[], Any] = dict,
         loaded: Callable[[Context], None] | None = None,
         rollback: Callable[[Context], None] | None = None,
         linger: Callable[[Context], None] | None = None,
@@ -95,6 +101,7 @@ class Entries(Stage[Context]):
         self.kinds = tuple(kinds)
         self._known = {kind.type: kind for kind in kinds}
         self._save_all = save
+        self._notes = notes
         self._loaded = loaded
         if len(self._known) != len(self.kinds):
             raise ValueError(f"{name}: two kinds of one type")
@@ -114,26 +121,36 @@ class Entries(Stage[Context]):
 
     def _load(self, context: Context, reader: Reader) -> None:
         unknown: Counter[int] = Counter()
+        notes = self._notes()
         for before, number, flags, part in self._entries(reader):
             kind = self._known.get(number)
             if kind is not None:
-                kind.load(context, part, *pull_all(kind.layout, part))
+                values = pull_all(kind.layout, part)
+                if kind.check is not None:
+                    kind.check(notes, part, *values)
+                kind.load(context, part, *values)
             elif flags & REQUIRED:
                 raise UnknownEntryError(self.name, number, before, max(self._known, default=END))
             else:
                 unknown[number] += 1
-        for number, count in unknown.items():
-            log.info("%s: %d entries of type %d, which is not known here, were passed over", self.name, count, number)
+        if unknown:
+            types = ", ".join(map(str, sorted(unknown)[:SHOWN_TYPES])) + (" ..." if len(unknown) > SHOWN_TYPES else "")
+            count = unknown.total()
+            log.info("%s: %d entries of types not known here were passed over: %s", self.name, count, types)
         if self._loaded is not None:
             self._loaded(context)
 
     def _inspect(self, reader: Reader) -> Iterator[Item]:
+        notes = self._notes()
         for offset, number, flags, part in self._entries(reader):
             kind = self._known.get(number)
             size = HEAD.size + part.left
             if kind is not None:
-                for values in show_all(kind.layout, part):
-                    yield Item(offset, size, kind.name, values)
+                values: list[Any] = []
+                for shown in show_all(kind.layout, part, values):
+                    yield Item(offset, size, kind.name, shown)
+                if kind.check is not None:
+                    kind.check(notes, part, *values)
             else:
                 rule = "must be understood" if flags & REQUIRED else "may be skipped"
                 yield Item(offset, size, f"entry of type {number}", {"bytes not known here": part.left, "rule": rule})

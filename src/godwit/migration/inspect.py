@@ -3,7 +3,8 @@
 
 Nothing is taken in but what an item shows; of queues and the like only their
 length and their CRC-32. A broken stream gives what comes before the break and
-then the error that a target would give.
+then an error as a target would give it. Entries that a target would refuse
+because it does not know them are shown as such.
 
 A stream may also lie in a file that QEMU has migrated to (``migrate
 file:PATH``). There it is in pieces: the length of each (u32, big-endian), the

@@ -140,7 +140,7 @@ class Data(Element):
     def show(self, part: Part, before: Values) -> tuple[None, list[Shown]]:
         """How many, and their CRC-32; never all of them in memory."""
         left = size = self.size(before)
-        if size > self.most:
+        if size > min(self.most, part.left):
             part.pull_bytes(size, self.most, self.name)  # says why not
         check = 0
         while left:
@@ -200,16 +200,20 @@ def pull_all(layout: Sequence[Element], part: Part) -> list[Any]:
     return values
 
 
-def show_all(layout: Sequence[Element], part: Part, before: Values = ()) -> Iterator[Shown]:
-    """What there is to see of an entry; a new dictionary where there are several of a kind."""
-    values: list[Any] = list(before)
+def show_all(layout: Sequence[Element], part: Part, values: list[Any]) -> Iterator[Shown]:
+    """What there is to see of an entry; a new dictionary where there are several of a kind.
+
+    ``values`` has what came before it, and gets each element's value, as far as ``show`` gives it.
+    """
     together: Shown = {}
+    alone = True
     for element in layout:
         value, parts = element.show(part, values)
         values.append(value)
         if len(parts) == 1:
             together |= parts[0]
         else:
+            alone = not parts
             yield from ({**together, **one} for one in parts)
-    if together or part.left:
+    if alone or together or part.left:
         yield {**together, **({"bytes not known here": part.left} if part.left else {})}

@@ -383,6 +383,8 @@ def _growth(name: str, fields: Sequence[Field]) -> tuple[frozenset[int], bytes]:
         if field.default is None and defaults:
             raise ValueError(f"{name}: {field.name} follows a field with a default and has none")
         if field.default is not None:
+            if not size:
+                raise ValueError(f"{name}: {field.name} is the first field and has a default")
             if not isinstance(field.kind, Scalars):
                 raise ValueError(f"{name}: {field.name} is no scalar and cannot have a default")
             sizes.add(size)

@@ -245,11 +245,15 @@ class Reader(_Stream):
 
 
 class Part(Reader):
-    """A part of a stream, of a length that was announced: nothing behind it can be pulled."""
+    """A part of a stream, of a length that was announced: nothing behind it can be pulled.
+
+    ``start`` is where it begins, in the whole stream; ``left`` is how many bytes of it were not pulled yet.
+    """
 
     def __init__(self, whole: Reader, name: str, length: int) -> None:
         self._whole = whole
-        self._name = name
+        self.name = name
+        self.start = whole.offset
         self.left = length
 
     @property
@@ -272,7 +276,7 @@ class Part(Reader):
         :raises BadRecordError: the part has no more so many.
         """
         if count > self.left:
-            raise self.bad(self._name, name, count, f"and {self.left} bytes of it are left")
+            raise self.bad(self.name, name, count, f"and {self.left} bytes of it are left")
         data = self._whole.pull_bytes(count, limit, name)
         self.left -= count
         return data

@@ -191,31 +191,54 @@ def _load_observed(mover: FlowMover, _part: Part, observed: Observed) -> None:
     mover.set_observed(usable(observed))
 
 
-def _load_flows(mover: FlowMover, part: Part, flats: Sequence[tuple[Any, ...]]) -> None:
-    if len(mover.prepared()) + len(flats) > MAX_FLOWS:
-        raise part.bad("TCP flows", "count", len(flats), f"must be at most {MAX_FLOWS} in all", 4)
-    if len(mover.prepare([FLOW.build(flat) for flat in flats])) != len(flats):
+def _load_flows(mover: FlowMover, _part: Part, flats: Sequence[tuple[Any, ...]]) -> None:
+    if flats and len(mover.prepare([FLOW.build(flat) for flat in flats])) != len(flats):
         raise RuntimeError(f"{len(flats)} flows prepared, another number of ids returned")
 
 
-def _flow(mover: FlowMover, part: Part, number: int) -> int:
-    """The id of the flow that an entry names by its number."""
-    flows = mover.prepared()
-    if number >= len(flows):
-        raise part.bad("TCP socket", "flow", number, f"must be below {len(flows)}, the number of flows so far")
-    return flows[number]
-
-
-def _load_socket(mover: FlowMover, part: Part, number: int, state: SocketState, sndq: bytes, rcvq: bytes) -> None:
-    flow = _flow(mover, part, number)
+def _load_socket(mover: FlowMover, _part: Part, number: int, state: SocketState, sndq: bytes, rcvq: bytes) -> None:
+    flow = mover.prepared()[number]
     if state.tcpi_state in STATES_ENDED:
         mover.mark_lost(flow, "it ended meanwhile")
     else:
         mover.restore(flow, state, sndq, rcvq)
 
 
-def _load_lost(mover: FlowMover, part: Part, number: int, why: str) -> None:
-    mover.mark_lost(_flow(mover, part, number), printable(why, SHOWN_WHY))
+def _load_lost(mover: FlowMover, _part: Part, number: int, why: str) -> None:
+    mover.mark_lost(mover.prepared()[number], printable(why, SHOWN_WHY))
+
+
+class _Notes:
+    """What has come in a stream so far."""
+
+    def __init__(self) -> None:
+        self.flows = 0
+        self.settled: set[int] = set()
+        self.once: set[str] = set()
+
+
+def _check_once(notes: _Notes, part: Part, _value: object) -> None:
+    if part.name in notes.once:
+        raise part.bad(part.name, "entry", 2, "must be the only one", part.offset - part.start)
+    notes.once.add(part.name)
+
+
+def _check_flows(notes: _Notes, part: Part, flats: Sequence[tuple[Any, ...]]) -> None:
+    notes.flows += len(flats)
+    if notes.flows > MAX_FLOWS:
+        raise part.bad(part.name, "count", notes.flows, f"must be at most {MAX_FLOWS} in all", part.offset - part.start)
+
+
+def _check_number(notes: _Notes, part: Part, number: int, *_values: object) -> None:
+    """A flow has come, and what became of it comes once."""
+    why = ""
+    if number >= notes.flows:
+        why = f"must be below {notes.flows}, the number of flows so far"
+    elif number in notes.settled:
+        why = "which has come before"
+    if why:
+        raise part.bad(part.name, "flow", number, why, part.offset - part.start)
+    notes.settled.add(number)
 
 
 CONFIGURATION_KIND: Final[Kind[FlowMover]] = Kind(
@@ -223,21 +246,25 @@ CONFIGURATION_KIND: Final[Kind[FlowMover]] = Kind(
     "configuration",
     (Text("text", MAX_CONFIGURATION, "lines, each a name, a tab and a value"),),
     _load_configuration,
+    check=_check_once,
     required=False,
-    doc="The guest's network where it comes from. The target compares it with its own and reports what differs.",
+    doc="At most one. The guest's network where it comes from. The target compares it with its own and reports what "
+    "differs.",
 )
 OBSERVED_KIND: Final[Kind[FlowMover]] = Kind(
     2,
     "observed addresses",
     (One(OBSERVED),),
     _load_observed,
-    doc="What the guest uses.",
+    check=_check_once,
+    doc="At most one. What the guest uses.",
 )
 FLOWS_KIND: Final[Kind[FlowMover]] = Kind(
     3,
     "TCP flows",
     (Many(FLOW, BATCH),),
     _load_flows,
+    check=_check_flows,
     doc="Flows, numbered from 0 on through all such entries. They come before their sockets.",
 )
 SOCKET_KIND: Final[Kind[FlowMover]] = Kind(
@@ -250,14 +277,16 @@ SOCKET_KIND: Final[Kind[FlowMover]] = Kind(
         Data("rcvq", lambda values: int(values[1].rcvq), MAX_QUEUE, "the receive queue, `rcvq` bytes"),
     ),
     _load_socket,
-    doc="The kernel's side of one flow.",
+    check=_check_number,
+    doc="The kernel's side of one flow; once for each flow at most.",
 )
 LOST_KIND: Final[Kind[FlowMover]] = Kind(
     5,
     "lost TCP flow",
     (Number("flow", "the number of the flow"), Text("why", MAX_WHY, "why")),
     _load_lost,
-    doc="A flow that the source could not save: it is reset on both sides.",
+    check=_check_number,
+    doc="In place of a socket: the source could not save the flow, and it is reset on both sides.",
 )
 
 
@@ -406,6 +435,7 @@ ENTRIES: Final[Entries[FlowMover]] = Entries(
         DATAGRAM_KIND,
     ),
     _save,
+    notes=_Notes,
     discard=_discard,
     commit=lambda mover: mover.commit(),
     doc="Entries, up to one of type 0.",
