@@ -4,13 +4,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
 from godwit.cli.inspect import main
+from godwit.migration import MAGIC
+from godwit.migration.entries import HEAD
+from godwit.migration.inspect import SEARCHED
+from godwit.net.versions import versions
 
 TESTS = Path(__file__).resolve().parent.parent
 GOLDEN, NATIVE = TESTS / "golden", TESTS / "native"
@@ -123,6 +129,91 @@ def test_differences(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         {"name": "flows", "values": {"count": 1}},
         {"name": "flows", "values": {"count": 2}},
     ]
+
+
+def of_text(text: bytes) -> bytes:
+    """A whole native stream of nothing but a configuration."""
+    body = HEAD.pack(1, 0, len(text)) + text
+    header = versions()[-1].header(MAGIC).pack()
+    return header + body + HEAD.pack(0, 1, 4) + zlib.crc32(body).to_bytes(4, "big")
+
+
+def test_nothing_in_a_stream_reaches_a_terminal_as_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(of_text(b"IPv4\t\x1b[2J\xff\xe2\x80\xae\r\n"))
+    other.write_bytes(of_text(b"\x9b\x07"))
+    for words in ([one], [other], ["--diff", one, other], ["--diff", one, IDLE], ["--json", one]):
+        status, lines, errors = run(capsys, *words)
+        assert status < 2
+        assert all(line.isprintable() for line in lines)
+        assert errors == ""
+    assert run(capsys, "--diff", one, other)[1] == [
+        "configuration at 16 and 16: text 'IPv4\\t\\x1b[2J\ufffd\\u202e\\r\\n' -> '\ufffd\\x07'"
+    ]
+
+
+def piped(words: list[str], stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "godwit.cli.main", "inspect", *words]
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        command, input=stdin, capture_output=True, check=False, timeout=60, env={**plain, **environment}
+    )
+
+
+def test_from_a_pipe_and_into_an_encoding_that_has_not_all() -> None:
+    done = piped(["/dev/stdin"], of_text("IPv4\tä".encode()), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"text='IPv4\t\xe4'" in done.stdout
+    done = piped(["/dev/stdin"], b"x" * 100)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"godwit inspect: /dev/stdin: not a device-state stream")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written(unbuffered: str) -> None:
+    words = f"PYTHONUNBUFFERED={unbuffered} {sys.executable} -m godwit.cli.main inspect {IDLE}"
+    for script, status, message in (
+        (f"{words} > /dev/full", 2, "godwit inspect: cannot write: No space left on device\n"),
+        (f"set -o pipefail; (sleep 0.3; {words}) | true", 0, ""),
+    ):
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stderr) == (status, message)
+
+
+def test_what_only_looks_like_a_stream_hides_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """In a guest's memory: behind any length, and with the seams of what is searched at once within the word."""
+    word = MAGIC.to_bytes(8, "big")
+    path = tmp_path / "vm.mig"
+    whole = in_qemus_file(tmp_path, IDLE.read_bytes()).read_bytes()
+    seam = 505 + SEARCHED  # behind the last of what is no stream, below
+    for at in (seam - 8, seam - 7, seam - 4, seam - 1, seam):
+        before = bytearray(at - 1008 + 5000)
+        before[0:8] = word[:7] + b"x"
+        for place, junk in (
+            (100, word),
+            (300, bytes(3) + b"\5" + word + bytes(8)),
+            (500, b"\xff" * 4 + word + b"\1" * 8),
+        ):
+            before[place : place + len(junk)] = junk
+        path.write_bytes(before[: at - 1008] + whole)
+        status, lines, errors = run(capsys, "--json", path)
+        assert (status, errors, json.loads(lines[-1])["name"]) == (0, "", "end")
+    fake = bytes(2) + b"\x30\x28" + word + b"\x80\0\0\1" * 2 + b"\1" * 200
+    path.write_bytes(b"QEVM" + fake + whole)
+    status, lines, errors = run(capsys, "--json", path)
+    assert status == 2
+    assert f"{path}, at 8: " in errors
+    assert json.loads(lines[-1]) == {"stream": 1, "offset": 226, "size": 0, "name": "end", "values": {}}
+
+
+def test_a_file_of_qemus_that_ends_in_its_first_piece(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = in_qemus_file(tmp_path, IDLE.read_bytes())
+    path.write_bytes(path.read_bytes()[:1050])
+    status, _, errors = run(capsys, path)
+    assert (status, errors) == (
+        2,
+        f"godwit inspect: {path}, at 1008: observed addresses: stream ended at offset 42: wanted 42 bytes, got 26\n",
+    )
 
 
 def test_a_file_larger_than_memory_would_like(tmp_path: Path) -> None:

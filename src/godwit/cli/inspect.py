@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -69,7 +71,9 @@ def _diff(one: str, other: str, as_json: bool) -> int:
             sys.stdout.write(json.dumps(both) + "\n")
         elif a is not None and b is not None and a.name == b.name:
             names = [name for name in {**a.values, **b.values} if a.values.get(name) != b.values.get(name)]
-            changes = ", ".join(f"{name} {a.values.get(name, '-')} -> {b.values.get(name, '-')}" for name in names)
+            changes = ", ".join(
+                f"{_word(name)} {_word(a.values.get(name, '-'))} -> {_word(b.values.get(name, '-'))}" for name in names
+            )
             sys.stdout.write(f"{a.name} at {a.offset} and {b.offset}: {changes}\n")
         else:
             for sign, item in (("-", a), ("+", b)):
@@ -100,10 +104,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if (options.file is None) == (options.diff is None):
         parser.error("one of FILE and --diff A B is needed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what is in a stream is of any language
     try:
-        return (
-            _diff(options.diff[0], options.diff[1], options.json) if options.diff else _show(options.file, options.json)
-        )
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever reads has seen enough
-        return 0
+        files = options.diff or [options.file]
+        status = _diff(files[0], files[1], options.json) if options.diff else _show(files[0], options.json)
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer goes nowhere, at the end of the process too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 0  # whoever reads has seen enough
+        return _end([f"cannot write: {error.strerror}"])
+    return status

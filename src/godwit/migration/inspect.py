@@ -14,7 +14,6 @@ piece, and a length of 0 in the end.
 from __future__ import annotations
 
 import io
-import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -24,6 +23,7 @@ from godwit.migration.stream import Reader
 from godwit.migration.version import Item, Version, negotiate
 
 MAX_PIECE = 1 << 24  # bytes; QEMU's are at most 1 MiB
+SEARCHED = 1 << 20  # bytes at once
 
 
 def inspect(file: BinaryIO, versions: Sequence[Version[Any]], *, magic: int = MAGIC) -> Iterator[Item]:
@@ -48,8 +48,13 @@ def inspect(file: BinaryIO, versions: Sequence[Version[Any]], *, magic: int = MA
 def open_streams(file: BinaryIO, magic: int = MAGIC) -> Iterator[tuple[int, BinaryIO]]:
     """The streams in a file, each with the offset at which it begins: the file is one, or QEMU's.
 
+    In QEMU's, the guest's memory may have what looks like one: each that may be a stream is given, none is left out.
+
     :raises NotAStreamError: there is none.
     """
+    if not file.seekable():
+        yield 0, file  # of a pipe there is no looking back
+        return
     word = magic.to_bytes(8, "big")
     file.seek(0)
     begins = file.read(8)
@@ -58,19 +63,45 @@ def open_streams(file: BinaryIO, magic: int = MAGIC) -> Iterator[tuple[int, Bina
         yield 0, file
         return
     found = 0
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        at = whole.find(word)
-        while at >= 0:
-            length = int.from_bytes(whole[at - 4 : at], "big") if at >= 4 else 0
-            if Header.size() <= length <= min(MAX_PIECE, len(whole) - at):
-                found += 1
-                yield at, io.BufferedReader(_Pieces(file, at - 4))
-            at = whole.find(word, at + 1)
+    at = _find(file, word, 0)
+    while at >= 0:
+        if _plausible(file, at, magic):
+            found += 1
+            yield at, io.BufferedReader(_Pieces(file, at - 4))
+        at = _find(file, word, at + 1)
     if not found:
         raise NotAStreamError(
             f"there is no device state in it: neither at its beginning nor as QEMU writes it into a migration "
             f"(looked for {magic:#x})"
         )
+
+
+def _find(file: BinaryIO, word: bytes, start: int) -> int:
+    """Where ``word`` comes next, or -1."""
+    file.seek(start)
+    tail = b""
+    while data := tail + file.read(SEARCHED):
+        place = data.find(word)
+        if place >= 0:
+            return start + place
+        if len(data) == len(tail):
+            break
+        tail = data[1 - len(word) :]
+        start += len(data) - len(tail)
+    return -1
+
+
+def _plausible(file: BinaryIO, at: int, magic: int) -> bool:
+    """Whether a piece may begin before this, and a header here."""
+    if at < 4:
+        return False
+    file.seek(at - 4)
+    length = int.from_bytes(file.read(4), "big")
+    try:
+        Header.parse(file.read(Header.size()).ljust(Header.size(), b"\1"), magic)
+    except NotAStreamError:
+        return False
+    return Header.size() <= length <= MAX_PIECE
 
 
 class _Pieces(io.RawIOBase):
