@@ -310,4 +310,4 @@ def test_a_udp_port_that_did_not_come(kind: int) -> None:
     records = UDP_PEER.sized_many([]) if kind == 7 else WAITING.sized(Waiting(V4, V4, 1, 0))
     payload = (1).to_bytes(4, "big") + records
     _, outcome, _ = load(with_check(HEAD.pack(kind, 0, len(payload)) + payload))
-    assert "port is 1, there is none" in str(outcome.error)
+    assert "port is 1, must be below 0, the number of ports so far" in str(outcome.error)

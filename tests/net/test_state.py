@@ -101,13 +101,9 @@ class Mover:
         self.ports.append((port, [], []))
 
     def add_udp_peers(self, number: int, peers: Sequence[UdpPeer]) -> None:
-        if number >= len(self.ports):
-            raise ValueError("there is none")
         self.ports[number][1].extend(peers)
 
     def add_datagrams(self, number: int, datagrams: Sequence[Datagram]) -> None:
-        if number >= len(self.ports):
-            raise ValueError("there is none")
         self.ports[number][2].extend(datagrams)
 
     def prepared(self) -> Sequence[int]:

@@ -554,21 +554,16 @@ class Mover:
             log.info("UDP port %d of the guest's leaves through another port than before", port.guest_port)
         return index
 
-    def _udp_port(self, number: int) -> int | None:
-        if number >= len(self._udp):
-            raise ValueError(f"must be below {len(self._udp)}, the number of ports so far")
-        return self._udp[number]
-
     def add_udp_peers(self, number: int, peers: Sequence[UdpPeer]) -> None:
         """Peers of a port that came."""
-        index = self._udp_port(number)
+        index = self._udp[number]
         if index is not None:
             for peer in peers:
                 self._engine.import_udp_peer(index, peer)
 
     def add_datagrams(self, number: int, datagrams: Sequence[Datagram]) -> None:
         """Datagrams of a port that came; they are delivered after the commit."""
-        index = self._udp_port(number)
+        index = self._udp[number]
         if index is not None:
             self._datagrams.setdefault(index, []).extend(datagrams)
 

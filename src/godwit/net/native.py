@@ -213,6 +213,7 @@ class _Notes:
 
     def __init__(self) -> None:
         self.flows = 0
+        self.udp_ports = 0
         self.settled: set[int] = set()
         self.once: set[str] = set()
 
@@ -294,18 +295,24 @@ def _load_udp_port(mover: FlowMover, _part: Part, port: UdpPort) -> None:
     mover.add_udp_port(port)
 
 
-def _load_udp_peers(mover: FlowMover, part: Part, number: int, flats: Sequence[tuple[Any, ...]]) -> None:
-    try:
-        mover.add_udp_peers(number, [UDP_PEER.build(flat) for flat in flats])
-    except ValueError as error:
-        raise part.bad("UDP peers", "port", number, str(error)) from None
+def _load_udp_peers(mover: FlowMover, _part: Part, number: int, flats: Sequence[tuple[Any, ...]]) -> None:
+    mover.add_udp_peers(number, [UDP_PEER.build(flat) for flat in flats])
 
 
-def _load_datagram(mover: FlowMover, part: Part, number: int, head: Waiting, data: bytes) -> None:
-    try:
-        mover.add_datagrams(number, [Datagram(*head[:3], data)])
-    except ValueError as error:
-        raise part.bad("UDP datagram", "port", number, str(error)) from None
+def _load_datagram(mover: FlowMover, _part: Part, number: int, head: Waiting, data: bytes) -> None:
+    mover.add_datagrams(number, [Datagram(*head[:3], data)])
+
+
+def _check_udp_port(notes: _Notes, part: Part, _port: UdpPort) -> None:
+    notes.udp_ports += 1
+    if notes.udp_ports > MAX_FLOWS:
+        raise part.bad(part.name, "ports", notes.udp_ports, f"must be at most {MAX_FLOWS}", part.offset - part.start)
+
+
+def _check_udp_number(notes: _Notes, part: Part, number: int, *_values: object) -> None:
+    if number >= notes.udp_ports:
+        why = f"must be below {notes.udp_ports}, the number of ports so far"
+        raise part.bad(part.name, "port", number, why, part.offset - part.start)
 
 
 UDP_PORT_KIND: Final[Kind[FlowMover]] = Kind(
@@ -313,6 +320,7 @@ UDP_PORT_KIND: Final[Kind[FlowMover]] = Kind(
     "UDP port",
     (One(UDP_PORT),),
     _load_udp_port,
+    check=_check_udp_port,
     required=False,
     doc="Numbered from 0 on. Of forwarded ports those with peers or datagrams.",
 )
@@ -321,6 +329,7 @@ UDP_PEERS_KIND: Final[Kind[FlowMover]] = Kind(
     "UDP peers",
     (Number("port", "the number of their port"), Many(UDP_PEER, MAX_PEERS)),
     _load_udp_peers,
+    check=_check_udp_number,
     required=False,
     doc="Peers of one port.",
 )
@@ -333,6 +342,7 @@ DATAGRAM_KIND: Final[Kind[FlowMover]] = Kind(
         Data("data", lambda values: int(values[1].size), 65535, "its data, `size` bytes"),
     ),
     _load_datagram,
+    check=_check_udp_number,
     required=False,
     doc="One that waits for the guest, oldest first.",
 )

@@ -108,10 +108,10 @@ class FlowMover(Protocol):
         """Target: the next of them, numbered from 0 on. It may be that there is none to be had."""
 
     def add_udp_peers(self, number: int, peers: Sequence[UdpPeer]) -> None:
-        """Target: peers of that port. ValueError: no such number."""
+        """Target: peers of that port."""
 
     def add_datagrams(self, number: int, datagrams: Sequence[Datagram]) -> None:
-        """Target: what waits for the guest at that port. ValueError: no such number."""
+        """Target: what waits for the guest at that port."""
 
     def commit(self) -> None:
         """Target: the guest runs: let all go."""
