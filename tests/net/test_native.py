@@ -311,3 +311,17 @@ def test_a_udp_port_that_did_not_come(kind: int) -> None:
     payload = (1).to_bytes(4, "big") + records
     _, outcome, _ = load(with_check(HEAD.pack(kind, 0, len(payload)) + payload))
     assert "port is 1, must be below 0, the number of ports so far" in str(outcome.error)
+
+
+def test_no_more_datagrams_than_a_target_has_room_for() -> None:
+    """The source leaves the rest out, and the target believes nobody who says more."""
+    source = loaded("empty")
+    large = Datagram(V4, NOBODY, 53, bytes(65000))
+    source.ports = [(UdpPort(0, V4, 5000, V4, 40000, 0), [], [large] * 1100)]
+    data, _ = save(source)
+    target, outcome, _ = load(data)
+    assert outcome
+    assert len(target.ports[0][2]) == (64 << 20) // 65000
+    extra = (0).to_bytes(4, "big") + WAITING.sized(Waiting(V4, NOBODY, 53, 65000)) + bytes(65000)
+    _, outcome, _ = load(with_check(data[16:-12] + HEAD.pack(8, 0, len(extra)) + extra))
+    assert "must be at most 67108864 in all" in str(outcome.error)

@@ -42,6 +42,7 @@ NATIVE: Final = 0x80000001
 MAX_CONFIGURATION: Final = 65536  # bytes of text
 MAX_WHY: Final = 1024  # bytes of text
 MAX_PEERS: Final = 4096  # in one entry
+MAX_WAITING: Final = 64 << 20  # bytes of datagrams in a stream: they are in memory at the target, all of them
 SHOWN_WHY: Final = 100  # characters of it that are kept: there may be one for each flow
 
 
@@ -214,6 +215,7 @@ class _Notes:
     def __init__(self) -> None:
         self.flows = 0
         self.udp_ports = 0
+        self.waiting = 0  # bytes of datagrams
         self.settled: set[int] = set()
         self.once: set[str] = set()
 
@@ -309,6 +311,15 @@ def _check_udp_port(notes: _Notes, part: Part, _port: UdpPort) -> None:
         raise part.bad(part.name, "ports", notes.udp_ports, f"must be at most {MAX_FLOWS}", part.offset - part.start)
 
 
+def _check_datagram(notes: _Notes, part: Part, number: int, head: Waiting, _data: object) -> None:
+    _check_udp_number(notes, part, number)
+    notes.waiting += head.size
+    if notes.waiting > MAX_WAITING:
+        raise part.bad(
+            part.name, "size", notes.waiting, f"must be at most {MAX_WAITING} in all", part.offset - part.start
+        )
+
+
 def _check_udp_number(notes: _Notes, part: Part, number: int, *_values: object) -> None:
     if number >= notes.udp_ports:
         why = f"must be below {notes.udp_ports}, the number of ports so far"
@@ -342,9 +353,9 @@ DATAGRAM_KIND: Final[Kind[FlowMover]] = Kind(
         Data("data", lambda values: int(values[1].size), 65535, "its data, `size` bytes"),
     ),
     _load_datagram,
-    check=_check_udp_number,
+    check=_check_datagram,
     required=False,
-    doc="One that waits for the guest, oldest first.",
+    doc="One that waits for the guest, oldest first; of 64 MiB in all.",
 )
 
 
@@ -365,7 +376,7 @@ def _save(mover: FlowMover, push: Push) -> None:
 
 def _save_udp(mover: FlowMover, push: Push) -> None:
     """Write what can be of UDP; what cannot be is no loss that a datagram's sender does not know."""
-    number = 0
+    number = waiting = 0
     for port, peers, datagrams in mover.udp():
         if not _is_sound(UDP_PORT, port):
             continue
@@ -375,7 +386,8 @@ def _save_udp(mover: FlowMover, push: Push) -> None:
             push(UDP_PEERS_KIND, number, flats[first : first + MAX_PEERS])
         for one in datagrams:
             head = Waiting(one.remote_addr, one.local_addr, one.remote_port, len(one.data))
-            if _is_sound(WAITING, head):
+            waiting += head.size
+            if waiting <= MAX_WAITING and _is_sound(WAITING, head):
                 push(DATAGRAM_KIND, number, head, one.data)
         number += 1
 
