@@ -321,7 +321,7 @@ def test_no_more_datagrams_than_a_target_has_room_for() -> None:
     data, _ = save(source)
     target, outcome, _ = load(data)
     assert outcome
-    assert len(target.ports[0][2]) == (64 << 20) // 65000
+    assert len(target.ports[0][2]) == (64 << 20) // 65064
     extra = (0).to_bytes(4, "big") + WAITING.sized(Waiting(V4, NOBODY, 53, 65000)) + bytes(65000)
     _, outcome, _ = load(with_check(data[16:-12] + HEAD.pack(8, 0, len(extra)) + extra))
     assert "must be at most 67108864 in all" in str(outcome.error)

@@ -43,6 +43,7 @@ MAX_CONFIGURATION: Final = 65536  # bytes of text
 MAX_WHY: Final = 1024  # bytes of text
 MAX_PEERS: Final = 4096  # in one entry
 MAX_WAITING: Final = 64 << 20  # bytes of datagrams in a stream: they are in memory at the target, all of them
+DATAGRAM_COST: Final = 64  # bytes that each counts for besides its data
 SHOWN_WHY: Final = 100  # characters of it that are kept: there may be one for each flow
 
 
@@ -313,7 +314,7 @@ def _check_udp_port(notes: _Notes, part: Part, _port: UdpPort) -> None:
 
 def _check_datagram(notes: _Notes, part: Part, number: int, head: Waiting, _data: object) -> None:
     _check_udp_number(notes, part, number)
-    notes.waiting += head.size
+    notes.waiting += head.size + DATAGRAM_COST
     if notes.waiting > MAX_WAITING:
         raise part.bad(
             part.name, "size", notes.waiting, f"must be at most {MAX_WAITING} in all", part.offset - part.start
@@ -355,7 +356,7 @@ DATAGRAM_KIND: Final[Kind[FlowMover]] = Kind(
     _load_datagram,
     check=_check_datagram,
     required=False,
-    doc="One that waits for the guest, oldest first; of 64 MiB in all.",
+    doc="One that waits for the guest, oldest first; of 64 MiB in all, where each counts for 64 bytes besides its data.",
 )
 
 
@@ -386,7 +387,7 @@ def _save_udp(mover: FlowMover, push: Push) -> None:
             push(UDP_PEERS_KIND, number, flats[first : first + MAX_PEERS])
         for one in datagrams:
             head = Waiting(one.remote_addr, one.local_addr, one.remote_port, len(one.data))
-            waiting += head.size
+            waiting += head.size + DATAGRAM_COST
             if waiting <= MAX_WAITING and _is_sound(WAITING, head):
                 push(DATAGRAM_KIND, number, head, one.data)
         number += 1
