@@ -28,6 +28,7 @@ from godwit.migration.lifecycle import Direction, State
 from godwit.migration.migration import Migration, Outcome, describe
 from godwit.migration.section import Field, Record, Section, UnsoundError
 from godwit.migration.stream import Cancel, Part, Reader, Writer
+from godwit.migration.transfers import Transfers
 from godwit.migration.version import Item, Stage, Version, negotiate
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "StateError",
     "TimedOutError",
     "TrailingDataError",
+    "Transfers",
     "TruncatedError",
     "UnknownEntryError",
     "UnsoundError",
