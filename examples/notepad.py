@@ -38,6 +38,7 @@ log = logging.getLogger("notepad")
 
 MAX_NOTE = 256  # bytes of UTF-8
 MAX_NOTES = 64  # that are kept
+COUNTS = 1 << 48  # so many can be counted
 
 #: The serial number, how many notes were written and how many refused, and the bytes of text that follow.
 ANSWER = struct.Struct("<8sQII")
@@ -82,7 +83,7 @@ class Desk:
             log.warning("a note was refused: %s", error)
             return pad.answer(room)
         if note:
-            pad.written += 1
+            pad.written = (pad.written + 1) % COUNTS
             pad.notes = (*pad.notes, note)[-MAX_NOTES:]
             self.say(f"note {pad.written}: {note!r}")
         return pad.answer(room)
@@ -118,7 +119,7 @@ PAD_1 = Record(
     "pad",
     (
         Field("serial", octets(8), "serial number that the guest was shown"),
-        Field("written", u64, "notes that were written", range(1 << 48)),
+        Field("written", u64, "notes that were written", range(COUNTS)),
     ),
     Pad,
     fields_of=lambda pad: (pad.serial, pad.written),
@@ -140,7 +141,7 @@ PAD = Record(
     "pad",
     (
         Field("serial", octets(8), "serial number that the guest was shown"),
-        Field("written", u64, "notes that were written", range(1 << 48)),
+        Field("written", u64, "notes that were written", range(COUNTS)),
         # Came later; a stream without it is read all the same.
         Field("refused", u32, "notes that were refused", default=0),
     ),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import mmap
 import os
+import re
 import select
 import signal
 import struct
@@ -490,3 +491,11 @@ def test_the_examples_are_built_on_the_two_libraries_alone() -> None:
         }
         ours = {".".join(name.split(".")[:2]) for name in modules if name.split(".")[0] == "godwit"}
         assert ours == {"godwit.vhost_user", "godwit.migration"}
+
+
+def test_the_tutorial_quotes_the_example() -> None:
+    """Every piece of code in it is in the program, as it is there."""
+    text = EXAMPLE.read_text()
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 10
+    assert [block for block in blocks if block not in text] == []
