@@ -203,7 +203,7 @@ def test_the_next_one_undoes_the_one_before() -> None:
         assert await transfers.check()
         second = Pipe(SOURCE)
         again = Migration(VERSIONS, device)
-        await transfers.begin(again, second.theirs, SOURCE, ran=lambda: ran.append(threading.get_ident()))
+        await transfers.begin(again, second.theirs, SOURCE, done=lambda: ran.append(threading.get_ident()))
         assert await transfers.check()
         assert len(ran) == 1
         assert ran[0] != threading.get_ident()
@@ -217,9 +217,10 @@ def test_the_next_one_undoes_the_one_before() -> None:
 
 def test_a_version_that_is_not_known_is_no_transfer() -> None:
     async def work(transfers: Transfers[Device], device: Device) -> None:
-        pipe = Pipe(SOURCE)
+        pipe, done = Pipe(SOURCE), threading.Event()
         with pytest.raises(ValueError, match="version 9 cannot be written"):
-            await transfers.begin(Migration(VERSIONS, device), pipe.theirs, SOURCE, 9)
+            await transfers.begin(Migration(VERSIONS, device), pipe.theirs, SOURCE, 9, done=done.set)
+        assert done.is_set()
         assert transfers.current is None
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(pipe.theirs)

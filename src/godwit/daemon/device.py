@@ -2,12 +2,7 @@
 """The network device: a vhost-user device over a data plane, and its migration.
 
 The methods are the front-end's requests, in its order. Which of them means
-what for a migration is not said by any request of its own, so it is read off
-here: a ring that is started after a save takes the guest back (roll-back); the
-first sign of life after a load, a RARP or a ring that is started, is the
-commit; an end of the session before that discards what was loaded. A RARP after
-a save is no sign of life: a front-end may be told to announce its guest at any
-time, also one whose guest has moved away.
+what for a migration, `godwit.migration.transfers` knows.
 """
 
 from __future__ import annotations
@@ -31,7 +26,7 @@ from godwit.daemon.record import Recording
 from godwit.daemon.stats import Statistics
 from godwit.dataplane import Engine, StreamCard
 from godwit.migration import Direction as Transfer
-from godwit.migration import Migration, State
+from godwit.migration import Migration, State, StateError, Transfers
 from godwit.net.change import facts
 from godwit.net.config import IPAddress, NetConfig, packed16
 from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS, is_about_addresses, questions
@@ -115,9 +110,7 @@ class NetDevice(BaseDevice):
         self._engine = Engine()
         self._responder = Responder(config)
         self._mover = Mover(self._engine, repair, config.scope6, self._in_background, self._facts)
-        self._transfer: Migration[FlowMover] | None = None
-        self._recording: Recording | None = None
-        self._running: asyncio.Task[object] | None = None
+        self._transfers: Transfers[FlowMover] = Transfers()
         self._background: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._advertising: asyncio.TimerHandle | None = None
@@ -254,7 +247,7 @@ class NetDevice(BaseDevice):
 
     def _follow_now(self) -> None:
         config = self._next
-        if config is None or self._transfer is not None or self._stands_still:
+        if config is None or self._transfers.current is not None or self._stands_still:
             return
         self._next = None
         config.guest_mac = self._config.guest_mac
@@ -285,7 +278,7 @@ class NetDevice(BaseDevice):
 
     def _say(self, frames: list[bytes]) -> None:
         """Send the guest what it has not asked for; nothing while it may be about to leave."""
-        if self._transfer is None and not self._stands_still:
+        if self._transfers.current is None and not self._stands_still:
             for frame in frames:
                 self._engine.inject(frame)
 
@@ -450,89 +443,42 @@ class NetDevice(BaseDevice):
 
     async def send_rarp(self, mac: bytes) -> None:
         """SEND_RARP: after a load, the guest runs. No network below us would have to learn its address."""
-        if self._transfer is not None and self._transfer.state is State.LOADED:
-            await self._guest_runs()
+        self._note_end(await self._transfers.guest_is_announced())
 
     # ---- migration
 
     async def set_device_state_fd(self, direction: Direction, phase: int, fd: int) -> int | None:
         """SET_DEVICE_STATE_FD: start a save or a load; it goes on in a thread."""
-        await self._end_transfer()
         saving = direction is Direction.SAVE
-        self._recording = Recording(path, "saved" if saving else "loaded") if (path := self._options.record) else None
-        copy = None if self._recording is None else self._recording.write
+        recording = Recording(path, "saved" if saving else "loaded") if (path := self._options.record) else None
+        copy, done = (recording.write, recording.close) if recording is not None else (None, lambda: None)
         transfer: Migration[FlowMover] = Migration(versions(), self._mover, copy=copy)
-        self._transfer = transfer
-        self._running = None
+        way, version = (Transfer.SOURCE, self._options.migrate_version) if saving else (Transfer.TARGET, None)
         try:
-            if saving:
-                transfer.request(fd, Transfer.SOURCE, self._options.migrate_version)
-            else:
-                transfer.request(fd, Transfer.TARGET)
+            await self._transfers.begin(transfer, fd, way, version, done=done)
         except ValueError as error:
             raise DeviceError(str(error)) from error
-        self._running = asyncio.ensure_future(asyncio.to_thread(self._run, transfer))
         return None
-
-    def _run(self, transfer: Migration[FlowMover]) -> object:
-        try:
-            return transfer.run()
-        finally:
-            if self._recording is not None:
-                self._recording.close()
 
     async def check_device_state(self) -> bool:
         """CHECK_DEVICE_STATE: how the transfer ended, once it has."""
-        transfer = self._transfer
-        if transfer is None or self._running is None:
-            raise DeviceError("no state was transferred")
-        await asyncio.shield(self._running)
-        return bool(transfer.outcome)
-
-    async def _settle(self, why: str) -> None:
-        """Have what runs of the transfer come to its end: a save or load is cancelled, for the rest is waited."""
-        if self._transfer is not None and self._running is not None and not self._running.done():
-            self._transfer.cancel(why)
-            await asyncio.wait([self._running])
-
-    async def _finish(self, work: Callable[[], object]) -> None:
-        """End a transfer, in a thread; it goes on there if the session is ended meanwhile (see ``_settle``)."""
-        self._running = asyncio.ensure_future(asyncio.to_thread(work))
-        await asyncio.shield(self._running)
+        try:
+            return await self._transfers.check()
+        except StateError as error:
+            raise DeviceError(str(error)) from error
 
     async def _guest_runs(self) -> None:
         """The front-end starts the guest: what a save froze is thawed, what a load brought is let go."""
-        transfer = self._transfer
-        if transfer is None:
+        if self._transfers.current is None:
             self._mover.thaw_listeners()
-            return
-        await self._settle("the guest runs again")
-        if transfer.state in (State.SAVED, State.LINGERING):
-            log.info("the guest goes on here: roll-back")
-            await self._finish(transfer.rollback)
-        elif transfer.state is State.LOADED:
-            await self._finish(transfer.commit)
+        self._note_end(await self._transfers.guest_runs())
+
+    def _note_end(self, ended: State | None) -> None:
+        """A transfer has ended, in that state."""
+        if ended is not None:
+            self._mover.helper_expected = False
+        if ended is State.COMMITTED:
             self._moved_in = True
-        self._close_transfer()
-
-    async def _end_transfer(self) -> None:
-        """A transfer that is still there when the next one, or the end, comes."""
-        transfer = self._transfer
-        if transfer is None:
-            return
-        await self._settle("the front-end has turned to something else")
-        if transfer.state in (State.SAVED, State.LINGERING):
-            await self._finish(transfer.rollback)
-        elif transfer.state is State.LOADED:
-            await self._finish(transfer.discard)
-        self._close_transfer()
-
-    def _close_transfer(self) -> None:
-        assert self._transfer is not None  # checked by the callers
-        self._transfer.close()
-        self._transfer = None
-        self._running = None
-        self._mover.helper_expected = False
 
     def guest_comes(self) -> None:
         """A front-end has connected. What came to its guest's ports while there was none is for nobody."""
@@ -540,12 +486,9 @@ class NetDevice(BaseDevice):
 
     async def disconnected(self) -> None:
         """The front-end is gone, and the guest with it: for good, or to where it was moved."""
-        await self._settle("the front-end has hung up")
-        transfer = self._transfer
-        if transfer is not None and transfer.state in (State.SAVED, State.LINGERING):
+        if await self._transfers.settle("the front-end has hung up") in (State.SAVED, State.LINGERING):
             await self._begin_linger(await asyncio.to_thread(self._mover.leave))
-            self._close_transfer()
-        await self._end_transfer()
+        self._note_end(await self._transfers.hung_up())
         if self._advertising is not None:
             self._advertising.cancel()
             self._advertising = None

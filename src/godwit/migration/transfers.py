@@ -16,6 +16,8 @@ next one waits for it.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import Callable
 from typing import BinaryIO, Final, Generic
 
@@ -23,6 +25,8 @@ from godwit.migration.errors import StateError
 from godwit.migration.lifecycle import Direction, State
 from godwit.migration.migration import Migration
 from godwit.migration.version import Context
+
+log = logging.getLogger(__name__)
 
 _GONE_OUT: Final = (State.SAVED, State.LINGERING)
 
@@ -51,20 +55,27 @@ class Transfers(Generic[Context]):
         direction: Direction,
         version: int | None = None,
         *,
-        ran: Callable[[], None] = lambda: None,
+        done: Callable[[], None] = lambda: None,
     ) -> None:
         """SET_DEVICE_STATE_FD: start to save or load, and return; the arguments are those of ``Migration.request``.
 
         A transfer that is there still is ended before: a save is rolled back, a
-        load discarded. ``ran`` is called when ``run`` has returned, in its thread.
+        load discarded. ``done`` is called once: when ``run`` has returned, in its
+        thread, or when it will never run. A descriptor is the transfer's whatever happens.
 
         :raises ValueError: this device does not write that version.
         """
-        await self.end("the front-end has turned to something else")
+        try:
+            await self.end("the front-end has turned to something else")
+        except BaseException:
+            if isinstance(file, int):
+                os.close(file)
+            done()
+            raise
         try:
             transfer.request(file, direction, version)
-        except ValueError:
-            transfer.close()
+        except (ValueError, StateError):
+            done()
             raise
         self._current = transfer
 
@@ -72,7 +83,7 @@ class Transfers(Generic[Context]):
             try:
                 return transfer.run()
             finally:
-                ran()
+                done()
 
         self._work = asyncio.ensure_future(asyncio.to_thread(run))
 
@@ -101,6 +112,7 @@ class Transfers(Generic[Context]):
             return None
         await self.settle("the guest runs")
         if transfer.state in _GONE_OUT:
+            log.info("the guest goes on here: roll-back")
             await self._do(transfer.rollback)
         elif transfer.state is State.LOADED:
             await self._do(transfer.commit)
