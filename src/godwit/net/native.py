@@ -356,7 +356,7 @@ DATAGRAM_KIND: Final[Kind[FlowMover]] = Kind(
     _load_datagram,
     check=_check_datagram,
     required=False,
-    doc="One that waits for the guest, oldest first; of 64 MiB in all, where each counts for 64 bytes besides its data.",
+    doc="One that waits for the guest, oldest first; of 64 MiB in all, each with 64 bytes besides its data.",
 )
 
 
