@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from godwit.dataplane.state import Datagram, FlowState, SocketState, UdpPeer, UdpPort
-from godwit.migration import Direction, Migration, MigrationError, Outcome, UnknownEntryError, VersionRefusedError
+from godwit.migration import (
+    Direction,
+    Faults,
+    Migration,
+    MigrationError,
+    Outcome,
+    UnknownEntryError,
+    VersionRefusedError,
+)
 from godwit.migration.entries import HEAD
 from godwit.migration.inspect import inspect
 from godwit.net.native import FLOW, NATIVE, UDP_PEER, WAITING, Waiting
@@ -106,6 +115,32 @@ def test_many_flows_come_in_batches() -> None:
     assert outcome
     assert target.batches == [BATCH, BATCH, 5]
     assert target.sockets == source.sockets
+
+
+class OddMover(Mover):
+    """One whose ids are others than the numbers in a stream, with no place for every third flow."""
+
+    def prepared(self) -> Sequence[int]:
+        return [-1 if number % 3 == 2 else 5000 - number for number in range(len(self.states))]
+
+    def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
+        super().prepare(flows)
+        return self.prepared()[-len(flows) :]
+
+
+def test_numbers_are_of_the_stream_and_ids_of_the_device() -> None:
+    source = loaded("idle-v4")
+    dumped = source.sockets[0]
+    assert dumped is not None
+    count = BATCH + 7
+    source.states *= count
+    source.sockets = {number: (dumped[0]._replace(seq_snd=number), *dumped[1:]) for number in range(count)}
+    source.sockets[BATCH + 2] = source.sockets[3] = None
+    target, outcome, _ = load(save(source)[0], OddMover())
+    assert outcome
+    assert target.lost.keys() == {5000 - 3, 5000 - BATCH - 2}
+    restored = {flow: dumped[0].seq_snd for flow, dumped in target.sockets.items() if dumped is not None and flow >= 0}
+    assert restored == {5000 - number: number for number in range(count) if number % 3 != 2 and source.sockets[number]}
 
 
 def test_a_broken_stream_leaves_nothing(source: Mover) -> None:
@@ -227,6 +262,45 @@ def test_a_newer_native_that_we_can_read_is_read() -> None:
     assert isinstance(outcome.error, VersionRefusedError)
     assert "device state version 0x80000002" in str(outcome.error)
     assert "knows 2, 0x80000001: have the source write one of these" in str(outcome.error)
+
+
+def run(data: io.BytesIO, mover: Mover, direction: Direction, faults: Faults) -> tuple[Outcome, Migration[FlowMover]]:
+    transfer: Migration[FlowMover] = Migration(versions(), mover, faults=faults)
+    transfer.request(data, direction, NATIVE if direction is Direction.SOURCE else None)
+    return transfer.run(), transfer
+
+
+def test_a_fault_at_any_point_undoes_all(source: Mover) -> None:
+    passed = Faults()
+    file = io.BytesIO()
+    assert run(file, loaded_again(source), Direction.SOURCE, passed)[0]
+    good = file.getvalue()
+    assert run(io.BytesIO(good), Mover(), Direction.TARGET, passed)[0]
+    assert "target:state:after" in passed.passed
+    for point in passed.passed:
+        faults = Faults.parse(f"{point}=fail")
+        target = point.startswith("target")
+        mover = Mover() if target else loaded_again(source)
+        file = io.BytesIO(good if target else b"")
+        outcome, transfer = run(file, mover, Direction.TARGET if target else Direction.SOURCE, faults)
+        assert not outcome, point
+        transfer.close()
+        if target:
+            assert (mover.states, mover.sockets, mover.seen) == ([], {}, NEVER_SEEN), point
+            assert "commit" not in mover.calls
+        elif point != "source:header":
+            assert mover.calls[-1] == "thaw", point
+    for point in ("commit:state", "discard:state"):
+        mover = Mover()
+        transfer = run(io.BytesIO(good), mover, Direction.TARGET, Faults.parse(f"{point}=fail"))[1]
+        assert len(transfer.commit() if "commit" in point else transfer.discard()) == 1
+
+
+def loaded_again(source: Mover) -> Mover:
+    """Another device with the same in it."""
+    mover = Mover()
+    mover.states, mover.sockets, mover.seen = list(source.states), dict(source.sockets), source.seen
+    return mover
 
 
 def frozen() -> list[Path]:
