@@ -184,3 +184,20 @@ def test_what_a_source_says_is_short_and_one_line_in_the_log(rig: Rig, caplog: p
     assert caplog.messages[0].endswith(" and so on: often")
     assert len(caplog.messages) == 21
     assert caplog.messages[-1] == "99981 lost for 99981 other reasons"
+
+
+@pytest.mark.parametrize("end", ["commit", "discard"])
+def test_what_was_prepared_is_of_one_transfer(rig: Rig, end: str) -> None:
+    """Sockets name their flow by its place in it."""
+    states = []
+    for _ in range(3):
+        flow = rig.add()
+        states.append(rig.engine.flow_state(flow))
+        rig.engine.forget_flow(flow)
+    for _ in range(2):
+        first = list(rig.mover.prepare(states[:1]))
+        both = [*first, *rig.mover.prepare(states[1:])]
+        assert list(rig.mover.prepared()) == both
+        assert len(both) == 3
+        getattr(rig.mover, end)()
+        assert list(rig.mover.prepared()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import logging
+import tracemalloc
 import zlib
 from typing import Any, NamedTuple
 
@@ -135,6 +136,17 @@ def test_what_is_not_known_is_passed_over_or_refused(caplog: pytest.LogCaptureFi
     )
 
 
+def test_what_is_passed_over_takes_no_memory() -> None:
+    data = stream(entry(9, bytes(32 << 20), 0))
+    tracemalloc.start()
+    try:
+        assert load(data, kind(OLD))[1]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - len(data) < 4 << 20  # its copy in the file object counts
+
+
 def test_damage_is_noticed() -> None:
     data = stream(entry(1, OLD.sized(Old(7, b"name"))), entry(9, b"passed over", 0))
     assert load(data, kind(OLD))[1]
@@ -197,6 +209,10 @@ def test_many_of_a_kind() -> None:
         (
             OLD.sized_many([Old(1, b"name"), Old(1000, b"name")]),
             "thing 1: number is 1000, must be from 0 to 999 (at offset 38)",
+        ),
+        (
+            OLD.sized_many([Old(1000, b"name"), Old(1, b"name")]),
+            "thing 0: number is 1000, must be from 0 to 999 (at offset 30)",
         ),
         (OLD.sized_many([Old(1, b"name")])[:-1], "many: length is 8, and 7 bytes of it are left (at offset 30)"),
     ):

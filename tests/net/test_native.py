@@ -7,6 +7,7 @@ import io
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from godwit.dataplane.state import Datagram, FlowState, SocketState, UdpPeer, UdpPort
 from godwit.migration import (
+    AbortedError,
     Direction,
     Faults,
     Migration,
@@ -229,6 +231,96 @@ def test_the_inspector_says_what_a_target_would_say(source: Mover) -> None:
         for broken in (data[:at], data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]):
             error = load(broken)[1].error
             assert inspected(broken) == str(error) or isinstance(error, UnknownEntryError)  # it shows those
+
+
+def socket_entry(state: SocketState) -> bytes:
+    return HEAD.pack(4, 1, 6 + SOCKET.size) + bytes(4) + SOCKET.sized(state)
+
+
+def test_what_is_odd_and_no_reason_to_refuse() -> None:
+    """A connection that ended, an address that nobody has, a line that is none of ours."""
+    observed = OBSERVED.sized(NEVER_SEEN._replace(mac=b"\1" * 6, addr4=b"\xe0\0\0\1"))
+    text = b"IPv4\t10.9.0.2/24\nno tab\n\nMTU\t1500\tor so"
+    body = HEAD.pack(1, 0, len(text)) + text + HEAD.pack(2, 1, len(observed)) + observed
+    body += A_FLOW + socket_entry(A_SOCKET._replace(tcpi_state=7))
+    target, outcome, _ = load(with_check(body))
+    assert outcome
+    assert target.compared == {"IPv4": "10.9.0.2/24", "MTU": "1500\tor so"}
+    assert target.seen == NEVER_SEEN
+    assert target.lost == {0: "it ended meanwhile"}
+
+
+def test_more_flows_than_there_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("godwit.net.native.MAX_FLOWS", 2)
+    assert load(with_check(A_FLOW * 2))[1]
+    target, outcome, _ = load(with_check(A_FLOW * 3))
+    assert "TCP flows: count is 3, must be at most 2 in all" in str(outcome.error)
+    assert target.batches == [1, 1]
+
+
+def test_flows_whose_addresses_cannot_be() -> None:
+    flat = FLOW.flatten(loaded("idle-v4").states[0])
+    six = b"\x20\x01" + bytes(13) + b"\1"
+    for index, value, message in (
+        (2, six, "guest_end_addr is"),
+        (6, six, "host_end_addr is"),
+        (5, bytes(16), "host_our_addr is"),
+        (1, b"\xff" + bytes(15), "guest_our_addr is"),
+        (9, 0x83, "events is 131, must have bit 0x04"),
+    ):
+        flows = FLOW.sized_many([(*flat[:index], value, *flat[index + 1 :])])
+        target, outcome, _ = load(with_check(HEAD.pack(3, 1, len(flows)) + flows))
+        assert f"TCP flow 0: {message}" in str(outcome.error)
+        assert target.batches == []
+
+
+def test_what_the_source_cannot_say_whole() -> None:
+    """Queues of another length than the socket says, and a text that is too long."""
+    source = loaded("queues-v4")
+    dumped = source.sockets[1]
+    assert dumped is not None
+    source.sockets[1] = (dumped[0], dumped[1], dumped[2] + b"x")
+    source.told = {"IPv4": "x" * 70000}
+    target, outcome, _ = load(save(source)[0])
+    assert outcome
+    assert [flow for flow, _ in source.given_up] == [1]
+    assert target.lost.keys() == {1}
+    assert target.sockets[0] == source.sockets[0]
+    assert target.compared == {"IPv4": "x" * (65536 - len("IPv4\t"))}
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+def test_a_cancellation_is_heeded_between_entries(direction: Direction) -> None:
+    class Cancelling(Mover):
+        def dump(self, flow: int) -> tuple[SocketState, bytes, bytes] | None:
+            self.calls.append("socket")
+            transfer.cancel("enough")
+            return super().dump(flow)
+
+        def restore(self, *arguments: Any) -> None:
+            self.calls.append("socket")
+            transfer.cancel("enough")
+
+    source = loaded("idle-v4")
+    source.states *= 5
+    source.sockets = dict.fromkeys(range(5), source.sockets[0])
+    file = io.BytesIO(save(source)[0] if direction is Direction.TARGET else b"")
+    mover = Cancelling()
+    if direction is Direction.SOURCE:
+        mover.states, mover.sockets = source.states, source.sockets
+    transfer: Migration[FlowMover] = Migration(versions(), mover)
+    transfer.request(file, direction, NATIVE if direction is Direction.SOURCE else None)
+    assert isinstance(transfer.run().error, AbortedError)
+    assert mover.calls.count("socket") == 1
+
+
+def test_a_queue_of_many_pieces_is_shown_by_its_check_value() -> None:
+    queue = bytes(range(256)) * 3000
+    data = socket_entry(A_SOCKET._replace(sndq=len(queue)))
+    entry = HEAD.pack(4, 1, len(data) - HEAD.size + len(queue)) + data[HEAD.size :] + queue
+    items = {item.name: item.values for item in inspect(io.BytesIO(with_check(A_FLOW + entry)), versions())}
+    assert items["TCP socket"]["sndq bytes"] == len(queue)
+    assert items["TCP socket"]["sndq crc32"] == f"{zlib.crc32(queue):08x}"
 
 
 def test_odd_orders_that_are_sound() -> None:
