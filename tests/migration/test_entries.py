@@ -231,3 +231,11 @@ def test_declarations_that_cannot_be() -> None:
         Record("thing", (Field("mode", u8, default=1),), Old)
     with pytest.raises(ValueError, match="inner is no scalar and cannot have a default"):
         Record("thing", (COUNT, Field("inner", OLD, default=1)), Old)
+
+
+def test_a_value_that_is_no_such_record() -> None:
+    nested: Record[Any] = Record("nested", (Field("thing", OLD),), tuple)
+    cases: list[tuple[Record[Any], tuple[Any, ...]]] = [(OLD, (1,)), (OLD, (1, b"name", 2)), (nested, ())]
+    for record, value in cases:
+        with pytest.raises(ValueError, match=r"values for 2 fields|argument 2 is shorter"):
+            record.flatten(value)

@@ -165,6 +165,8 @@ class Record(Generic[Value]):
         self._allowed = tuple(
             (index, leaf.allowed) for index, leaf in enumerate(self.leaves) if leaf.allowed is not None
         )
+        # Then a value is its own flat tuple, which is the quick case.
+        self._is_flat = all(isinstance(field.kind, Scalars) for field in self.fields)
         self._sizes, self._defaults = _growth(self.name, self.fields)
 
     def unpack(self, data: bytes) -> tuple[Any, ...]:
@@ -213,6 +215,8 @@ class Record(Generic[Value]):
 
     def build(self, flat: tuple[Any, ...]) -> Value:
         """The nested value of a flat tuple."""
+        if self._is_flat:
+            return self._make(*flat)
         scalars = iter(flat)
         return self._make(*(_build(field.kind, scalars) for field in self.fields))
 
@@ -225,6 +229,10 @@ class Record(Generic[Value]):
             parts = value
         else:
             raise TypeError(f"{self.name}: {type(value).__name__} is no tuple, and fields_of was not given")
+        if self._is_flat:
+            if len(parts) != len(self.fields):
+                raise ValueError(f"{self.name}: {len(parts)} values for {len(self.fields)} fields")
+            return tuple(parts)
         for field, part in zip(self.fields, parts, strict=True):
             _flatten(field.kind, part, flat)
         return tuple(flat)

@@ -429,14 +429,13 @@ def _save_socket(mover: FlowMover, push: Push, number: int, flow: int) -> str:
     try:
         if state.sndq != len(sndq) or state.rcvq != len(rcvq):
             raise UnsoundError(2, f"with {len(sndq)} + {len(rcvq)} bytes in the queues")
-        SOCKET.encode(state)
+        push(SOCKET_KIND, number, state, sndq, rcvq)  # which encodes all before it writes any
     except (UnsoundError, struct.error) as error:
         why = str(error)
         if isinstance(error, UnsoundError):
             why = f"{SOCKET.leaves[error.leaf].name} {state[error.leaf]} {error.why}"
         mover.give_up(flow, why)
         return why
-    push(SOCKET_KIND, number, state, sndq, rcvq)
     return ""
 
 
