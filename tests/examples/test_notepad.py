@@ -348,6 +348,19 @@ def test_a_broken_state_is_refused_and_the_source_goes_on(
     assert there.printed == []
 
 
+def test_nothing_is_left_of_a_state_that_was_not_used(daemon: Callable[..., Daemon], guest: Guest) -> None:
+    """Neither of one that was broken nor of one that another came after."""
+    there = daemon("there")
+    with there.connect(guest) as target:
+        assert not load(target, BROKEN["damaged"][0])
+        assert load(target, TWO)
+        assert load(target, ONE)
+        assert load(target, TWO)
+        start(target, guest)
+        assert guest.ask() == Answer(SERIAL, 2, 1, ["one", "zwei ✓"])
+    assert there.printed == ["a pad has come from frozen, 2 notes were written"]
+
+
 @pytest.mark.parametrize(
     ("stream", "answer"),
     [
