@@ -139,8 +139,27 @@ def test_what_was_loaded_is_forgotten(family: Family, peer: socket.socket) -> No
         assert target.engine.udp_peers() == []
         with pytest.raises(ValueError, match=f"no UDP port {port}"):
             target.engine.udp_port_state(port)
+        target.engine.carry_datagrams(there, [waiting])
+        target.engine.drain_forwards()
+        assert target.engine.udp_waiting(there) == []
         with pytest.raises(ValueError, match="a datagram of 65537 bytes"):
             target.engine.carry_datagrams(there, [waiting._replace(data=bytes(65537))])
+        target.engine.unpark()
+
+
+def test_a_port_that_nobody_came_along_with_is_not_kept(family: Family, peer: socket.socket) -> None:
+    with Guest() as source, Guest() as target:
+        ask(source, family, peer)
+        source.engine.park()
+        state, peers, _ = dump(source)
+        source.engine.unpark()
+        target.engine.park()
+        ports = [
+            load(target, (state._replace(guest_port=7000 + n), one, []), open_socket(state._replace(local_port=1))[0])
+            for n, one in enumerate(([], peers))
+        ]
+        target.engine.forget_lone_udp(ports)
+        assert target.engine.udp_ports() == ports[1:]
         target.engine.unpark()
 
 

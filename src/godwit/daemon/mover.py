@@ -594,8 +594,10 @@ class Mover:
         self._watch()
 
     def _let_go(self) -> None:
+        ports = [port for port in self._udp if port is not None]
         for port, datagrams in self._datagrams.items():
             self._engine.carry_datagrams(port, datagrams)
+        self._engine.forget_lone_udp(ports)
         self._let_flows_go()
 
     def _let_flows_go(self) -> None:

@@ -406,6 +406,12 @@ cdef class Engine(EngineBase):
             raise MemoryError
         flow_wait_ring(self.p, f)
 
+    def forget_lone_udp(self, ports):
+        """Of ports that were imported, take those away that nobody came along with: nothing would ever end them."""
+        for i in set(ports):
+            if self.udp_port(i).peers == 0 and not self.udp_port(i).flags & FF_FORWARD:
+                flow_close(self.p, self.udp_port(i))
+
     def forget_udp(self, ports):
         """Take ports that were imported away again, and what was imported into others (their indices)."""
         cdef uint32_t i

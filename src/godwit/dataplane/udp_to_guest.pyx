@@ -18,7 +18,16 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest, fits_mtu
-from godwit.dataplane.flow cimport carry_take, flow_close, flow_find, flow_index, flow_wait_ring, peer_in, peer_out
+from godwit.dataplane.flow cimport (
+    carry_free,
+    carry_take,
+    flow_close,
+    flow_find,
+    flow_index,
+    flow_wait_ring,
+    peer_in,
+    peer_out,
+)
 from godwit.dataplane.host cimport (
     get_sockaddr,
     guest_side,
@@ -387,6 +396,8 @@ cdef bint empty_hand(Plane *p) noexcept nogil:
 cdef void udp_drain(Plane *p, Flow *port) noexcept nogil:
     cdef int i
     p.udp_in.port = NONE
+    carry_free(port.carry_to_guest)
+    port.carry_to_guest = NULL
     for i in range(DRAIN):
         if recv(port.sock, NULL, 0, MSG_DONTWAIT | MSG_TRUNC) < 0 and errno == EAGAIN:
             return
