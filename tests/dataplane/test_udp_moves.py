@@ -173,3 +173,47 @@ def test_ports_that_lead_to_this_hosts_loopback_stay(family: Family) -> None:
         assert guest.engine.udp_ports() == []
         assert guest.engine.udp_peers() == []
         guest.engine.unpark()
+
+
+def test_a_peer_is_who_the_guest_would_reach_here(family: Family, peer: socket.socket) -> None:
+    """A stream opens no way to this host's loopback, and none through a socket of the other family."""
+    with Guest() as source, Guest() as target:
+        ask(source, family, peer)
+        source.engine.park()
+        state, [one], _ = dump(source)
+        source.engine.unpark()
+        target.engine.park()
+        port = target.engine.import_udp_port(state, open_socket(state._replace(local_port=1))[0])
+        loopback, other = address(family.loopback), address(HERE[4 if family.v6 else 6])
+        for wrong in (
+            one._replace(remote_addr=loopback),
+            one._replace(remote_addr=loopback, our_addr=loopback),
+            one._replace(remote_addr=other, our_addr=other),
+        ):
+            assert not target.engine.import_udp_peer(port, wrong)
+        target.engine.carry_datagrams(port, [Datagram(loopback, bytes(16), 9, b"x")])
+        assert target.engine.udp_waiting(port) == []
+        assert target.engine.import_udp_peer(port, one)
+        target.engine.unpark()
+
+
+def test_a_socket_is_bound_as_the_ports_here_are(family: Family) -> None:
+    """To the outbound address, never to the loopback because a stream says so; through the outbound interface."""
+    guest, loopback = address(here(family)), address(family.loopback)
+    state = UdpPort(0, guest, 7000, loopback, 45678, 0)
+    with socket.socket(fileno=open_socket(state)[0]) as sock:
+        assert sock.getsockname()[:2] == ("::" if family.v6 else "0.0.0.0", 45678)
+    fd, same = open_socket(state, loopback, "lo")
+    with socket.socket(fileno=fd) as sock:
+        assert same
+        assert sock.getsockname()[:2] == (family.loopback, 45678)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"lo"
+
+
+def test_a_long_queue_is_looked_at_until_its_time_is_over() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.sendto(b"x", sock.getsockname())
+        assert peek(sock.fileno(), 0.0) == []
+        assert [one.data for one in peek(sock.fileno())] == [b"x"]
+        assert sock.recv(10, socket.MSG_DONTWAIT) == b"x"

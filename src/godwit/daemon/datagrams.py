@@ -8,12 +8,14 @@ bound to, and the datagrams in its queue.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Iterator, Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from godwit.dataplane import Datagram, UdpPort
 from godwit.net.config import packed16
@@ -35,14 +37,18 @@ def readable(fds: Sequence[int]) -> set[int]:
     return {fd for fd, events in poll.poll(0) if events & select.POLLIN}
 
 
-def peek(fd: int) -> list[Datagram]:
-    """What waits in a socket, and stays there (SO_PEEK_OFF), oldest first; those that were joined are apart again."""
+def peek(fd: int, until: float = math.inf) -> list[Datagram]:
+    """What waits in a socket, and stays there (SO_PEEK_OFF), oldest first; those that were joined are apart again.
+
+    For each the kernel goes through all that were seen before (16 000 take 2.5 s),
+    so this ends, with what it has, at ``until`` of the monotonic clock.
+    """
     found: list[Datagram] = []
     size = errors = 0
     with socket.socket(fileno=os.dup(fd)) as sock:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
         try:
-            while len(found) < MOST and size < MOST_BYTES and errors < ERRORS:
+            while len(found) < MOST and size < MOST_BYTES and errors < ERRORS and time.monotonic() < until:
                 try:
                     data, control, _, name = sock.recvmsg(65536, 512, socket.MSG_PEEK | socket.MSG_DONTWAIT)
                 except BlockingIOError:
@@ -72,25 +78,32 @@ def _apart(data: bytes, control: Sequence[tuple[int, int, bytes]], name: tuple[s
         yield Datagram(remote, local, name[1], data[at : at + each])
 
 
-def open_socket(state: UdpPort) -> tuple[int, bool]:
-    """A socket for a port of the guest's, and whether it has the address that it had; else another port.
+def _address(packed: bytes) -> IPv4Address | IPv6Address:
+    found = IPv6Address(packed)
+    return found.ipv4_mapped or found
 
-    Raises OSError where there is none to be had.
+
+def open_socket(state: UdpPort, outbound: bytes = bytes(16), interface: str = "") -> tuple[int, bool]:
+    """A socket for a port of the guest's, and whether it has the port that it had; else another.
+
+    ``outbound`` and ``interface`` are what the guest's ports leave through
+    here (``Engine.udp_outbound``). Raises OSError where none is to be had.
     """
     v4 = state.guest_addr[:12] == _V4_MAPPED
-    text = (
-        socket.inet_ntop(socket.AF_INET, state.local_addr[12:])
-        if v4
-        else socket.inet_ntop(socket.AF_INET6, state.local_addr)
-    )
-    anywhere = "0.0.0.0" if v4 else "::"
+    had = _address(state.local_addr)
+    anywhere = _address(outbound) if any(outbound) else ip_address("0.0.0.0" if v4 else "::")
+    addresses = [(str(anywhere), state.local_port), (str(anywhere), 0)]
+    if had.version == anywhere.version and not had.is_loopback and not had.is_unspecified:
+        addresses.insert(0, (str(had), state.local_port))
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(
             socket.socket(socket.AF_INET if v4 else socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         )
         if not v4:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        for address in ((text, state.local_port), (anywhere, state.local_port), (anywhere, 0)):
+        if interface:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        for address in addresses:
             try:
                 sock.bind(address)
             except OSError:

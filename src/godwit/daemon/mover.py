@@ -43,6 +43,7 @@ from godwit.dataplane import (
 )
 from godwit.migration.layout import printable
 from godwit.net.change import differences
+from godwit.net.records import V4_MAPPED
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
 # TCP states as TCP_INFO gives them (the kernel's tcp_states.h).
@@ -77,6 +78,10 @@ MAX_REASONS = 20
 
 # Of the memory of this host, the part that send queues may take until the commit.
 QUEUES_SHARE = 1 / 4
+
+
+# For how long the guest stands still, at most, for the datagrams that wait at its ports to be read.
+DATAGRAM_SECONDS = 0.1
 
 
 @dataclass
@@ -520,10 +525,14 @@ class Mover:
             peers.setdefault(port, []).append(peer)
         sockets = {port: self._engine.udp_socket(port) for port in self._engine.udp_ports()}
         waiting = readable(list(sockets.values()))  # there may be thousands, forwarded, with nothing
+        until = time.monotonic() + DATAGRAM_SECONDS
         for port, fd in sockets.items():
             found = self._engine.udp_waiting(port)
             if fd in waiting:
-                found += peek(fd)
+                try:
+                    found += peek(fd, until)
+                except OSError as error:  # short of descriptors: no reason for connections to stay
+                    log.warning("what waits at a UDP port does not move: %s", error)
             if found or port in peers:
                 yield self._engine.udp_port_state(port), peers.get(port, []), found
 
@@ -534,13 +543,15 @@ class Mover:
         index = self._engine.find_udp_port(port)
         if index is None and port.kind == 0:
             index = self._open_udp(port)
+        elif index is not None and port.any_peer:
+            self._engine.note_any_peer(index)
         if index is None:
             log.warning("UDP port %d of the guest's does not move: there is none for it here", port.guest_port)
         self._udp.append(index)
 
     def _open_udp(self, port: UdpPort) -> int | None:
         try:
-            fd, same = open_socket(port)
+            fd, same = open_socket(port, *self._engine.udp_outbound(port.guest_addr[:12] == V4_MAPPED))
         except OSError as error:
             log.warning("UDP port %d of the guest's: %s", port.guest_port, error)
             return None
@@ -596,7 +607,10 @@ class Mover:
     def _let_go(self) -> None:
         ports = [port for port in self._udp if port is not None]
         for port, datagrams in self._datagrams.items():
-            self._engine.carry_datagrams(port, datagrams)
+            try:
+                self._engine.carry_datagrams(port, datagrams)
+            except (ValueError, MemoryError) as error:  # the connections go on all the same
+                log.error("%d datagrams are lost: %s", len(datagrams), repr(error))
         self._engine.forget_lone_udp(ports)
         self._let_flows_go()
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The flows as the control thread sees them, and how they move from one data plane to another."""
 
+import os
+
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
@@ -15,7 +17,7 @@ from godwit.dataplane.flow cimport (
     flow_wait_ring,
     flow_watch,
 )
-from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_loopback, is_v4
+from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_loopback, is_unspecified, is_v4, to_host
 from godwit.dataplane.loop cimport clock_ms
 from godwit.dataplane.plane cimport (
     EV_ACCEPTED,
@@ -33,6 +35,7 @@ from godwit.dataplane.plane cimport (
     FF_HURRY,
     FF_PEER_FIN,
     FF_RESET_DUE,
+    FF_TAKES_V4,
     FF_V6,
     FLOW_PING,
     FLOW_TCP,
@@ -365,11 +368,23 @@ cdef class Engine(EngineBase):
         return flow_index(self.p, f)
 
     def import_udp_peer(self, uint32_t index, state):
-        """Somebody with whom the guest exchanged datagrams through that port. False: there is no place."""
+        """Somebody with whom the guest exchanged datagrams through that port.
+
+        False: there is no place, or that is not who the guest would reach here
+        by that name, with that socket. What it sends to the name next opens a
+        flow as from a new guest.
+        """
         cdef Flow *port = self.udp_port(index)
         cdef Flow *f
         cdef bytes guest_addr = state.guest_addr, our_addr = state.our_addr, remote_addr = state.remote_addr
+        cdef uint8_t host[16]
+        cdef bint v4 = is_v4(remote_addr)
         self.p.now = clock_ms(self.p)
+        if (not to_host(self.p, our_addr, state.remote_port, host) or host[:16] != remote_addr
+                or is_loopback(host) or is_unspecified(host)):
+            return False
+        if not (port.flags & FF_TAKES_V4 or not port.flags & FF_V6 if v4 else port.flags & FF_V6):
+            return False
         if flow_find(self.p, FLOW_UDP, guest_addr, port.guest_port, our_addr, state.remote_port) != NULL:
             return False
         f = udp_add_peer(self.p, port, guest_addr, our_addr, remote_addr, state.remote_port,
@@ -382,15 +397,31 @@ cdef class Engine(EngineBase):
         udp_used(self.p, f)
         return True
 
+    def note_any_peer(self, uint32_t index):
+        """The guest has asked many through that port, a forwarded one, and hears itself."""
+        cdef Flow *port = self.udp_port(index)
+        if not port.flags & FF_ANY_PEER:
+            port.flags |= FF_ANY_PEER
+            self.p.many_ports += 1
+
+    def udp_outbound(self, bint v4):
+        """(address, 16 bytes, unspecified: the route's; interface or "") that the guest's own ports leave through."""
+        if v4:
+            return self.p.config.outbound4[:16], os.fsdecode(<const char *>self.p.config.outbound_if4)
+        return self.p.config.outbound6[:16], os.fsdecode(<const char *>self.p.config.outbound_if6)
+
     def carry_datagrams(self, uint32_t index, datagrams):
         """Datagrams for the guest that came along: they go before all that the port's socket has."""
         cdef Flow *f = self.udp_port(index)
         cdef Carried head
-        cdef bytes data
+        cdef bytes data, remote
         parts = []
         for one in datagrams:
             if len(one.data) > UDP_SLOT:
                 raise ValueError(f"a datagram of {len(one.data)} bytes")
+            remote = one.remote_addr
+            if is_loopback(remote) or is_unspecified(remote):
+                continue    # from another host's own loopback: an answer would go to somebody of this one's
             memset(&head, 0, sizeof(head))
             copy_bytes(head.remote_addr, one.remote_addr, 16, "address")
             copy_bytes(head.local_addr, one.local_addr, 16, "address")
