@@ -210,6 +210,31 @@ def test_a_socket_is_bound_as_the_ports_here_are(family: Family) -> None:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"lo"
 
 
+def test_of_several_forwarded_sockets_the_one_like_it_is_found() -> None:
+    with Guest() as guest:
+        for name in ("127.0.0.1", "::1", "127.0.0.2"):
+            with socket.socket(socket.AF_INET6 if ":" in name else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.bind((name, 0))
+                guest.engine.listen(sock.detach(), 77)
+        guest.engine.park()
+        states = {port: guest.engine.udp_port_state(port) for port in guest.engine.udp_ports()}
+        assert len(states) == 3
+        for port, state in states.items():
+            assert guest.engine.find_udp_port(state) == port
+        six = next(port for port, state in states.items() if state.local_addr == address("::1"))
+        state = states[six]
+        assert guest.engine.find_udp_port(state._replace(local_addr=address("2001:db8::1"))) == six
+        assert guest.engine.find_udp_port(state._replace(local_addr=address("192.0.2.1"))) != six
+        assert guest.engine.find_udp_port(state._replace(guest_port=78)) is None
+        datagrams = [Datagram(address(name), bytes(16), 9, b"x") for name in HERE.values()]
+        guest.engine.carry_datagrams(six, datagrams)
+        assert guest.engine.udp_waiting(six) == datagrams[1:]
+        guest.engine.note_any_peer(six)
+        guest.engine.note_any_peer(six)  # it is counted once
+        assert guest.engine.udp_port_state(six).any_peer == 1
+        guest.engine.unpark()
+
+
 def test_a_long_queue_is_looked_at_until_its_time_is_over() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))

@@ -336,11 +336,26 @@ cdef class Engine(EngineBase):
         return found
 
     def find_udp_port(self, state):
-        """The index of the port of that kind, forwarded here too, or None."""
-        cdef bytes guest_addr = state.guest_addr
+        """The index of the port of that kind, forwarded here too, or None.
+
+        Of several, each on an address of its own, the one on the same address, else one of the same family.
+        """
+        cdef bytes guest_addr = state.guest_addr, bound = state.local_addr
         cdef bytes nobody = bytes(16)
-        cdef Flow *f = flow_find(self.p, FLOW_UDP_PORT, guest_addr, state.guest_port, nobody, state.kind)
-        return None if f == NULL else flow_index(self.p, f)
+        cdef uint16_t guest_port = state.guest_port, kind = state.kind
+        cdef Flow *f = flow_find(self.p, FLOW_UDP_PORT, guest_addr, guest_port, nobody, kind)
+        cdef uint32_t i
+        cdef int fits, best = -1
+        found = None
+        while f != NULL:
+            i = flow_index(self.p, f)
+            if f.kind == FLOW_UDP_PORT and f.guest_port == guest_port and f.our_port == kind \
+                    and f.guest_addr[:16] == guest_addr:
+                fits = 2 if self.udp_port_state(i).local_addr == bound else udp_takes(f, bound)
+                if fits > best:
+                    best, found = fits, i
+            f = NULL if f.hash_next == 0 else &self.p.flows[f.hash_next - 1]
+        return found
 
     def import_udp_port(self, state, int fd):
         """A port of the guest's own, with a bound socket, which is the engine's from now on. Returns its index.
@@ -378,12 +393,11 @@ cdef class Engine(EngineBase):
         cdef Flow *f
         cdef bytes guest_addr = state.guest_addr, our_addr = state.our_addr, remote_addr = state.remote_addr
         cdef uint8_t host[16]
-        cdef bint v4 = is_v4(remote_addr)
         self.p.now = clock_ms(self.p)
         if (not to_host(self.p, our_addr, state.remote_port, host) or host[:16] != remote_addr
                 or is_loopback(host) or is_unspecified(host)):
             return False
-        if not (port.flags & FF_TAKES_V4 or not port.flags & FF_V6 if v4 else port.flags & FF_V6):
+        if not udp_takes(port, host):
             return False
         if flow_find(self.p, FLOW_UDP, guest_addr, port.guest_port, our_addr, state.remote_port) != NULL:
             return False
@@ -420,8 +434,9 @@ cdef class Engine(EngineBase):
             if len(one.data) > UDP_SLOT:
                 raise ValueError(f"a datagram of {len(one.data)} bytes")
             remote = one.remote_addr
-            if is_loopback(remote) or is_unspecified(remote):
-                continue    # from another host's own loopback: an answer would go to somebody of this one's
+            if is_loopback(remote) or is_unspecified(remote) or not udp_takes(f, remote):
+                # An answer to another host's own loopback would go to somebody of this one's; here, none could leave.
+                continue
             memset(&head, 0, sizeof(head))
             copy_bytes(head.remote_addr, one.remote_addr, 16, "address")
             copy_bytes(head.local_addr, one.local_addr, 16, "address")
@@ -545,6 +560,13 @@ cdef class Engine(EngineBase):
                         "in_flight": f.seq_to_guest - f.seq_ack_from_guest, "window": f.window,
                     })
         return found
+
+
+cdef bint udp_takes(Flow *port, const uint8_t *host) noexcept:
+    """Whether the socket of a UDP port is one for that family."""
+    if is_v4(host):
+        return port.flags & FF_TAKES_V4 != 0 or not port.flags & FF_V6
+    return port.flags & FF_V6 != 0
 
 
 cdef bytes carried_bytes(Carry *c):
