@@ -193,6 +193,10 @@ def test_a_peer_is_who_the_guest_would_reach_here(family: Family, peer: socket.s
             assert not target.engine.import_udp_peer(port, wrong)
         target.engine.carry_datagrams(port, [Datagram(loopback, bytes(16), 9, b"x")])
         assert target.engine.udp_waiting(port) == []
+        most = 65527 if family.v6 else 65507
+        sizes = [Datagram(one.remote_addr, bytes(16), 9, bytes(size)) for size in (most, most + 1)]
+        target.engine.carry_datagrams(port, sizes)
+        assert target.engine.udp_waiting(port) == sizes[:1]  # headers cannot say more
         assert target.engine.import_udp_peer(port, one)
         target.engine.unpark()
 

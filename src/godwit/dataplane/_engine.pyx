@@ -74,6 +74,8 @@ from godwit.dataplane.state import Datagram, FlowState, Side, UdpPeer, UdpPort
 cdef enum:
     PIF_HOST = 1
     PIF_GUEST = 2
+    MOST_DATA4 = 65507  # bytes of a datagram's data (RFC 768, and the 16 bits of RFC 791's total length)
+    MOST_DATA6 = 65527
 
 
 cdef class Engine(EngineBase):
@@ -437,6 +439,8 @@ cdef class Engine(EngineBase):
             if is_loopback(remote) or is_unspecified(remote) or not udp_takes(f, remote):
                 # An answer to another host's own loopback would go to somebody of this one's; here, none could leave.
                 continue
+            if len(one.data) > (MOST_DATA4 if is_v4(remote) else MOST_DATA6):
+                continue    # there are none such, and headers could not say their size
             memset(&head, 0, sizeof(head))
             copy_bytes(head.remote_addr, one.remote_addr, 16, "address")
             copy_bytes(head.local_addr, one.local_addr, 16, "address")
