@@ -15,10 +15,11 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import ip_address
 
 from godwit.dataplane import Datagram, UdpPort
 from godwit.net.config import packed16
+from godwit.net.records import V4_MAPPED, unpacked
 
 SO_PEEK_OFF = 42  # asm-generic/socket.h; socket(7)
 UDP_GRO = 104  # linux/udp.h
@@ -26,7 +27,6 @@ IP_PKTINFO = 8
 MOST = 65536  # datagrams of one socket
 MOST_BYTES = 32 << 20
 ERRORS = 64  # in a row: each tells of an earlier datagram, once
-_V4_MAPPED = bytes(10) + b"\xff\xff"
 
 
 def readable(fds: Sequence[int]) -> set[int]:
@@ -72,15 +72,10 @@ def _apart(data: bytes, control: Sequence[tuple[int, int, bytes]], name: tuple[s
         elif (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
             local = value[:16]
         elif (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
-            local = _V4_MAPPED + value[8:12]
+            local = V4_MAPPED + value[8:12]
     remote = packed16(ip_address(name[0].partition("%")[0]))
     for at in range(0, max(1, len(data)), max(1, each)):
         yield Datagram(remote, local, name[1], data[at : at + each])
-
-
-def _address(packed: bytes) -> IPv4Address | IPv6Address:
-    found = IPv6Address(packed)
-    return found.ipv4_mapped or found
 
 
 def open_socket(state: UdpPort, outbound: bytes = bytes(16), interface: str = "") -> tuple[int, bool]:
@@ -89,9 +84,9 @@ def open_socket(state: UdpPort, outbound: bytes = bytes(16), interface: str = ""
     ``outbound`` and ``interface`` are what the guest's ports leave through
     here (``Engine.udp_outbound``). Raises OSError where none is to be had.
     """
-    v4 = state.guest_addr[:12] == _V4_MAPPED
-    had = _address(state.local_addr)
-    anywhere = _address(outbound) if any(outbound) else ip_address("0.0.0.0" if v4 else "::")
+    v4 = state.guest_addr[:12] == V4_MAPPED
+    had = unpacked(state.local_addr)
+    anywhere = unpacked(outbound) if any(outbound) else ip_address("0.0.0.0" if v4 else "::")
     addresses = [(str(anywhere), state.local_port), (str(anywhere), 0)]
     if had.version == anywhere.version and not had.is_loopback and not had.is_unspecified:
         addresses.insert(0, (str(had), state.local_port))

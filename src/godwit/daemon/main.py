@@ -133,7 +133,7 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         logger.info("godwit %s is ready on %s, repair helper on %s", __version__, where, repair_path or "no socket")
         logger.info("the guest is told: %s", ", ".join(f"{name} {value}" for name, value in facts(config).items()))
         if options.socket is None and listener is not None and not (options.foreground or options.quiet):
-            print(f"{options.dialect.value}: listens on {path}", file=sys.stderr)  # noqa: T201  # nobody knows which
+            print(f"{options.dialect.value}: listens on {path}", file=sys.stderr)  # noqa: T201  # the log may be nowhere
         log.ready()
         readiness.declare()
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import ipaddress
 import logging
 import os
 import socket
@@ -43,7 +42,7 @@ from godwit.dataplane import (
 )
 from godwit.migration.layout import printable
 from godwit.net.change import differences
-from godwit.net.records import V4_MAPPED
+from godwit.net.records import V4_MAPPED, address_text
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
 # TCP states as TCP_INFO gives them (the kernel's tcp_states.h).
@@ -142,12 +141,7 @@ def _advice(error: OSError) -> str:
 def _ends(state: FlowState) -> str:
     """Both ends of the host's side, for people."""
     side = _host_side(state)
-    return f"{_text(side.our_addr)} port {side.our_port} to {_text(side.end_addr)} port {side.end_port}"
-
-
-def _text(address: bytes) -> str:
-    found = ipaddress.IPv6Address(address)
-    return str(found.ipv4_mapped or found)
+    return f"{address_text(side.our_addr)} port {side.our_port} to {address_text(side.end_addr)} port {side.end_port}"
 
 
 class Mover:

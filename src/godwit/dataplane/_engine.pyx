@@ -534,8 +534,7 @@ cdef class Engine(EngineBase):
                     flow_close(self.p, &self.p.flows[i])    # the kernel sends what the guest has left
                 elif self.p.flows[i].kind == FLOW_UDP or self.p.flows[i].kind == FLOW_PING:
                     flow_close(self.p, &self.p.flows[i])
-                elif self.p.flows[i].kind == FLOW_UDP_PORT and self.p.flows[i].flags & FF_FORWARD:
-                    udp_drain(self.p, &self.p.flows[i])
+            self.drain_forwards()
             self.p.udp_in.port = NONE
             for j in range(PARTIALS):
                 self.p.fragments.partials[j].used = False

@@ -122,8 +122,7 @@ class Entries(Stage[Context]):
     def _load(self, context: Context, reader: Reader) -> None:
         unknown: Counter[int] = Counter()
         notes = self._notes()
-        for before, number, flags, part in self._entries(reader):
-            kind = self._known.get(number)
+        for before, number, flags, kind, part in self._entries(reader):
             if kind is not None:
                 values = pull_all(kind.layout, part)
                 if kind.check is not None:
@@ -142,8 +141,7 @@ class Entries(Stage[Context]):
 
     def _inspect(self, reader: Reader) -> Iterator[Item]:
         notes = self._notes()
-        for offset, number, flags, part in self._entries(reader):
-            kind = self._known.get(number)
+        for offset, number, flags, kind, part in self._entries(reader):
             size = HEAD.size + part.left
             if kind is not None:
                 values: list[Any] = []
@@ -157,8 +155,8 @@ class Entries(Stage[Context]):
         size = HEAD.size + 4
         yield Item(reader.offset - size, size, "check value", {"crc32": "right"})
 
-    def _entries(self, reader: Reader) -> Iterator[tuple[int, int, int, Part]]:
-        """Offset, type, flags and payload of each entry; at the end the check value is compared."""
+    def _entries(self, reader: Reader) -> Iterator[tuple[int, int, int, Kind[Context] | None, Part]]:
+        """Offset, type, flags, kind if known, and payload of each entry; at the end the check value is compared."""
         reader.begin_check()
         while True:
             reader.check_cancelled()
@@ -168,7 +166,7 @@ class Entries(Stage[Context]):
                 break
             kind = self._known.get(number)
             part = Part(reader, kind.name if kind else f"entry of type {number}", length)
-            yield before, number, flags, part
+            yield before, number, flags, kind, part
             part.skip()
         if (flags, length) != (REQUIRED, 4):
             raise reader.bad("end", "head", f"{flags:#x}, {length}", "must be 0x1, 4", 6)

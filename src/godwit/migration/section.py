@@ -20,7 +20,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from godwit.migration.stream import Reader, Writer
+from godwit.migration.errors import BadRecordError
+from godwit.migration.stream import Puller, Reader, Writer
 from godwit.migration.version import Context, Item, Stage
 
 #: One integer or byte string of a record.
@@ -237,21 +238,32 @@ class Record(Generic[Value]):
             _flatten(field.kind, part, flat)
         return tuple(flat)
 
-    def pull(self, reader: Reader, name: str = "") -> Value:
+    def pull(self, reader: Puller, name: str = "") -> Value:
         """Read one record; ``name`` is what messages call it.
 
         :raises TruncatedError: the stream ends within it.
         :raises BadRecordError: a value is not allowed.
         """
         flat = self.unpack(reader.pull_bytes(self.size))
+        self.check_pulled(flat, reader, self.size, name)
+        return self.build(flat)
+
+    def check_pulled(self, flat: tuple[Any, ...], reader: Puller, pulled: int, name: str = "") -> None:
+        """``check`` for what was read: ``pulled`` bytes of the stream ago the record began.
+
+        :raises BadRecordError: a value is not allowed.
+        """
         try:
             self.check(flat)
         except UnsoundError as error:
-            leaf = self.leaves[error.leaf]
-            raise reader.bad(
-                name or self.name, leaf.name, flat[error.leaf], error.why, self.size - leaf.offset
-            ) from None
-        return self.build(flat)
+            raise self.bad(error, flat, reader, pulled, name) from None
+
+    def bad(
+        self, error: UnsoundError, flat: tuple[Any, ...], reader: Puller, pulled: int, name: str = ""
+    ) -> BadRecordError:
+        """What ``check_pulled`` raises, for those who check very many and make their names only then."""
+        leaf = self.leaves[error.leaf]
+        return reader.bad(name or self.name, leaf.name, flat[error.leaf], error.why, pulled - leaf.offset)
 
     def push(self, writer: Writer, value: Value) -> None:
         """Write one record.
@@ -272,7 +284,7 @@ class Record(Generic[Value]):
         """
         return _SIZE.pack(self.size) + self.encode(value)
 
-    def pull_sized(self, reader: Reader, name: str = "") -> Value:
+    def pull_sized(self, reader: Puller, name: str = "") -> Value:
         """Read what ``sized`` gives, of this version, an older or a newer one.
 
         Fields that the writer did not know get their defaults; those that it
@@ -282,13 +294,13 @@ class Record(Generic[Value]):
         :raises BadRecordError: a value is not allowed, or no version had that size.
         """
         size = self._pull_size(reader, name)
-        return self.build(self._grown(reader, reader.pull_bytes(size), size, 0, name))
+        return self.build(self._grown(reader, reader.pull_bytes(size), size, name))
 
     def sized_many(self, flats: Sequence[Sequence[Any]]) -> bytes:
         """The bytes of flat tuples that passed ``check``, behind the size of one (u16) and their number (u32)."""
         return b"".join((_SIZE.pack(self.size), _COUNT.pack(len(flats)), *map(self.pack, flats)))
 
-    def pull_sized_many(self, reader: Reader, limit: int, name: str = "") -> list[tuple[Any, ...]]:
+    def pull_sized_many(self, reader: Puller, limit: int, name: str = "") -> list[tuple[Any, ...]]:
         """Read what ``sized_many`` gives, as flat tuples; at most ``limit`` of them. Raises as ``pull_sized``."""
         size = self._pull_size(reader, name)
         (count,) = _COUNT.unpack(reader.pull_bytes(_COUNT.size))
@@ -296,26 +308,21 @@ class Record(Generic[Value]):
             raise reader.bad(name or self.name, "count", count, f"must be at most {limit}", _COUNT.size)
         data = reader.pull_bytes(size * count)
         return [
-            self._grown(reader, data[at : at + size], size, len(data) - at - size, f"{name or self.name} {at // size}")
+            self._grown(reader, data[at : at + size], len(data) - at, f"{name or self.name} {at // size}")
             for at in range(0, len(data), size)
         ]
 
-    def _pull_size(self, reader: Reader, name: str) -> int:
+    def _pull_size(self, reader: Puller, name: str) -> int:
         (size,) = _SIZE.unpack(reader.pull_bytes(_SIZE.size))
         if size < self.size and size not in self._sizes:
             raise reader.bad(name or self.name, "size", size, f"must be one of {sorted(self._sizes)}, or more", 2)
         return int(size)
 
-    def _grown(self, reader: Reader, data: bytes, size: int, behind: int, name: str) -> tuple[Any, ...]:
-        """The checked scalars of a record as another version wrote it; ``behind``: bytes pulled since."""
+    def _grown(self, reader: Puller, data: bytes, pulled: int, name: str) -> tuple[Any, ...]:
+        """The checked scalars of a record as another version wrote it; ``pulled`` as for ``check_pulled``."""
         data = data[: self.size]
         flat = self.unpack(data + self._defaults[len(self._defaults) - (self.size - len(data)) :])
-        try:
-            self.check(flat)
-        except UnsoundError as error:
-            leaf = self.leaves[error.leaf]
-            back = behind + size - leaf.offset
-            raise reader.bad(name or self.name, leaf.name, flat[error.leaf], error.why, back) from None
+        self.check_pulled(flat, reader, pulled, name)
         return flat
 
     def index(self, name: str) -> int:

@@ -17,8 +17,9 @@ import os
 import select
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, TypedDict, Unpack
 
 from godwit.migration.errors import (
     AbortedError,
@@ -68,24 +69,27 @@ class Cancel:
         self.close()
 
 
-class _Stream:
-    """What both cursors have: the file, the stage in hand for messages, waiting.
+class StreamOptions(TypedDict, total=False):
+    """What a cursor may be told.
 
-    ``copy`` is given all that is read or written, in pieces.
+    ``timeout`` bounds each wait, in seconds; ``cancel`` ends it; ``copy`` is given
+    all that is read or written, in pieces.
     """
 
-    def __init__(
-        self,
-        file: int | BinaryIO,
-        *,
-        timeout: float | None = None,
-        cancel: Cancel | None = None,
-        copy: Callable[[bytes], None] | None = None,
-    ) -> None:
+    timeout: float | None
+    cancel: Cancel | None
+    copy: Callable[[bytes], None] | None
+
+
+class _Stream:
+    """What both cursors have: the file, the stage in hand for messages, waiting."""
+
+    def __init__(self, file: int | BinaryIO, **options: Unpack[StreamOptions]) -> None:
         self.stage = "header"
-        self._copy = copy
-        self._timeout = timeout
-        self._cancel = cancel
+        self.offset = 0
+        self._copy = options.get("copy")
+        self._timeout = options.get("timeout")
+        self._cancel = options.get("cancel")
         self._check: int | None = None
         self._fd = -1
         self._file: BinaryIO | None = None
@@ -131,7 +135,40 @@ class _Stream:
         return PipeError(f"{self.stage}: the stream cannot be {what}: {error.strerror or error}")
 
 
-class Reader(_Stream):
+class Puller(ABC):
+    """What can be pulled from: a whole stream (``Reader``) or a part of one (``Part``)."""
+
+    @abstractmethod
+    def pull_bytes(self, count: int, limit: int | None = None, name: str = "length") -> bytes:
+        """The next ``count`` bytes; ``limit`` bounds a count that came from the stream."""
+
+    @abstractmethod
+    def place(self) -> tuple[str, int]:
+        """The stage, and the offset in the whole stream."""
+
+    def pull_u8(self) -> int:
+        """The next byte."""
+        return self.pull_bytes(1)[0]
+
+    def pull_u16(self) -> int:
+        """The next 2 bytes as a big-endian integer."""
+        return int.from_bytes(self.pull_bytes(2), "big")
+
+    def pull_u32(self) -> int:
+        """The next 4 bytes as a big-endian integer."""
+        return int.from_bytes(self.pull_bytes(4), "big")
+
+    def pull_u64(self) -> int:
+        """The next 8 bytes as a big-endian integer."""
+        return int.from_bytes(self.pull_bytes(8), "big")
+
+    def bad(self, record: str, field: str, value: object, why: str, back: int = 0) -> BadRecordError:
+        """An error about a value that was read ``back`` bytes before the present offset."""
+        stage, offset = self.place()
+        return BadRecordError(stage, record, field, value, offset - back, why)
+
+
+class Reader(_Stream, Puller):
     """A cursor over a stream that is believed in nothing.
 
     ``offset`` is the number of bytes taken so far. Every pull gives exactly
@@ -139,16 +176,8 @@ class Reader(_Stream):
     ``TimedOutError``, ``AbortedError``, ``PipeError``).
     """
 
-    def __init__(
-        self,
-        file: int | BinaryIO,
-        *,
-        timeout: float | None = None,
-        cancel: Cancel | None = None,
-        copy: Callable[[bytes], None] | None = None,
-    ) -> None:
-        super().__init__(file, timeout=timeout, cancel=cancel, copy=copy)
-        self.offset = 0
+    def __init__(self, file: int | BinaryIO, **options: Unpack[StreamOptions]) -> None:
+        super().__init__(file, **options)
         self._buffer = b""
         self._pos = 0
         self._eof = False
@@ -174,21 +203,9 @@ class Reader(_Stream):
             self._check = zlib.crc32(data, self._check)
         return data
 
-    def pull_u8(self) -> int:
-        """The next byte."""
-        return self.pull_bytes(1)[0]
-
-    def pull_u16(self) -> int:
-        """The next 2 bytes as a big-endian integer."""
-        return int.from_bytes(self.pull_bytes(2), "big")
-
-    def pull_u32(self) -> int:
-        """The next 4 bytes as a big-endian integer."""
-        return int.from_bytes(self.pull_bytes(4), "big")
-
-    def pull_u64(self) -> int:
-        """The next 8 bytes as a big-endian integer."""
-        return int.from_bytes(self.pull_bytes(8), "big")
+    def place(self) -> tuple[str, int]:
+        """The stage and the offset."""
+        return self.stage, self.offset
 
     def at_end(self) -> bool:
         """Wait for one more byte or the end of the stream; True for the end."""
@@ -197,10 +214,6 @@ class Reader(_Stream):
         self._buffer = self._read(CHUNK)
         self._pos = 0
         return not self._buffer
-
-    def bad(self, record: str, field: str, value: object, why: str, back: int = 0) -> BadRecordError:
-        """An error about a value that was read ``back`` bytes before the present offset."""
-        return BadRecordError(self.stage, record, field, value, self.offset - back, why)
 
     def _pull_long(self, count: int) -> bytes:
         """``pull_bytes`` for more than is buffered."""
@@ -244,7 +257,7 @@ class Reader(_Stream):
                 self._wait(select.POLLIN, "read")
 
 
-class Part(Reader):
+class Part(Puller):
     """A part of a stream, of a length that was announced: nothing behind it can be pulled.
 
     ``start`` is where it begins, in the whole stream; ``left`` is how many bytes of it were not pulled yet.
@@ -257,18 +270,13 @@ class Part(Reader):
         self.left = length
 
     @property
-    def stage(self) -> str:  # type: ignore[override]
-        """What messages call the place."""
-        return self._whole.stage
-
-    @property
-    def offset(self) -> int:  # type: ignore[override]
+    def offset(self) -> int:
         """Of the whole stream."""
         return self._whole.offset
 
-    def check_cancelled(self) -> None:
-        """:raises AbortedError: the transfer was called off."""
-        self._whole.check_cancelled()
+    def place(self) -> tuple[str, int]:
+        """The stage, and the offset in the whole stream."""
+        return self._whole.place()
 
     def pull_bytes(self, count: int, limit: int | None = None, name: str = "length") -> bytes:
         """The next ``count`` bytes of the part.
@@ -301,16 +309,8 @@ class Writer(_Stream):
     ``PipeError``.
     """
 
-    def __init__(
-        self,
-        file: int | BinaryIO,
-        *,
-        timeout: float | None = None,
-        cancel: Cancel | None = None,
-        copy: Callable[[bytes], None] | None = None,
-    ) -> None:
-        super().__init__(file, timeout=timeout, cancel=cancel, copy=copy)
-        self.offset = 0
+    def __init__(self, file: int | BinaryIO, **options: Unpack[StreamOptions]) -> None:
+        super().__init__(file, **options)
         self._parts: list[bytes] = []
         self._gathered = 0
 

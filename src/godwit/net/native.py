@@ -9,6 +9,7 @@ that could not be dumped or restored is that flow's loss alone.
 
 from __future__ import annotations
 
+import functools
 import logging
 import struct
 from collections.abc import Sequence
@@ -20,9 +21,8 @@ from godwit.migration.entries import Push
 from godwit.migration.layout import Data, Many, Number, One, Text, printable
 from godwit.migration.section import octets, u8, u16, u32
 from godwit.net.records import (
-    EVENT_ESTABLISHED,
+    EVENTS,
     MAX_FLOWS,
-    MAX_QUEUE,
     MAX_WINDOW_SCALE,
     OBSERVED,
     PIF_GUEST,
@@ -32,8 +32,9 @@ from godwit.net.records import (
     V4_MAPPED,
     address_family,
     address_text,
+    check_ends,
 )
-from godwit.net.state import BATCH, NEVER_SEEN, PREPARE_STAGE, FlowMover, usable
+from godwit.net.state import BATCH, NEVER_SEEN, PREPARE_STAGE, FlowMover, queues_behind, usable
 
 log = logging.getLogger(__name__)
 
@@ -61,18 +62,6 @@ def _flow_fields(flow: FlowState) -> tuple[Any, ...]:
     return (flow.pif[0], *guest, *host, flow.events, flow.ws_from_tap, flow.ws_to_tap, flow.tap_mss, *flow[10:])
 
 
-def _check_flow(flat: tuple[Any, ...]) -> None:
-    """What no single field of a flow can know."""
-    for index in (1, 5):
-        ours, end = address_family(flat[index]), address_family(flat[index + 1])
-        if not ours or not end:
-            raise UnsoundError(index if not ours else index + 1, "must be the address of one host")
-        if ours != end:
-            raise UnsoundError(index + 1, "must be of the same family as the other address of that side")
-    if not flat[9] & EVENT_ESTABLISHED:
-        raise UnsoundError(9, "must have bit 0x04: only an established flow can be here")
-
-
 FLOW: Final[Record[FlowState]] = Record(
     "TCP flow",
     (
@@ -90,12 +79,7 @@ FLOW: Final[Record[FlowState]] = Record(
         Field("host_end_addr", octets(16), "the peer's address", show=address_text),
         Field("host_our_port", u16, "port to `host_our_addr`", range(1, 65536)),
         Field("host_end_port", u16, "port to `host_end_addr`", range(1, 65536)),
-        Field(
-            "events",
-            u8,
-            "0x01 accepted on the host, 0x02 SYN from the guest, 0x04 established, 0x08 FIN from the host, "
-            "0x10 FIN to the host, 0x20 FIN from the guest, 0x40 FIN to the guest, 0x80 that one acknowledged",
-        ),
+        EVENTS,
         Field("ws_from_guest", u8, "window scale that the guest announced", range(MAX_WINDOW_SCALE + 1)),
         Field("ws_to_guest", u8, "window scale announced to the guest", range(MAX_WINDOW_SCALE + 1)),
         Field("mss", u16, "largest segment to the guest", range(4, 65536)),
@@ -109,7 +93,7 @@ FLOW: Final[Record[FlowState]] = Record(
     ),
     _make_flow,
     fields_of=_flow_fields,
-    check=_check_flow,
+    check=functools.partial(check_ends, sides=(1, 5), events=9),
     doc="A TCP connection as the guest's side knows it.",
 )
 
@@ -277,8 +261,7 @@ SOCKET_KIND: Final[Kind[FlowMover]] = Kind(
     (
         Number("flow", "the number of its flow"),
         One(SOCKET),
-        Data("sndq", lambda values: int(values[1].sndq), MAX_QUEUE, "the send queue, `sndq` bytes"),
-        Data("rcvq", lambda values: int(values[1].rcvq), MAX_QUEUE, "the receive queue, `rcvq` bytes"),
+        *queues_behind(1),
     ),
     _load_socket,
     check=_check_number,

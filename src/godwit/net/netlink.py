@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import NamedTuple
 
 IPAddress = IPv4Address | IPv6Address
 
@@ -109,8 +110,7 @@ class HostNetwork:
         object.__setattr__(self, "names", {link.index: link for link in self.links})
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One netlink message: its type and flags, its sequence number, and what follows the header."""
 
     kind: int

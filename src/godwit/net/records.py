@@ -9,7 +9,7 @@ byte order of the machine that wrote them.
 from __future__ import annotations
 
 import functools
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final
 
 from godwit.dataplane.state import FlowState, Observed, Side, SocketState
@@ -54,10 +54,15 @@ V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 _UNSPECIFIED: Final = (bytes(16), V4_MAPPED + bytes(4))
 
 
+def unpacked(address: bytes) -> IPv4Address | IPv6Address:
+    """The address in 4 or 16 bytes; IPv4 may be v4-mapped."""
+    found = ip_address(address)
+    return found.ipv4_mapped or found if isinstance(found, IPv6Address) else found
+
+
 def address_text(address: bytes) -> str:
     """4 or 16 bytes as people write them; IPv4 may be v4-mapped."""
-    found = ip_address(address)
-    return str(found.ipv4_mapped or found) if isinstance(found, IPv6Address) else str(found)
+    return str(unpacked(address))
 
 
 OBSERVED: Final[Record[Observed]] = Record(
@@ -95,19 +100,32 @@ def address_family(address: bytes) -> int:
     return 6 if address[0] != 0xFF else 0
 
 
-def _check_flow(flat: tuple[Any, ...]) -> None:
-    """What no single field of a flow can know."""
-    first, second = flat[0], flat[1]
-    if first + second != PIF_HOST + PIF_GUEST or first == 0 or second == 0:
-        raise UnsoundError(1, f"with {first} on the other side: must be host (1) and guest (2), in either order")
-    for index in (2, 6):
+def check_ends(flat: tuple[Any, ...], *, sides: tuple[int, int], events: int) -> None:
+    """The two addresses of each side of a flow, which begin at these leaves, and its events."""
+    for index in sides:
         ours, end = address_family(flat[index]), address_family(flat[index + 1])
         if not ours or not end:
             raise UnsoundError(index if not ours else index + 1, "must be the address of one host")
         if ours != end:
             raise UnsoundError(index + 1, "must be of the same family as our address on that side")
-    if not flat[13] & EVENT_ESTABLISHED:
-        raise UnsoundError(13, "must have bit 0x04: only an established flow can be here")
+    if not flat[events] & EVENT_ESTABLISHED:
+        raise UnsoundError(events, "must have bit 0x04: only an established flow can be here")
+
+
+EVENTS: Final = Field(
+    "events",
+    u8,
+    "0x01 accepted on the host, 0x02 SYN from the guest, 0x04 established, 0x08 FIN from the host, "
+    "0x10 FIN to the host, 0x20 FIN from the guest, 0x40 FIN to the guest, 0x80 that one acknowledged",
+)
+
+
+def _check_flow(flat: tuple[Any, ...]) -> None:
+    """What no single field of a flow can know."""
+    first, second = flat[0], flat[1]
+    if first + second != PIF_HOST + PIF_GUEST or first == 0 or second == 0:
+        raise UnsoundError(1, f"with {first} on the other side: must be host (1) and guest (2), in either order")
+    check_ends(flat, sides=(2, 6), events=13)
 
 
 def _make_flow(*fields: Any) -> FlowState:
@@ -127,12 +145,7 @@ FLOW: Final[Record[FlowState]] = Record(
         Field("retries", u8, "attempts so far at what last timed out"),
         Field("ws_from_tap", u8, "window scale that the guest announced", range(MAX_WINDOW_SCALE + 1)),
         Field("ws_to_tap", u8, "window scale announced to the guest", range(MAX_WINDOW_SCALE + 1)),
-        Field(
-            "events",
-            u8,
-            "0x01 accepted on the host, 0x02 SYN from the guest, 0x04 established, 0x08 FIN from the host, "
-            "0x10 FIN to the host, 0x20 FIN from the guest, 0x40 FIN to the guest, 0x80 that one acknowledged",
-        ),
+        EVENTS,
         Field("tap_mss", u32, "largest segment to the guest", range(4, 65536, 4)),
         Field("sndbuf", u32, "send buffer of the socket, in units of 256 bytes", range(1 << 24)),
         Field(

@@ -39,11 +39,14 @@ log = logging.getLogger(__name__)
 #: Flows read and prepared at once: four full messages to the repair helper.
 BATCH: Final = 4 * 253
 
-#: Behind a socket's record.
-QUEUES: Final = (
-    Data("sndq", lambda values: int(values[0].sndq), MAX_QUEUE, "the send queue, `sndq` bytes"),
-    Data("rcvq", lambda values: int(values[0].rcvq), MAX_QUEUE, "the receive queue, `rcvq` bytes"),
-)
+
+def queues_behind(socket: int) -> tuple[Data, Data]:
+    """What follows a socket's record, which is the value of that index."""
+    return (
+        Data("sndq", lambda values: int(values[socket].sndq), MAX_QUEUE, "the send queue, `sndq` bytes"),
+        Data("rcvq", lambda values: int(values[socket].rcvq), MAX_QUEUE, "the receive queue, `rcvq` bytes"),
+    )
+
 
 NEVER_SEEN: Final = Observed(bytes(16), bytes(16), bytes(4), bytes(6))
 
@@ -209,9 +212,8 @@ def _load_batch(mover: FlowMover, reader: Reader, first: int, count: int) -> Seq
         try:
             check(flat)
         except UnsoundError as error:
-            leaf = FLOW.leaves[error.leaf]
-            back = (count - number) * FLOW.size - leaf.offset
-            raise reader.bad(f"flow {first + number}", leaf.name, flat[error.leaf], error.why, back) from None
+            pulled = (count - number) * FLOW.size
+            raise FLOW.bad(error, flat, reader, pulled, f"flow {first + number}") from None
         flows.append(flow_of(flat))
     ids = mover.prepare(flows)
     if len(ids) != count:
@@ -227,9 +229,7 @@ def _load_socket(mover: FlowMover, reader: Reader, number: int, flow: int) -> No
     try:
         SOCKET.check(state)
     except UnsoundError as error:
-        leaf = SOCKET.leaves[error.leaf]
-        back = SOCKET.size - leaf.offset
-        raise reader.bad(f"socket of flow {number}", leaf.name, state[error.leaf], error.why, back) from None
+        raise SOCKET.bad(error, state, reader, SOCKET.size, f"socket of flow {number}") from None
     sndq = reader.pull_bytes(state.sndq, MAX_QUEUE, "sndq")
     rcvq = reader.pull_bytes(state.rcvq, MAX_QUEUE, "rcvq")
     if state.tcpi_state in STATES_ENDED:
@@ -256,15 +256,10 @@ def _inspect_flows(reader: Reader) -> Iterator[Item]:
         if state.tcpi_state == STATE_LOST:
             yield Item(offset, SOCKET.size, "socket", {**values, "lost": "yes"})
             continue
-        try:
-            SOCKET.check(state)
-        except UnsoundError as error:
-            leaf = SOCKET.leaves[error.leaf]
-            back = SOCKET.size - leaf.offset
-            raise reader.bad(f"socket of flow {number}", leaf.name, state[error.leaf], error.why, back) from None
+        SOCKET.check_pulled(state, reader, SOCKET.size, f"socket of flow {number}")
         values |= shown(SOCKET, state)
         part = Part(reader, f"queues of flow {number}", state.sndq + state.rcvq)
-        for values_of_queue in show_all(QUEUES, part, [state]):
+        for values_of_queue in show_all(queues_behind(0), part, [state]):
             values |= values_of_queue
         yield Item(offset, reader.offset - offset, "socket", values)
 
