@@ -6,10 +6,11 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.migration import Migration
-from godwit.lab.scenario import Load, Scenario
+from godwit.lab.scenario import PORT, Load, Scenario
 
 IDLE = 5
 RATE = 30_000_000  # bytes per second of each stream: enough to be busy, not to fill all queues
@@ -69,6 +70,33 @@ def connection(
         peer = stack.enter_context(listening.accept()[0])
         peer.settimeout(20.0)
         yield ours, peer
+
+
+class Datagrams(NamedTuple):
+    """Two sockets of the guest's, one at ``PORT`` and one at any; and the same of the server's."""
+
+    service: socket.socket
+    asking: socket.socket
+    server: socket.socket
+    client: socket.socket
+
+
+@contextlib.contextmanager
+def datagrams(scenario: Scenario, *, ipv6: bool = False) -> Iterator[Datagrams]:
+    """UDP sockets, which wait for at most 5 s."""
+    assert isinstance(scenario.guest, EmbeddedGuest)
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        made = []
+        for space in (scenario.guest.space, scenario.network.server):
+            with space.enter():
+                made += [stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2)]
+        for sock in made:
+            sock.settimeout(5)
+        sockets = Datagrams(*made)
+        sockets.service.bind(("::" if ipv6 else "", PORT))
+        sockets.server.bind((scenario.server_address, PORT))
+        yield sockets
 
 
 def receive_all(sock: socket.socket) -> bytes:

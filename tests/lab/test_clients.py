@@ -417,8 +417,7 @@ FORWARDS = ("-t", str(PORT), "-u", str(PORT))
 @KINDS
 def test_a_guest_that_only_serves_outlives_its_back_end(tmp_path: Path, kind: socket.SocketKind) -> None:
     """The new back-end learns the address that the guest has made itself, by asking."""
-    lab = Lab(tmp_path, *FORWARDS)
-    try:
+    with contextlib.closing(Lab(tmp_path, *FORWARDS)) as lab:
         lab.up()
         lab.has(SLAAC, router=GATEWAY6)
         with contextlib.closing(Serving(lab, SLAAC.partition("/")[0])) as serving:
@@ -427,13 +426,10 @@ def test_a_guest_that_only_serves_outlives_its_back_end(tmp_path: Path, kind: so
             lab.guest.reconnect(lab.backend.socket)
             time.sleep(0.5)
             serving.asked(HOST6, kind)
-    finally:
-        lab.close()
 
 
 def test_a_guest_gets_no_datagrams_of_before_it_came(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, *FORWARDS)
-    try:
+    with contextlib.closing(Lab(tmp_path, *FORWARDS)) as lab:
         lab.up()
         lab.has(SLAAC, router=GATEWAY6)
         lab.guest.space.ip(f"addr add {HOST6}/128 dev eth0 nodad")  # where a back-end that has seen none delivers
@@ -446,15 +442,12 @@ def test_a_guest_gets_no_datagrams_of_before_it_came(tmp_path: Path) -> None:
             lab.guest.connect(lab.backend.socket)
             time.sleep(0.5)
             serving.asked(HOST6, socket.SOCK_DGRAM)  # and nothing else comes first
-    finally:
-        lab.close()
 
 
 @KINDS
 def test_a_guest_that_only_serves_is_reached_without_detection(tmp_path: Path, kind: socket.SocketKind) -> None:
     """Duplicate address detection would show the address; a kernel may be told to do without."""
-    lab = Lab(tmp_path, *FORWARDS)
-    try:
+    with contextlib.closing(Lab(tmp_path, *FORWARDS)) as lab:
         lab.guest.space.sysctl("net/ipv6/conf/eth0/accept_dad", "0")
         lab.guest.space.sysctl("net/ipv6/conf/eth0/dad_transmits", "0")
         lab.up()
@@ -462,15 +455,12 @@ def test_a_guest_that_only_serves_is_reached_without_detection(tmp_path: Path, k
         with contextlib.closing(Serving(lab, SLAAC.partition("/")[0])) as serving:
             time.sleep(1.5)
             serving.asked(HOST6, kind)
-    finally:
-        lab.close()
 
 
 @KINDS
 @pytest.mark.parametrize("detection", ["1", "0"])
 def test_a_guest_that_only_serves_follows_the_host(tmp_path: Path, kind: socket.SocketKind, detection: str) -> None:
-    lab = Lab(tmp_path, *FORWARDS)
-    try:
+    with contextlib.closing(Lab(tmp_path, *FORWARDS)) as lab:
         lab.guest.space.sysctl("net/ipv6/conf/eth0/accept_dad", detection)
         lab.up()
         lab.has(SLAAC, router=GATEWAY6)
@@ -482,15 +472,12 @@ def test_a_guest_that_only_serves_follows_the_host(tmp_path: Path, kind: socket.
         with contextlib.closing(Serving(lab, new.partition("/")[0])) as serving:
             time.sleep(3.5)
             serving.asked("2001:db8:5::10", kind)
-    finally:
-        lab.close()
 
 
 @KINDS
 def test_a_neighbour_of_the_host_asks_by_link_local_address(tmp_path: Path, kind: socket.SocketKind) -> None:
     """The guest answers from its own link-local address, which the back-end has asked for."""
-    lab = Lab(tmp_path, *FORWARDS)
-    try:
+    with contextlib.closing(Lab(tmp_path, *FORWARDS)) as lab:
         lab.up()
         lab.has(SLAAC, router=GATEWAY6)
         with contextlib.closing(Serving(lab, "::")) as serving:
@@ -500,5 +487,3 @@ def test_a_neighbour_of_the_host_asks_by_link_local_address(tmp_path: Path, kind
             time.sleep(0.5)
             [host] = addresses(lab.host, scope="link")
             serving.asked(f"{host.partition('/')[0]}%eth0", kind)
-    finally:
-        lab.close()

@@ -20,7 +20,18 @@ from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import wait_until
 from godwit.lab.scenario import PORT, Load, Scenario
 
-from .moves import IDLE, OWN_PORT, RATE, close_with_reset, connection, receive_all, saved, suspended, works_on
+from .moves import (
+    IDLE,
+    OWN_PORT,
+    RATE,
+    close_with_reset,
+    connection,
+    datagrams,
+    receive_all,
+    saved,
+    suspended,
+    works_on,
+)
 
 
 def test_an_announcement_at_the_source_changes_nothing(scenario: Scenario, load: Load) -> None:
@@ -300,18 +311,8 @@ def test_datagrams_before_during_and_after_a_move(ipv6: bool) -> None:
     the guest's once it runs there again.
     """
     with Scenario(godwit_arguments=["--udp-ports", str(PORT)], ipv6=ipv6) as scenario, contextlib.ExitStack() as stack:
-        guest = scenario.guest
-        assert isinstance(guest, EmbeddedGuest)
-        family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        service, asking, server, client = stack.enter_context(datagrams(scenario, ipv6=ipv6))
         there = scenario.network.a.address(ipv6)
-        with guest.space.enter():
-            service, asking = (stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2))
-        with scenario.network.server.enter():
-            server, client = (stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2))
-        for sock in (service, asking, server, client):
-            sock.settimeout(5)
-        service.bind(("::" if ipv6 else "", PORT))
-        server.bind((scenario.server_address, PORT))
 
         def from_outside(text: bytes, *, meanwhile: Callable[[], None] = lambda: None, switched: bool = False) -> None:
             client.sendto(text, (there, PORT))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import tempfile
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from godwit.lab.scenario import PORT, Load, Scenario
 from godwit.migration.inspect import inspect
 from godwit.net.versions import versions
 
-from .moves import IDLE, RATE, begin, saved, suspended, works_on
+from .moves import IDLE, RATE, begin, datagrams, saved, suspended, works_on
 
 ARGUMENTS = ["--migrate-version", "native", "--tcp-ports", str(PORT)]
 
@@ -127,18 +126,8 @@ def test_datagrams_move(ipv6: bool) -> None:
     """The guest's port is the same to its peers, and what waited for the guest comes, in order, before all else."""
     arguments = [*ARGUMENTS, "--udp-ports", str(PORT)]
     with Scenario(godwit_arguments=arguments, ipv6=ipv6) as scenario, contextlib.ExitStack() as stack:
-        guest = scenario.guest
-        assert isinstance(guest, EmbeddedGuest)
-        family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        service, asking, server, client = stack.enter_context(datagrams(scenario, ipv6=ipv6))
         there = scenario.network.a.address(ipv6)
-        with guest.space.enter():
-            service, asking = (stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2))
-        with scenario.network.server.enter():
-            server, client = (stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2))
-        for sock in (service, asking, server, client):
-            sock.settimeout(5)
-        service.bind(("::" if ipv6 else "", PORT))
-        server.bind((scenario.server_address, PORT))
         asking.sendto(b"question", (scenario.server_address, PORT))
         question, address = server.recvfrom(100)
         assert question == b"question"
@@ -167,16 +156,7 @@ def test_datagrams_move(ipv6: bool) -> None:
 
 
 def test_datagrams_stay_when_the_guest_does() -> None:
-    with Scenario(godwit_arguments=ARGUMENTS) as scenario, contextlib.ExitStack() as stack:
-        guest = scenario.guest
-        assert isinstance(guest, EmbeddedGuest)
-        with guest.space.enter():
-            asking = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        with scenario.network.server.enter():
-            server = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        for sock in (asking, server):
-            sock.settimeout(5)
-        server.bind((scenario.server_address, PORT))
+    with Scenario(godwit_arguments=ARGUMENTS) as scenario, datagrams(scenario) as (_, asking, server, _):
         asking.sendto(b"question", (scenario.server_address, PORT))
         _, address = server.recvfrom(100)
         for again in range(2):

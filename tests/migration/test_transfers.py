@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -116,10 +117,10 @@ def now(transfers: Transfers[Device]) -> State | None:
     return transfers.state
 
 
-RUNS: Step = lambda transfers: transfers.guest_runs()  # noqa: E731
-ANNOUNCED: Step = lambda transfers: transfers.guest_is_announced()  # noqa: E731
-GONE: Step = lambda transfers: transfers.hung_up()  # noqa: E731
-OTHER: Step = lambda transfers: transfers.end("something else")  # noqa: E731
+RUNS: Step = Transfers.guest_runs
+ANNOUNCED: Step = Transfers.guest_is_announced
+GONE: Step = Transfers.hung_up
+OTHER: Step = functools.partial(Transfers.end, why="something else")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ if os.fork() == 0:
                 os.write(theirs[1], b".")
                 continue
             readable = bool(select.select([events], [], [], 0.2)[0])
+            time.sleep(0.1 if readable else 0)  # the kernel tells of an IPv6 address in two steps
             os.write(theirs[1], b"y" if events.drain() else b"n" if readable else b"-")
     os._exit(0)
 os.read(theirs[0], 1)
