@@ -32,6 +32,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "UDP port": lambda: record_table(native.UDP_PORT),
         "UDP peer": lambda: record_table(native.UDP_PEER),
         "datagram": lambda: record_table(native.WAITING),
+        "ping": lambda: record_table(native.PING),
         "socket": lambda: record_table(SOCKET),
     },
     "stream-v2.md": {

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from godwit.dataplane.state import Datagram, FlowState, Observed, Side, SocketState, UdpPeer, UdpPort
+from godwit.dataplane.state import Datagram, FlowState, Observed, Ping, Side, SocketState, UdpPeer, UdpPort
 from godwit.migration import (
     BadRecordError,
     Direction,
@@ -30,7 +30,18 @@ from godwit.migration import (
     TruncatedError,
     VersionRefusedError,
 )
-from godwit.net.records import FLOW, MAX_FLOWS, MAX_QUEUE, OBSERVED, SIDE, SOCKET, V4_MAPPED, flat_of, flow_of
+from godwit.net.records import (
+    EVENT_ESTABLISHED,
+    FLOW,
+    MAX_FLOWS,
+    MAX_QUEUE,
+    OBSERVED,
+    SIDE,
+    SOCKET,
+    V4_MAPPED,
+    flat_of,
+    flow_of,
+)
 from godwit.net.state import BATCH, NEVER_SEEN, FlowMover
 from godwit.net.versions import versions
 
@@ -63,6 +74,8 @@ class Mover:
         self.compared: dict[str, str] | None = None
         self.lost: dict[int, str] = {}
         self.ports: list[tuple[UdpPort, list[UdpPeer], list[Datagram]]] = []
+        self.unanswered: set[int] = set()
+        self.echoes: list[Ping] = []
 
     def observed(self) -> Observed:
         return self.seen
@@ -76,8 +89,20 @@ class Mover:
     def thaw(self) -> None:
         self.calls.append("thaw")
 
-    def flows(self) -> Sequence[int]:
-        return range(len(self.states))
+    def flows(self, *, handshakes: bool = False) -> Sequence[int]:
+        return [n for n, state in enumerate(self.states) if handshakes or state.events & EVENT_ESTABLISHED]
+
+    def is_connecting(self, flow: int) -> bool:
+        return flow in self.unanswered
+
+    def open_anew(self, flow: int) -> None:
+        self.unanswered.add(flow)
+
+    def pings(self) -> Sequence[Ping]:
+        return self.echoes
+
+    def add_ping(self, ping: Ping) -> None:
+        self.echoes.append(ping)
 
     def flow_state(self, flow: int) -> FlowState:
         return self.states[flow]
@@ -130,6 +155,8 @@ class Mover:
         self.states.clear()
         self.sockets.clear()
         self.ports.clear()
+        self.unanswered.clear()
+        self.echoes.clear()
 
     def linger(self) -> None:
         self.calls.append("linger")

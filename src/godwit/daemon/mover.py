@@ -34,6 +34,7 @@ from godwit.dataplane import (
     Engine,
     FlowState,
     Observed,
+    Ping,
     Side,
     SocketState,
     UdpPeer,
@@ -91,6 +92,7 @@ class _Arrival:
     fd: int = -1
     in_repair: bool = False
     lost: str = ""
+    opens: bool = False  # there is no socket yet: it is opened at the commit
     socket: SocketState | None = None
     sndq: bytes = b""
 
@@ -180,12 +182,13 @@ class Mover:
         self._parked = False
         self._frozen: list[int] = []  # source: flows whose socket is frozen
         self._in_repair: set[int] = set()  # of those, the ones in repair mode
-        self._not_saved: set[int] = set()  # and of those, the ones that are not in the stream, or as lost
+        self._saved: set[int] = set()  # and of those, the ones whose socket is in the stream
         self._frozen_listeners: list[int] = []
         self._arrivals: dict[int, _Arrival] = {}  # target: by flow
         self._prepared: list[int] = []  # target: all flows that came, -1 for one that has no place
         self._udp: list[int | None] = []  # target: the UDP ports that came, None for one that has none here
         self._datagrams: dict[int, list[Datagram]] = {}  # target: by port
+        self._pings: list[int] = []  # target: the flows of echoes that came
         self._lingerers: list[str] = []  # target: who may have sockets of the flows that come
         self._room = 0  # target: bytes that send queues may still take
 
@@ -240,7 +243,8 @@ class Mover:
         for fd in self._engine.listeners():
             sockstate.freeze_listener(fd)
             self._frozen_listeners.append(fd)
-        for flow in self._engine.tcp_flows():
+        self._engine.accept_waiting()
+        for flow in self._engine.tcp_flows(handshakes=True):
             fd, v6 = self._engine.flow_socket(flow)
             if fd < 0:
                 continue  # reset, and the guest is to hear of it where it goes
@@ -259,16 +263,20 @@ class Mover:
             log.warning(
                 "no repair helper is connected: %d connections cannot move and will be reset; "
                 "start `godwit repair` or passt-repair for %s",
-                len(self._frozen) - len(self._in_repair),
+                sum(not self.is_connecting(flow) for flow in self._frozen) - len(self._in_repair),
                 "the repair socket" if self._repair is None else self._repair.path,
             )
             return
         self._set_mode([self._engine.flow_socket(flow)[0] for flow in self._frozen], Repair.ON)
         self._in_repair.update(self._frozen)
 
-    def flows(self) -> Sequence[int]:
-        """The TCP flows that are established on the guest's side."""
-        return self._engine.tcp_flows()
+    def flows(self, *, handshakes: bool = False) -> Sequence[int]:
+        """The TCP flows that are established on the guest's side; or with ``handshakes`` those in a handshake, too."""
+        return self._engine.tcp_flows(handshakes)
+
+    def is_connecting(self, flow: int) -> bool:
+        """The guest has opened it, and its peer has not answered."""
+        return self._engine.flow_is_connecting(flow)
 
     def flow_state(self, flow: int) -> FlowState:
         """The flow as the guest's side knows it."""
@@ -287,6 +295,7 @@ class Mover:
         except OSError as error:
             self.give_up(flow, str(error))
             return None
+        self._saved.add(flow)
         return self._whole(flow, state, sndq, rcvq)
 
     def _is_local(self, flow: int) -> bool:
@@ -295,7 +304,7 @@ class Mover:
     def give_up(self, flow: int, why: str) -> None:
         """The flow is not in the stream, or as lost: it is reset when the guest has moved."""
         log.error("flow %d cannot move: %s", flow, why)
-        self._not_saved.add(flow)
+        self._saved.discard(flow)
 
     def _whole(self, flow: int, state: SocketState, sndq: bytes, rcvq: bytes) -> tuple[SocketState, bytes, bytes]:
         """What the kernel has, and what an earlier migration left with the flow."""
@@ -351,7 +360,7 @@ class Mover:
             if self._parked:
                 return  # a migration is under way, and looks for itself when it goes on
             with self._engine.parked():
-                sockets = {flow: self._engine.flow_socket(flow)[0] for flow in self._engine.tcp_flows()}
+                sockets = {flow: self._engine.flow_socket(flow)[0] for flow in self._engine.tcp_flows(handshakes=True)}
                 found = {flow for flow, fd in sockets.items() if fd >= 0 and in_repair(fd)}
                 self._rescue.hold(found - self._rescue.held())
 
@@ -371,7 +380,7 @@ class Mover:
     def _clear(self) -> None:
         self._frozen.clear()
         self._in_repair.clear()
-        self._not_saved.clear()
+        self._saved.clear()
 
     def _leave_repair(self, flows: Sequence[int]) -> None:
         """Thaw these and end their repair mode, as far as a helper is there."""
@@ -411,12 +420,11 @@ class Mover:
         with self._lock:
             try:
                 # What could not be saved the caller resets, for the peer's sake: in repair mode that would say nothing.
-                self._leave_repair([flow for flow in sorted(self._not_saved) if flow in self._in_repair])
+                self._leave_repair([f for f in self._frozen if f in self._in_repair and f not in self._saved])
                 for flow in self._frozen:
-                    if flow in self._not_saved or flow not in self._in_repair:
+                    if flow not in self._saved:
                         self._engine.drop_flow_socket(flow)
-                moved = [flow for flow in self._frozen if flow in self._in_repair and flow not in self._not_saved]
-                return [self._engine.release_flow(flow) for flow in moved]
+                return [self._engine.release_flow(flow) for flow in self._frozen if flow in self._saved]
             finally:
                 self._clear()
                 self._unpark()
@@ -512,6 +520,25 @@ class Mover:
         if socket.tcpi_state in TCP_PEER_CLOSED:
             self._engine.note_peer_closed(flow)
 
+    def open_anew(self, flow: int) -> None:
+        """Nobody had answered this one: it needs no socket that is restored, and no helper."""
+        arrival = self._arrivals.get(flow)
+        if arrival is not None:
+            self._lose(flow, "")
+            arrival.opens = True
+
+    def pings(self) -> Sequence[Ping]:
+        """The guest's echoes."""
+        return self._engine.pings()
+
+    def add_ping(self, ping: Ping) -> None:
+        """Echoes of the guest's, if there is a place for them."""
+        with self._lock:
+            self._park()
+        index = self._engine.import_ping(ping)
+        if index is not None:
+            self._pings.append(index)
+
     def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
         """Each UDP port that has anything to move. The sockets keep what they have."""
         peers: dict[int, list[UdpPeer]] = {}
@@ -594,6 +621,7 @@ class Mover:
             self._prepared.clear()
             self._udp.clear()
             self._datagrams.clear()
+            self._pings.clear()
             self._unpark()
         self._schedule(HURRY_SECONDS, self._engine.calm)
         self._watch()
@@ -610,9 +638,9 @@ class Mover:
 
     def _let_flows_go(self) -> None:
         for flow, arrival in self._arrivals.items():
-            if not arrival.lost and arrival.socket is None:
+            if not arrival.lost and not arrival.opens and arrival.socket is None:
                 self._lose(flow, "it was not restored")
-        good = [flow for flow, arrival in self._arrivals.items() if not arrival.lost]
+        good = [flow for flow, arrival in self._arrivals.items() if not arrival.lost and not arrival.opens]
         done = 0
         if good:
             # Thawed first: the answer to the probe that ends repair mode shall not be missed.
@@ -634,6 +662,9 @@ class Mover:
         peers = [_host_side(arrival.state) for flow, arrival in lost.items() if not self._is_local(flow)]
         for flow in lost:
             self._engine.reset_flow(flow)
+        for flow, arrival in self._arrivals.items():
+            if arrival.opens:
+                self._engine.open_flow(flow)
         log.info("%d connections go on here, %d were lost", len(self._arrivals) - len(lost), len(lost))
         _report((arrival.lost, arrival.state) for arrival in lost.values())
         self._knock(peers, KNOCKS)
@@ -700,9 +731,11 @@ class Mover:
             for flow in self._arrivals:
                 self._engine.forget_flow(flow)
             self._engine.forget_udp([port for port in self._udp if port is not None])
+            self._engine.forget_pings(self._pings)
         finally:
             self._arrivals.clear()
             self._prepared.clear()
             self._udp.clear()
             self._datagrams.clear()
+            self._pings.clear()
             self._unpark()

@@ -3,13 +3,14 @@
 
 from godwit.dataplane._engine import Engine
 from godwit.dataplane.card import StreamCard
-from godwit.dataplane.state import Datagram, FlowState, Observed, Side, SocketState, UdpPeer, UdpPort
+from godwit.dataplane.state import Datagram, FlowState, Observed, Ping, Side, SocketState, UdpPeer, UdpPort
 
 __all__ = [
     "Datagram",
     "Engine",
     "FlowState",
     "Observed",
+    "Ping",
     "Side",
     "SocketState",
     "StreamCard",

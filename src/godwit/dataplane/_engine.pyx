@@ -3,7 +3,7 @@
 
 import os
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from godwit.dataplane._base cimport EngineBase, check, copy_bytes
@@ -11,6 +11,7 @@ from godwit.dataplane.flow cimport (
     carry_free,
     carry_new,
     flow_close,
+    flow_deadline,
     flow_find,
     flow_index,
     flow_new,
@@ -18,6 +19,7 @@ from godwit.dataplane.flow cimport (
     flow_watch,
 )
 from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_loopback, is_unspecified, is_v4, to_host
+from godwit.dataplane.icmp cimport PING_TIMEOUT, ping_open
 from godwit.dataplane.loop cimport clock_ms
 from godwit.dataplane.plane cimport (
     EV_ACCEPTED,
@@ -26,6 +28,7 @@ from godwit.dataplane.plane cimport (
     EV_SYN_FROM_GUEST,
     FF_ANSWERED,
     FF_ANY_PEER,
+    FF_CONNECTING,
     FF_DRAINING,
     FF_FIN_KNOWN,
     FF_FORWARD,
@@ -48,6 +51,7 @@ from godwit.dataplane.plane cimport (
     Flow,
     UdpIn,
 )
+from godwit.dataplane.sockstate cimport sock_is_connecting
 from godwit.dataplane.sys cimport (
     EPOLL_CTL_DEL,
     epoll_ctl,
@@ -65,11 +69,11 @@ from godwit.dataplane.tcp cimport (
     tcp_reset,
     tcp_resume,
 )
-from godwit.dataplane.tcp_open cimport tcp_refuse_waiting
+from godwit.dataplane.tcp_open cimport tcp_accept, tcp_open_anew, tcp_refuse_waiting
 from godwit.dataplane.udp cimport PORT_LOOPBACK, PORT_OWN, udp_add_peer, udp_prepare, udp_used
 from godwit.dataplane.udp_to_guest cimport Carried, Seen, look_at_control, udp_drain
 
-from godwit.dataplane.state import Datagram, FlowState, Side, UdpPeer, UdpPort
+from godwit.dataplane.state import Datagram, FlowState, Ping, Side, UdpPeer, UdpPort
 
 cdef enum:
     PIF_HOST = 1
@@ -88,8 +92,8 @@ cdef class Engine(EngineBase):
             raise ValueError(f"no TCP flow {index}")
         return &self.p.flows[index]
 
-    def tcp_flows(self):
-        """The TCP flows that are established on the guest's side, their indices.
+    def tcp_flows(self, bint handshakes=False):
+        """The TCP flows that are established on the guest's side, their indices; or with ``handshakes`` those in handshakes, too.
 
         Also those that were reset and of which the guest has not heard yet: they have no socket.
         """
@@ -98,9 +102,18 @@ cdef class Engine(EngineBase):
         found = []
         for i in range(self.p.used_flows):
             f = &self.p.flows[i]
-            if f.kind == FLOW_TCP and f.events & EV_ESTABLISHED and (f.sock >= 0 or f.flags & FF_RESET_DUE):
+            if (f.kind == FLOW_TCP and (handshakes or f.events & EV_ESTABLISHED)
+                    and (f.sock >= 0 or f.flags & FF_RESET_DUE)):
                 found.append(i)
         return found
+
+    def accept_waiting(self):
+        """Accept what waits at the listening sockets; as flows, these can move."""
+        cdef int j
+        self.p.now = clock_ms(self.p)
+        for j in range(self.p.listener_count):
+            while self.p.listeners[j].fd >= 0 and tcp_accept(self.p, &self.p.listeners[j]):
+                pass
 
     def has_found(self):
         """Whether there is something for take_found()."""
@@ -126,6 +139,11 @@ cdef class Engine(EngineBase):
         """(descriptor or -1, whether it is an IPv6 socket) of a TCP flow."""
         cdef Flow *f = self.flow(index)
         return f.sock, not is_v4(f.remote_addr)
+
+    def flow_is_connecting(self, uint32_t index):
+        """Whether the guest has opened a TCP flow, and nothing is known of an answer from its peer."""
+        cdef Flow *f = self.flow(index)
+        return f.flags & FF_CONNECTING != 0 and sock_is_connecting(f.sock)
 
     def flow_is_local(self, uint32_t index):
         """Whether the peer of a TCP flow is this host itself, on its loopback."""
@@ -155,7 +173,8 @@ cdef class Engine(EngineBase):
             # How it came to be established is said by `pif` alone, as in every stream of passt's, which
             # takes a flow with these bits for one in its handshake. And a FIN that is being sent again
             # was sent: the numbers below count it.
-            events=(f.events & ~(EV_ACCEPTED | EV_SYN_FROM_GUEST)) | (EV_FIN_TO_GUEST if f.flags & FF_FIN_KNOWN else 0),
+            events=((f.events & ~(EV_ACCEPTED | EV_SYN_FROM_GUEST) if f.events & EV_ESTABLISHED else f.events)
+                    | (EV_FIN_TO_GUEST if f.flags & FF_FIN_KNOWN else 0)),
             tap_mss=f.mss,
             sndbuf=0,
             flags=0,
@@ -167,6 +186,9 @@ cdef class Engine(EngineBase):
             seq_from_tap=f.seq_from_guest,
             seq_ack_to_tap=f.seq_ack_to_guest,
             seq_init_from_tap=f.seq_init_from_guest,
+            bytes_from_guest=f.bytes_from_guest,
+            bytes_to_guest=f.bytes_to_guest,
+            idle=min(<uint64_t>max(<int64_t>(self.p.now - f.last_active), 0), 0xFFFFFFFF),
         )
 
     def import_flow(self, state):
@@ -193,7 +215,7 @@ cdef class Engine(EngineBase):
         f.remote_port = host.end_port
         f.local_port = host.our_port
         f.flags = (FF_FROM_GUEST if from_guest else 0) | (0 if is_v4(f.guest_addr) else FF_V6) | FF_HELD
-        f.events = state.events | EV_SYN_FROM_GUEST
+        f.events = state.events | (EV_SYN_FROM_GUEST if state.events & EV_ESTABLISHED else 0)
         f.ws_from_guest = state.ws_from_tap
         f.ws_to_guest = state.ws_to_tap
         f.mss = min(max(state.tap_mss, 64), 65532)
@@ -204,6 +226,9 @@ cdef class Engine(EngineBase):
         f.seq_ack_to_guest = state.seq_ack_to_tap
         f.seq_init_from_guest = state.seq_init_from_tap
         f.edge = (state.seq_ack_to_tap + (state.wnd_to_tap << state.ws_to_tap)) & 0xFFFFFFFF
+        f.bytes_from_guest = state.bytes_from_guest
+        f.bytes_to_guest = state.bytes_to_guest
+        f.last_active = max(<int64_t>self.p.now - <int64_t>state.idle, 0)
         if f.events & EV_FIN_TO_GUEST:
             f.flags |= FF_FIN_KNOWN
             f.seq_fin = f.seq_to_guest - 1
@@ -476,6 +501,51 @@ cdef class Engine(EngineBase):
                 if not self.p.flows[i].flags & FF_FORWARD:
                     flow_close(self.p, &self.p.flows[i])
 
+    # ---- echoes that move; the thread is parked here, too
+
+    def pings(self):
+        """The Pings of the guest's that can move: all but those of this host's own loopback."""
+        cdef uint32_t i
+        cdef Flow *f
+        cdef sockaddr_storage addr
+        cdef socklen_t n
+        cdef uint8_t bound[16]
+        cdef uint16_t ident
+        found = []
+        for i in range(self.p.used_flows):
+            f = &self.p.flows[i]
+            if f.kind != FLOW_PING or is_loopback(f.remote_addr):
+                continue
+            n = sizeof(addr)
+            if getsockname(f.sock, <sockaddr *>&addr, &n) == 0:
+                get_sockaddr(<sockaddr *>&addr, bound, &ident)
+                found.append(Ping(f.guest_addr[:16], f.our_addr[:16], f.guest_port, ident, f.ping_seq))
+        return found
+
+    def import_ping(self, ping):
+        """Echoes that came: an answer to one that was sent before arrives here. Returns the index of the flow.
+
+        Where the identifier is another's here, or there is no place, None: the next request opens a flow.
+        """
+        cdef Flow *f
+        cdef bytes guest_addr = ping.guest_addr, our_addr = ping.our_addr
+        if flow_find(self.p, FLOW_PING, guest_addr, ping.guest_ident, our_addr, 0) != NULL:
+            return None
+        self.p.now = clock_ms(self.p)
+        f = ping_open(self.p, guest_addr, ping.guest_ident, our_addr, ping.host_ident)
+        if f == NULL:
+            return None
+        f.ping_seq = ping.seq
+        flow_deadline(self.p, f, self.p.now + PING_TIMEOUT)
+        return flow_index(self.p, f)
+
+    def forget_pings(self, pings):
+        """Take away what import_ping() has made."""
+        cdef uint32_t i
+        for i in pings:
+            if i < self.p.used_flows and self.p.flows[i].kind == FLOW_PING:
+                flow_close(self.p, &self.p.flows[i])
+
     def resume_flow(self, uint32_t index, bint watch):
         """Go on with a flow: one thawed, or (``watch``) one imported and restored."""
         cdef Flow *f = self.flow(index)
@@ -488,6 +558,11 @@ cdef class Engine(EngineBase):
             tcp_reset(self.p, f)
             return
         tcp_resume(self.p, f)
+
+    def open_flow(self, uint32_t index):
+        """Have the host's side of an imported flow opened as if the guest had just asked for it."""
+        self.p.now = clock_ms(self.p)
+        tcp_open_anew(self.p, self.flow(index))
 
     def calm(self):
         """The time after a move is over: flows go back to the kernel's own retransmission timing."""
@@ -561,6 +636,7 @@ cdef class Engine(EngineBase):
                         "guest": (f.guest_addr[:16], f.guest_port), "our": (f.our_addr[:16], f.our_port),
                         "remote": (f.remote_addr[:16], f.remote_port), "events": f.events, "flags": f.flags,
                         "in_flight": f.seq_to_guest - f.seq_ack_from_guest, "window": f.window,
+                        "bytes_from_guest": f.bytes_from_guest, "bytes_to_guest": f.bytes_to_guest,
                     })
         return found
 

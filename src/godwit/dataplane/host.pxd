@@ -32,5 +32,5 @@ cdef socklen_t put_sockaddr(Plane *p, sockaddr *out, const uint8_t *addr, uint16
 # The same for an IPv6 socket, whatever the address: of IPv4 as v4-mapped.
 cdef socklen_t put_sockaddr6(sockaddr *out, const uint8_t *addr, uint16_t port, uint32_t scope) noexcept nogil
 # Where the guest's own connections and datagrams leave from, if that was said. Not 0: errno says why not.
-cdef int bind_outbound(Plane *p, int fd, bint v4) noexcept nogil
+cdef int bind_outbound(Plane *p, int fd, bint v4, uint16_t port) noexcept nogil
 cdef void get_sockaddr(const sockaddr *at, uint8_t *addr, uint16_t *port) noexcept nogil

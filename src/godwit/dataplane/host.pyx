@@ -146,22 +146,29 @@ cdef socklen_t put_sockaddr6(sockaddr *out, const uint8_t *addr, uint16_t port, 
     return sizeof(sockaddr_in6)
 
 
-cdef int bind_outbound(Plane *p, int fd, bint v4) noexcept nogil:
+cdef int bind_outbound(Plane *p, int fd, bint v4, uint16_t port) noexcept nogil:
     cdef sockaddr_storage addr
     cdef const uint8_t *source = p.config.outbound6
     cdef const uint8_t *device = p.config.outbound_if6
     cdef socklen_t n
     cdef int one = 1
+    cdef uint8_t any4[16]
     if v4:
         source = p.config.outbound4
         device = p.config.outbound_if4
     if device[0] and setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, device, IF_NAME) != 0:
         return -1
     if is_unspecified(source):
-        return 0
-    # The port is chosen when the peer is known: else each could be used once, whoever the peers are.
-    setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one))
-    n = put_sockaddr(p, <sockaddr *>&addr, source, 0)
+        if port == 0:
+            return 0
+        if v4:
+            memset(any4, 0, sizeof(any4))
+            any4[10] = any4[11] = 0xFF
+            source = any4
+    if port == 0:
+        # It is chosen when the peer is known: else each could be used once, whoever the peers are.
+        setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one))
+    n = put_sockaddr(p, <sockaddr *>&addr, source, port)
     return bind(fd, <sockaddr *>&addr, n)
 
 

@@ -121,7 +121,6 @@ cdef enum:
     ICMP_HLEN = 8
     ICMP_CSUM = 2
     UDP_HLEN = 8
-    PING_TIMEOUT = 60000    # ms; RFC 5508, 3.2
     READ_BATCH = 64
     ERROR_BATCH = 1024      # more than an error queue holds
     # types and codes of RFC 792 and RFC 4443
@@ -154,21 +153,25 @@ cdef enum:
 cdef Flow *ping_flow(Plane *p, Packet *k, uint16_t ident) noexcept nogil:
     """The flow of an echo request, its socket connected; NULL: none to be had."""
     cdef Flow *f = flow_find(p, FLOW_PING, k.saddr, ident, k.daddr, 0)
+    return f if f != NULL else ping_open(p, k.saddr, ident, k.daddr, 0)
+
+
+cdef Flow *ping_open(Plane *p, const uint8_t *guest, uint16_t ident, const uint8_t *our,
+                     uint16_t host_ident) noexcept nogil:
     cdef uint8_t host[16]
     cdef sockaddr_storage addr
     cdef socklen_t n
     cdef bint v4
-    if f != NULL:
-        return f
-    if not to_host(p, k.daddr, 0, host):
+    cdef Flow *f
+    if not to_host(p, our, 0, host):
         drop(p, DROP_UNREACHABLE)
         return NULL
-    f = flow_new(p, FLOW_PING, k.saddr, ident, k.daddr, 0)
+    f = flow_new(p, FLOW_PING, guest, ident, our, 0)
     if f == NULL:
         drop(p, DROP_TABLE_FULL)
         return NULL
     v4 = is_v4(host)
-    f.flags = FF_FROM_GUEST | (FF_V6 if k.v6 else 0)
+    f.flags = FF_FROM_GUEST | (0 if is_v4(guest) else FF_V6)
     memcpy(f.remote_addr, host, 16)
     f.sock = socket(AF_INET if v4 else AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
                     IPPROTO_ICMP if v4 else IPPROTO_ICMPV6)
@@ -179,7 +182,7 @@ cdef Flow *ping_flow(Plane *p, Packet *k, uint16_t ident) noexcept nogil:
             set_option(f.sock, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)   # as mark() has it without DF
         else:
             set_option(f.sock, IPPROTO_IPV6, IPV6_RECVERR, 1)
-    if (f.sock < 0 or (not is_loopback(host) and bind_outbound(p, f.sock, v4) != 0)
+    if (f.sock < 0 or (not is_loopback(host) and bind_outbound(p, f.sock, v4, host_ident) != 0)
             or connect(f.sock, <sockaddr *>&addr, n) != 0 or flow_watch(p, f) != 0):
         drop(p, DROP_NO_SOCKET)
         flow_close(p, f)

@@ -136,6 +136,8 @@ cdef struct Flow:
     uint32_t window             # the guest's, bytes from seq_ack_from_guest
     uint32_t edge               # right edge of the window that the guest was given
     uint32_t granted            # its size when it was last computed
+    uint64_t bytes_from_guest   # payload that the socket took, and that was sent once at least
+    uint64_t bytes_to_guest
     uint16_t mss                # towards the guest
     uint16_t frames_seen        # frames_from_guest, its low bits, at the last retransmission
     uint16_t wnd_sent           # the window field of the last segment

@@ -26,6 +26,8 @@ cdef struct SockState:
     uint8_t tcpi_options
 
 cdef int sock_freeze(int fd, bint v6) noexcept nogil
+# Whether it is in SYN_SENT.
+cdef bint sock_is_connecting(int fd) noexcept nogil
 cdef void sock_hurry(int fd, bint on) noexcept nogil
 cdef int sock_thaw(int fd, bint v6) noexcept nogil
 # `queues` is malloc'ed: the send queue, then the receive queue. NULL when both are empty.

@@ -132,6 +132,7 @@ cdef extern from *:
 cdef enum:
     # TCP states as TCP_INFO gives them (the kernel's tcp_states.h)
     ESTABLISHED = 1
+    SYN_SENT = 2
     FIN_WAIT1 = 4
     FIN_WAIT2 = 5
     CLOSED = 7
@@ -205,6 +206,14 @@ cdef void sock_hurry(int fd, bint on) noexcept nogil:
     no such option, and the waits double.
     """
     set_int(fd, IPPROTO_TCP, TCP_RTO_MAX_MS, HURRY_RTO if on else LINUX_RTO)
+
+
+cdef bint sock_is_connecting(int fd) noexcept nogil:
+    """Whether a SYN of ours waits for its answer."""
+    cdef tcp_info info
+    cdef socklen_t n = sizeof(info)
+    memset(&info, 0, sizeof(info))
+    return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &n) == 0 and info.tcpi_state == SYN_SENT
 
 
 cdef bint fin_received(uint8_t state) noexcept nogil:

@@ -28,7 +28,9 @@ class FlowState(NamedTuple):
     """A TCP flow between the guest and a host socket.
 
     ``pif`` and ``sides`` start with the side that opened the flow; a pif is 1
-    for the host, 2 for the guest. ``sndbuf`` is in bytes.
+    for the host, 2 for the guest. ``sndbuf`` is in bytes. The last three are no
+    part of version 2: bytes of payload so far, each way, and the milliseconds
+    since anything was heard.
     """
 
     pif: tuple[int, int]
@@ -48,6 +50,9 @@ class FlowState(NamedTuple):
     seq_from_tap: int
     seq_ack_to_tap: int
     seq_init_from_tap: int
+    bytes_from_guest: int = 0
+    bytes_to_guest: int = 0
+    idle: int = 0
 
 
 class SocketState(NamedTuple):
@@ -106,6 +111,16 @@ class UdpPeer(NamedTuple):
     remote_port: int
     from_guest: int
     answered: int
+
+
+class Ping(NamedTuple):
+    """Echoes of the guest's: what it calls the host that it asks, its identifier, and the one that they leave with."""
+
+    guest_addr: bytes
+    our_addr: bytes
+    guest_ident: int
+    host_ident: int
+    seq: int
 
 
 class Datagram(NamedTuple):

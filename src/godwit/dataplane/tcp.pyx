@@ -110,6 +110,7 @@ from godwit.dataplane.sys cimport (
     socklen_t,
 )
 from godwit.dataplane.tcp_open cimport (
+    CONNECT_TIMEOUT,
     tcp_answer_from_guest,
     tcp_close_with_reset,
     tcp_connected,
@@ -317,6 +318,7 @@ cdef void tcp_send_pending(Plane *p) noexcept nogil:
             drop(p, DROP_SEND)
     if n >= 0:
         f.seq_from_guest += <uint32_t>n
+        f.bytes_from_guest += n
         p.counters.bytes_from_guest += n
     p.send.flow = NONE
     p.send.count = 0
@@ -394,7 +396,8 @@ cdef void tcp_from_guest(Plane *p, Packet *k) noexcept nogil:
         drop(p, DROP_MALFORMED)
         return
     if not f.events & EV_ESTABLISHED:
-        if f.flags & (FF_CONNECTING | FF_SYN_DUE) or ack != f.seq_to_guest:
+        # Its number may be right also while our answer is to be sent again.
+        if f.flags & FF_CONNECTING or f.seq_to_guest == f.seq_ack_from_guest or ack != f.seq_to_guest:
             send_reset_for(p, k, t)
             return
         f.seq_ack_from_guest = ack
@@ -567,9 +570,27 @@ cdef void tcp_hurry(Flow *f, bint on) noexcept nogil:
         f.flags &= ~FF_HURRY
 
 
+cdef void resume_handshake(Plane *p, Flow *f) noexcept nogil:
+    """Go on where the guest has not heard, or not answered, our SYN: it is sent again."""
+    cdef int zero = 0
+    f.retries = 0
+    if f.flags & FF_CONNECTING:
+        flow_deadline(p, f, p.now + CONNECT_TIMEOUT)
+        return
+    if f.flags & FF_PEER_FIN:
+        f.flags |= FF_EOF
+    tcp_hurry(f, True)
+    if p.peek_offset:
+        setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
+    tcp_send_syn(p, f)
+
+
 cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil:
     """Take up a flow that came with a migration, or was thawed."""
     cdef int offset = in_flight(f)
+    if not f.events & EV_ESTABLISHED:
+        resume_handshake(p, f)
+        return
     discard(p, f)       # what could not be done while the socket was in repair mode
     if f.events & EV_FIN_TO_GUEST:
         offset -= 1 if not f.events & EV_FIN_ACKED else 0

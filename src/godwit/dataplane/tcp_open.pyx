@@ -35,6 +35,7 @@ from godwit.dataplane.plane cimport (
     FF_ACK_DUE,
     FF_CONNECTING,
     FF_FROM_GUEST,
+    FF_HELD,
     FF_MORE,
     FF_SYN_DUE,
     FF_V6,
@@ -88,7 +89,6 @@ from godwit.dataplane.tcp_to_guest cimport (
 )
 
 cdef enum:
-    CONNECT_TIMEOUT = 130000    # ms; the kernel gives up at about 127 s by itself
     KEEPALIVE_IDLE = 7200000    # ms; RFC 9293, 3.8.4: no less than two hours
     WS_TO_GUEST = 8             # 16 MiB in 16 bits
     OPT_MSS = 2
@@ -177,10 +177,7 @@ cdef void begin(Plane *p, Flow *f) noexcept nogil:
 
 cdef void tcp_open_from_guest(Plane *p, Packet *k, const uint8_t *t, uint32_t size) noexcept nogil:
     cdef uint8_t host[16]
-    cdef sockaddr_storage addr
-    cdef socklen_t n
     cdef Flow *f
-    cdef int rc
     if not to_host(p, k.daddr, be16(t + 2), host):
         drop(p, DROP_UNREACHABLE)
         send_reset_for(p, k, t)
@@ -192,16 +189,33 @@ cdef void tcp_open_from_guest(Plane *p, Packet *k, const uint8_t *t, uint32_t si
         return
     f.flags = FF_FROM_GUEST | (FF_V6 if k.v6 else 0)
     f.events = EV_SYN_FROM_GUEST
-    memcpy(f.remote_addr, host, 16)
-    f.remote_port = f.our_port
     parse_options(f, t, size, k.v6)
     limit_mss(p, f)
     f.seq_init_from_guest = be32(t + 4) + 1
     f.seq_from_guest = f.seq_ack_to_guest = f.edge = f.seq_init_from_guest
     f.window = be16(t + 14)
     f.seq_to_guest = f.seq_max_to_guest = f.seq_ack_from_guest = initial_seq(p, f)
+    connect_out(p, f, host)
+
+
+cdef void tcp_open_anew(Plane *p, Flow *f) noexcept nogil:
+    cdef uint8_t host[16]
+    f.flags &= ~FF_HELD
+    if to_host(p, f.our_addr, f.our_port, host):
+        connect_out(p, f, host)
+    else:
+        tcp_reset(p, f)
+
+
+cdef void connect_out(Plane *p, Flow *f, const uint8_t *host) noexcept nogil:
+    """Begin to connect to whom the guest has called, which is `host` here."""
+    cdef sockaddr_storage addr
+    cdef socklen_t n
+    cdef int rc
+    memcpy(f.remote_addr, host, 16)
+    f.remote_port = f.our_port
     f.sock = stream_socket(p, not is_v4(host))
-    if f.sock < 0 or (not is_loopback(host) and bind_outbound(p, f.sock, is_v4(host)) != 0):
+    if f.sock < 0 or (not is_loopback(host) and bind_outbound(p, f.sock, is_v4(host), 0) != 0):
         drop(p, DROP_NO_SOCKET)
         tcp_reset(p, f)
         return
@@ -269,7 +283,7 @@ cdef bint refuse_one(Plane *p, Listener *listener) noexcept nogil:
     return s >= 0
 
 
-cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil:
+cdef bint tcp_accept(Plane *p, Listener *listener) noexcept nogil:
     cdef sockaddr_storage addr
     cdef socklen_t n
     cdef uint8_t remote[16]
@@ -286,7 +300,7 @@ cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil:
         if s < 0:
             if (errno == EMFILE or errno == ENFILE) and refuse_one(p, listener):
                 continue
-            return
+            return False
         get_sockaddr(<sockaddr *>&addr, remote, &port)
         guest = guest_side(p, remote)
         if not is_unspecified(listener.guest_addr):
@@ -314,10 +328,12 @@ cdef void tcp_accept(Plane *p, Listener *listener) noexcept nogil:
         begin(p, f)
         if f.kind == FLOW_TCP:
             tcp_send_syn(p, f)
+    return True
 
 
 cdef void tcp_establish(Plane *p, Flow *f) noexcept nogil:
     f.events |= EV_ESTABLISHED
+    f.flags &= ~FF_SYN_DUE
     f.flags |= FF_MORE
     f.retries = 0
     f.granted = 0

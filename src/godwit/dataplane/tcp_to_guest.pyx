@@ -302,6 +302,7 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
         rx_finish(p, h, head, head + <uint32_t>n)
         f.seq_to_guest += <uint32_t>n
         if before(f.seq_max_to_guest, f.seq_to_guest):
+            f.bytes_to_guest += f.seq_to_guest - f.seq_max_to_guest
             p.counters.bytes_to_guest += f.seq_to_guest - f.seq_max_to_guest
             f.seq_max_to_guest = f.seq_to_guest
         if flying == 0 or not f.deadline:

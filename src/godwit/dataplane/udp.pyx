@@ -189,7 +189,7 @@ cdef Flow *open_port(Plane *p, Packet *k, uint16_t guest_port, bint v4, int port
         if not v4:
             set_option(f.sock, IPPROTO_IPV6, IPV6_V6ONLY, 1)
         udp_prepare(f.sock, not v4, v4, False)
-    if (f.sock < 0 or (port_class != PORT_LOOPBACK and bind_outbound(p, f.sock, v4) != 0)
+    if (f.sock < 0 or (port_class != PORT_LOOPBACK and bind_outbound(p, f.sock, v4, 0) != 0)
             or flow_watch(p, f) != 0):
         drop(p, DROP_NO_SOCKET)
         flow_close(p, f)

@@ -9,18 +9,20 @@ that could not be dumped or restored is that flow's loss alone.
 
 from __future__ import annotations
 
-import functools
 import logging
 import struct
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from godwit.dataplane.state import Datagram, FlowState, Observed, Side, SocketState, UdpPeer, UdpPort
+from godwit.dataplane.state import Datagram, FlowState, Observed, Ping, Side, SocketState, UdpPeer, UdpPort
 from godwit.migration import Entries, Field, Kind, Part, Record, UnsoundError, Version
 from godwit.migration.entries import Push
 from godwit.migration.layout import Data, Many, Number, One, Text, printable
-from godwit.migration.section import octets, u8, u16, u32
+from godwit.migration.section import octets, u8, u16, u32, u64
 from godwit.net.records import (
+    EVENT_ACCEPTED,
+    EVENT_ESTABLISHED,
+    EVENT_SYN_FROM_GUEST,
     EVENTS,
     MAX_FLOWS,
     MAX_WINDOW_SCALE,
@@ -57,6 +59,13 @@ def _make_flow(*flat: Any) -> FlowState:
     return FlowState(pif, sides, 0, from_guest, to_guest, events, mss, 0, 0, 0, *rest)
 
 
+def _check_flow(flat: tuple[Any, ...]) -> None:
+    check_ends(flat, sides=(1, 5))
+    begun = EVENT_SYN_FROM_GUEST if flat[0] == PIF_GUEST else EVENT_ACCEPTED
+    if not flat[9] & EVENT_ESTABLISHED and flat[9] != begun:
+        raise UnsoundError(9, f"must have bit 0x04, or be {begun}: established, or opened by the initiator")
+
+
 def _flow_fields(flow: FlowState) -> tuple[Any, ...]:
     guest, host = flow.sides if flow.pif[0] == PIF_GUEST else flow.sides[::-1]
     return (flow.pif[0], *guest, *host, flow.events, flow.ws_from_tap, flow.ws_to_tap, flow.tap_mss, *flow[10:])
@@ -90,11 +99,15 @@ FLOW: Final[Record[FlowState]] = Record(
         Field("seq_from_guest", u32, "next sequence number expected from the guest"),
         Field("ack_to_guest", u32, "last acknowledged to the guest"),
         Field("init_from_guest", u32, "sequence number of the guest's SYN"),
+        Field("bytes_from_guest", u64, "bytes of payload so far that the guest has sent", default=0),
+        Field("bytes_to_guest", u64, "bytes of payload so far that the guest was sent", default=0),
+        Field("idle", u32, "milliseconds since anything was heard", default=0),
     ),
     _make_flow,
     fields_of=_flow_fields,
-    check=functools.partial(check_ends, sides=(1, 5), events=9),
-    doc="A TCP connection as the guest's side knows it.",
+    check=_check_flow,
+    doc="A TCP connection as the guest's side knows it. Before bit 0x04 is among its events it is in its handshake: "
+    "with 0x01 the guest has not answered our SYN, with 0x02 it has not acknowledged our answer to its own.",
 )
 
 
@@ -165,6 +178,27 @@ WAITING: Final[Record[Waiting]] = Record(
 )
 
 
+def _check_ping(flat: tuple[Any, ...]) -> None:
+    guest = address_family(flat[0])
+    if not guest or guest != address_family(flat[1]):
+        raise UnsoundError(0 if not guest else 1, "must be the address of one host, of the guest's family")
+
+
+PING: Final[Record[Ping]] = Record(
+    "ping",
+    (
+        Field("guest_addr", octets(16), "the guest's address", show=address_text),
+        Field("our_addr", octets(16), "what the guest calls whom it asks", show=address_text),
+        Field("guest_ident", u16, "identifier of the guest's requests"),
+        Field("host_ident", u16, "the one that they leave with"),
+        Field("seq", u16, "sequence number of the last request"),
+    ),
+    Ping,
+    check=_check_ping,
+    doc="Echo requests of the guest's to one host.",
+)
+
+
 # ---- reading
 
 
@@ -190,6 +224,15 @@ def _load_socket(mover: FlowMover, _part: Part, number: int, state: SocketState,
         mover.restore(flow, state, sndq, rcvq)
 
 
+def _load_attempt(mover: FlowMover, _part: Part, number: int) -> None:
+    mover.open_anew(mover.prepared()[number])
+
+
+def _load_pings(mover: FlowMover, _part: Part, flats: Sequence[tuple[Any, ...]]) -> None:
+    for flat in flats:
+        mover.add_ping(PING.build(flat))
+
+
 def _load_lost(mover: FlowMover, _part: Part, number: int, why: str) -> None:
     mover.mark_lost(mover.prepared()[number], printable(why, SHOWN_WHY))
 
@@ -199,6 +242,8 @@ class _Notes:
 
     def __init__(self) -> None:
         self.flows = 0
+        self.opened: set[int] = set()  # flows that the guest has opened, and that are not established
+        self.pings = 0
         self.udp_ports = 0
         self.waiting = 0  # bytes of datagrams
         self.settled: set[int] = set()
@@ -212,6 +257,7 @@ def _check_once(notes: _Notes, part: Part, _value: object) -> None:
 
 
 def _check_flows(notes: _Notes, part: Part, flats: Sequence[tuple[Any, ...]]) -> None:
+    notes.opened.update(notes.flows + n for n, flat in enumerate(flats) if flat[9] == EVENT_SYN_FROM_GUEST)
     notes.flows += len(flats)
     if notes.flows > MAX_FLOWS:
         raise part.bad(part.name, "count", notes.flows, f"must be at most {MAX_FLOWS} in all", part.offset - part.start)
@@ -227,6 +273,19 @@ def _check_number(notes: _Notes, part: Part, number: int, *_values: object) -> N
     if why:
         raise part.bad(part.name, "flow", number, why, part.offset - part.start)
     notes.settled.add(number)
+
+
+def _check_attempt(notes: _Notes, part: Part, number: int) -> None:
+    _check_number(notes, part, number)
+    if number not in notes.opened:
+        why = "which the guest has not opened, or which is established"
+        raise part.bad(part.name, "flow", number, why, part.offset - part.start)
+
+
+def _check_pings(notes: _Notes, part: Part, flats: Sequence[tuple[Any, ...]]) -> None:
+    notes.pings += len(flats)
+    if notes.pings > MAX_FLOWS:
+        raise part.bad(part.name, "count", notes.pings, f"must be at most {MAX_FLOWS} in all", part.offset - part.start)
 
 
 CONFIGURATION_KIND: Final[Kind[FlowMover]] = Kind(
@@ -343,6 +402,26 @@ DATAGRAM_KIND: Final[Kind[FlowMover]] = Kind(
 )
 
 
+ATTEMPT_KIND: Final[Kind[FlowMover]] = Kind(
+    9,
+    "TCP attempt",
+    (Number("flow", "the number of the flow"),),
+    _load_attempt,
+    check=_check_attempt,
+    doc="In place of a socket: nobody has answered yet. The target asks anew, as if the guest's SYN had just come: "
+    "the peer knows of no connection, and needs no number of an earlier attempt.",
+)
+PINGS_KIND: Final[Kind[FlowMover]] = Kind(
+    10,
+    "pings",
+    (Many(PING, MAX_PEERS),),
+    _load_pings,
+    check=_check_pings,
+    required=False,
+    doc="So that an answer that is under way finds the guest.",
+)
+
+
 # ---- writing
 
 
@@ -352,9 +431,13 @@ def _save(mover: FlowMover, push: Push) -> None:
     push(OBSERVED_KIND, mover.observed())
     moving = _save_flows(mover, push)
     for number, flow in enumerate(moving):
-        why = _save_socket(mover, push, number, flow)
-        if why:
+        if mover.is_connecting(flow):
+            push(ATTEMPT_KIND, number)
+        elif why := _save_socket(mover, push, number, flow):
             push(LOST_KIND, number, why)
+    pings = [PING.flatten(ping) for ping in mover.pings() if _is_sound(PING, ping)]
+    for first in range(0, len(pings), MAX_PEERS):
+        push(PINGS_KIND, pings[first : first + MAX_PEERS])
     _save_udp(mover, push)  # last: what comes to a socket after that is not in the stream
 
 
@@ -389,7 +472,7 @@ def _save_flows(mover: FlowMover, push: Push) -> Sequence[int]:
     """Write the flows; gives those that could be, in the order of their numbers."""
     moving: list[int] = []
     flats: list[tuple[Any, ...]] = []
-    for flow in mover.flows():
+    for flow in mover.flows(handshakes=True):
         flat = FLOW.flatten(mover.flow_state(flow))
         try:
             FLOW.check(flat)
@@ -438,6 +521,8 @@ ENTRIES: Final[Entries[FlowMover]] = Entries(
         UDP_PORT_KIND,
         UDP_PEERS_KIND,
         DATAGRAM_KIND,
+        ATTEMPT_KIND,
+        PINGS_KIND,
     ),
     _save,
     notes=_Notes,

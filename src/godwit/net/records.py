@@ -24,6 +24,8 @@ MAX_WINDOW_SCALE: Final = 14
 
 PIF_HOST: Final = 1
 PIF_GUEST: Final = 2
+EVENT_ACCEPTED: Final = 0x01
+EVENT_SYN_FROM_GUEST: Final = 0x02
 EVENT_ESTABLISHED: Final = 0x04
 
 # States of TCP_INFO (linux tcp_states.h).
@@ -100,16 +102,14 @@ def address_family(address: bytes) -> int:
     return 6 if address[0] != 0xFF else 0
 
 
-def check_ends(flat: tuple[Any, ...], *, sides: tuple[int, int], events: int) -> None:
-    """The two addresses of each side of a flow, which begin at these leaves, and its events."""
+def check_ends(flat: tuple[Any, ...], *, sides: tuple[int, int]) -> None:
+    """The two addresses of each side of a flow, which begin at these leaves."""
     for index in sides:
         ours, end = address_family(flat[index]), address_family(flat[index + 1])
         if not ours or not end:
             raise UnsoundError(index if not ours else index + 1, "must be the address of one host")
         if ours != end:
             raise UnsoundError(index + 1, "must be of the same family as our address on that side")
-    if not flat[events] & EVENT_ESTABLISHED:
-        raise UnsoundError(events, "must have bit 0x04: only an established flow can be here")
 
 
 EVENTS: Final = Field(
@@ -125,16 +125,18 @@ def _check_flow(flat: tuple[Any, ...]) -> None:
     first, second = flat[0], flat[1]
     if first + second != PIF_HOST + PIF_GUEST or first == 0 or second == 0:
         raise UnsoundError(1, f"with {first} on the other side: must be host (1) and guest (2), in either order")
-    check_ends(flat, sides=(2, 6), events=13)
+    check_ends(flat, sides=(2, 6))
+    if not flat[13] & EVENT_ESTABLISHED:
+        raise UnsoundError(13, "must have bit 0x04: only an established flow can be here")
 
 
 def _make_flow(*fields: Any) -> FlowState:
     """The flow of the fields' values; in the stream ``sndbuf`` is in units of 256 bytes."""
-    return FlowState._make((*fields[:7], fields[7] << 8, *fields[8:]))
+    return FlowState._make((*fields[:7], fields[7] << 8, *fields[8:], 0, 0, 0))
 
 
 def _flow_fields(flow: FlowState) -> tuple[Any, ...]:
-    return (*flow[:7], flow[7] >> 8, *flow[8:])
+    return (*flow[:7], flow[7] >> 8, *flow[8:17])
 
 
 FLOW: Final[Record[FlowState]] = Record(
@@ -173,13 +175,13 @@ FLOW: Final[Record[FlowState]] = Record(
 def flow_of(flat: tuple[Any, ...]) -> FlowState:
     """``FLOW.build``, spelt out: this runs for each flow of a stream."""
     first, second = Side._make(flat[2:6]), Side._make(flat[6:10])
-    return FlowState._make(((flat[0], flat[1]), (first, second), *flat[10:15], flat[15] << 8, *flat[16:]))
+    return FlowState._make(((flat[0], flat[1]), (first, second), *flat[10:15], flat[15] << 8, *flat[16:], 0, 0, 0))
 
 
 def flat_of(flow: FlowState) -> tuple[Any, ...]:
     """``FLOW.flatten``, spelt out."""
     sides = flow.sides
-    return (*flow.pif, *sides[0], *sides[1], *flow[2:7], flow.sndbuf >> 8, *flow[8:])
+    return (*flow.pif, *sides[0], *sides[1], *flow[2:7], flow.sndbuf >> 8, *flow[8:17])
 
 
 def _check_socket(flat: tuple[Any, ...]) -> None:

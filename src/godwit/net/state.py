@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
-from godwit.dataplane.state import Datagram, FlowState, Observed, SocketState, UdpPeer, UdpPort
+from godwit.dataplane.state import Datagram, FlowState, Observed, Ping, SocketState, UdpPeer, UdpPort
 from godwit.migration import Item, Part, Reader, Section, Stage, UnsoundError, Version, Writer
 from godwit.migration.layout import Data, Shown, show_all
 from godwit.migration.section import shown
@@ -70,8 +70,14 @@ class FlowMover(Protocol):
     def thaw(self) -> None:
         """Source: undo ``freeze``, also a half-way one, at any time until the front-end is gone."""
 
-    def flows(self) -> Sequence[int]:
-        """Source, frozen: the TCP flows that are established on the guest's side, also those that cannot be dumped."""
+    def flows(self, *, handshakes: bool = False) -> Sequence[int]:
+        """Source, frozen: the TCP flows that are established on the guest's side, also those that cannot be dumped.
+
+        With ``handshakes`` those in a handshake, too.
+        """
+
+    def is_connecting(self, flow: int) -> bool:
+        """Source, frozen: the guest has opened it and its peer has not answered; there is nothing to dump."""
 
     def flow_state(self, flow: int) -> FlowState:
         """Source, frozen: the flow."""
@@ -100,6 +106,15 @@ class FlowMover(Protocol):
 
     def restore(self, flow: int, socket: SocketState, sndq: bytes, rcvq: bytes) -> None:
         """Target: fill the socket of a prepared flow, silently; on failure the flow is reset at the commit."""
+
+    def open_anew(self, flow: int) -> None:
+        """Target: the guest has opened it, and its peer has not answered: ask it again at the commit."""
+
+    def pings(self) -> Sequence[Ping]:
+        """Source, frozen: the guest's echoes."""
+
+    def add_ping(self, ping: Ping) -> None:
+        """Target: one of them; it may be that there is no place for it."""
 
     def mark_lost(self, flow: int, why: str = "") -> None:
         """Target: the source could not move this flow: reset it on the guest's side at the commit."""
