@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Connections in their handshake go from one data plane to another; the sockets are handed over as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+from godwit.dataplane import Ping
+from godwit.lab.netns import Namespace
+
+from .driver import ACK, RST, SYN, Conn, Family, Guest, Server, address, is_echo_reply, read_exactly
+
+ACCEPTED, SYN_FROM_GUEST, ESTABLISHED = 0x01, 0x02, 0x04
+
+
+def move(source: Guest, target: Guest) -> int:
+    """The one flow that there is, with its socket, to another data plane."""
+    source.engine.park()
+    target.engine.park()
+    [flow] = source.engine.tcp_flows(handshakes=True)
+    state = source.engine.flow_state(flow)
+    there = target.engine.import_flow(state)
+    target.engine.set_flow_socket(there, source.engine.release_flow(flow))
+    assert target.engine.flow_state(there)._replace(idle=0) == state._replace(idle=0)
+    target.engine.resume_flow(there, watch=True)
+    source.engine.unpark()
+    target.engine.unpark()
+    return there
+
+
+def test_a_call_that_the_guest_has_not_heard_answered(family: Family) -> None:
+    with Guest(rx=()) as source, Guest() as target, contextlib.closing(Server(family)) as server:
+        conn = Conn(source, family, server.port)
+        conn.send(SYN, options=conn.options())
+        with server.accept() as peer:
+            source.barrier()
+            [flow] = source.engine.tcp_flows(handshakes=True)
+            assert source.engine.tcp_flows() == []
+            assert source.engine.flow_state(flow).events == SYN_FROM_GUEST
+            peer.sendall(b"hello")
+            move(source, target)
+            conn.guest = target
+            answer = conn.next(SYN | ACK)
+            conn.take_options(answer)
+            conn.seq += 1
+            conn.ack = (answer.tcp.seq + 1) & 0xFFFFFFFF
+            conn.send(ACK)
+            assert conn.read(5) == b"hello"
+            conn.push(b"there")
+            assert read_exactly(peer, 5) == b"there"
+
+
+def test_a_call_whose_answer_is_acknowledged_only_here(family: Family) -> None:
+    """The guest's ACK is the first thing that the target sees: its number is right, whatever else is due."""
+    with Guest() as source, Guest(rx=()) as target, contextlib.closing(Server(family)) as server:
+        conn = Conn(source, family, server.port)
+        conn.send(SYN, options=conn.options())
+        answer = conn.next(SYN | ACK)
+        conn.take_options(answer)
+        with server.accept() as peer:
+            there = move(source, target)
+            conn.guest = target
+            conn.seq += 1
+            conn.ack = (answer.tcp.seq + 1) & 0xFFFFFFFF
+            conn.send(ACK)
+            conn.push(b"there")
+            assert read_exactly(peer, 5) == b"there"
+            assert target.engine.tcp_flows() == [there]
+
+
+def test_a_call_from_outside(family: Family) -> None:
+    """What the kernel has accepted becomes a flow when it is asked for, and moves before the guest has heard of it."""
+    with Guest(rx=()) as source, Guest() as target, contextlib.closing(Server(family)) as server:
+        source.engine.park()
+        source.engine.listen(server.sock.detach(), 80)
+        with socket.create_connection((family.loopback, server.port), 5.0) as client:
+            assert source.engine.tcp_flows(handshakes=True) == []
+            source.engine.accept_waiting()
+            [flow] = source.engine.tcp_flows(handshakes=True)
+            assert source.engine.flow_state(flow).events == ACCEPTED
+            source.engine.unpark()
+            client.sendall(b"hello")
+            move(source, target)
+            conn = Conn.accept(target, family, 80)
+            assert conn.read(5) == b"hello"
+            conn.push(b"there")
+            assert read_exactly(client, 5) == b"there"
+
+
+def test_a_call_that_is_made_anew(family: Family) -> None:
+    with Guest(rx=()) as source, Guest() as target, contextlib.closing(Server(family)) as server:
+        conn = Conn(source, family, server.port)
+        conn.send(SYN, options=conn.options())
+        with server.accept() as first:
+            source.engine.park()
+            target.engine.park()
+            [flow] = source.engine.tcp_flows(handshakes=True)
+            assert not source.engine.flow_is_connecting(flow)
+            target.engine.open_flow(target.engine.import_flow(source.engine.flow_state(flow)))
+            target.engine.unpark()
+            source.engine.unpark()
+            conn.guest = target
+            answer = conn.next(SYN | ACK)
+            assert answer.tcp.ack == (conn.seq + 1) & 0xFFFFFFFF
+            conn.take_options(answer)
+            conn.seq += 1
+            conn.ack = (answer.tcp.seq + 1) & 0xFFFFFFFF
+            conn.send(ACK)
+            with server.accept() as peer:
+                assert peer.getpeername() != first.getpeername()
+                conn.push(b"there")
+                assert read_exactly(peer, 5) == b"there"
+
+
+def test_a_call_that_is_made_anew_and_refused(family: Family) -> None:
+    with Guest(rx=()) as source, Guest() as target, contextlib.closing(Server(family)) as server:
+        conn = Conn(source, family, server.port)
+        conn.send(SYN, options=conn.options())
+        with server.accept():
+            source.engine.park()
+            target.engine.park()
+            [flow] = source.engine.tcp_flows(handshakes=True)
+            server.close()
+            target.engine.open_flow(target.engine.import_flow(source.engine.flow_state(flow)))
+            target.engine.unpark()
+            source.engine.unpark()
+            conn.guest = target
+            answer = conn.next(RST | ACK)
+            assert answer.tcp.ack == (conn.seq + 1) & 0xFFFFFFFF
+            assert target.engine.tcp_flows(handshakes=True) == []
+
+
+def test_a_call_under_way_is_known_as_such(family: Family) -> None:
+    """A socket that listens for one at most, and has one: the next SYN is not answered."""
+    with contextlib.ExitStack() as stack:
+        guest = stack.enter_context(Guest())
+        server = stack.enter_context(contextlib.closing(Server(family, backlog=0)))
+        with socket.create_connection((family.loopback, server.port), 5.0):
+            conn = Conn(guest, family, server.port)
+            conn.send(SYN, options=conn.options())
+            guest.barrier()
+            [flow] = guest.engine.tcp_flows(handshakes=True)
+            assert guest.engine.flow_is_connecting(flow)
+            with server.accept():
+                conn.next(SYN | ACK, timeout=10.0)
+            assert not guest.engine.flow_is_connecting(flow)
+
+
+def test_echoes(family: Family) -> None:
+    """Those of the guest's to this host itself stay; what came is there once, and can be taken away again."""
+    with Namespace("echo") as space, contextlib.ExitStack() as stack:
+        space.ip("link set lo up")
+        space.sysctl("net/ipv4/ping_group_range", "0 2147483647")
+        with space.enter():
+            source, target = stack.enter_context(Guest()), stack.enter_context(Guest())
+        source.send(source.echo(family, 77, 1, b"question"))
+        source.receive(is_echo_reply)
+        source.engine.park()
+        assert source.engine.pings() == []
+        ping = Ping(address(family.guest), address(family.gateway), 77, 4242, 9)
+        target.engine.park()
+        with space.enter():
+            index = target.engine.import_ping(ping)
+            assert index is not None
+            assert target.engine.import_ping(ping) is None
+            target.engine.forget_pings([index])
+            index = target.engine.import_ping(ping._replace(guest_ident=79))
+            assert index is not None
+        target.engine.unpark()
+        source.engine.unpark()
+        target.send(target.echo(family, 79, 10, b"question"))
+        assert target.receive(is_echo_reply).payload.endswith(b"question")
