@@ -28,7 +28,7 @@ from typing import Any, Final, Generic
 
 from godwit.migration.errors import DamagedError, UnknownEntryError
 from godwit.migration.layout import Element, pull_all, show_all
-from godwit.migration.stream import Part, Reader, Writer
+from godwit.migration.stream import SMALL, Part, Reader, Writer
 from godwit.migration.version import Context, Item, Stage
 
 log = logging.getLogger(__name__)
@@ -110,8 +110,9 @@ class Entries(Stage[Context]):
         def push(kind: Kind[Context], *values: Any) -> None:
             writer.check_cancelled()
             parts = [element.push(value) for element, value in zip(kind.layout, values, strict=True)]
-            writer.push_bytes(HEAD.pack(kind.type, REQUIRED if kind.required else 0, sum(map(len, parts))))
-            for part in parts:
+            length = sum(map(len, parts))
+            parts.insert(0, HEAD.pack(kind.type, REQUIRED if kind.required else 0, length))
+            for part in parts if length > SMALL else (b"".join(parts),):
                 writer.push_bytes(part)
 
         writer.begin_check()

@@ -307,10 +307,15 @@ class Record(Generic[Value]):
         if count > limit:
             raise reader.bad(name or self.name, "count", count, f"must be at most {limit}", _COUNT.size)
         data = reader.pull_bytes(size * count)
-        return [
-            self._grown(reader, data[at : at + size], len(data) - at, f"{name or self.name} {at // size}")
-            for at in range(0, len(data), size)
-        ]
+        if size != self.size:
+            data = b"".join(self._fitted(data[at : at + size]) for at in range(0, len(data), size))
+        flats = self.unpack_many(data)
+        for number, flat in enumerate(flats):
+            try:
+                self.check(flat)
+            except UnsoundError as error:
+                raise self.bad(error, flat, reader, (count - number) * size, f"{name or self.name} {number}") from None
+        return flats
 
     def _pull_size(self, reader: Puller, name: str) -> int:
         (size,) = _SIZE.unpack(reader.pull_bytes(_SIZE.size))
@@ -320,10 +325,14 @@ class Record(Generic[Value]):
 
     def _grown(self, reader: Puller, data: bytes, pulled: int, name: str) -> tuple[Any, ...]:
         """The checked scalars of a record as another version wrote it; ``pulled`` as for ``check_pulled``."""
-        data = data[: self.size]
-        flat = self.unpack(data + self._defaults[len(self._defaults) - (self.size - len(data)) :])
+        flat = self.unpack(self._fitted(data))
         self.check_pulled(flat, reader, pulled, name)
         return flat
+
+    def _fitted(self, data: bytes) -> bytes:
+        """A record as another version wrote it, without what is not known here, and with defaults for what lacks."""
+        lacking = self.size - len(data)
+        return data[: self.size] if lacking <= 0 else data + self._defaults[len(self._defaults) - lacking :]
 
     def index(self, name: str) -> int:
         """The place of the leaf of that name in a flat tuple."""

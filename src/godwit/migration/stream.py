@@ -32,6 +32,8 @@ from godwit.migration.errors import (
 
 #: How much is read ahead, and how much is gathered before it is written. A pipe holds 64 KiB by default.
 CHUNK: Final = 256 * 1024
+#: A part of a stream that is no longer than this is read as a whole: most are, and small values are then cheap to pull.
+SMALL: Final = 4096
 
 
 class Cancel:
@@ -268,15 +270,17 @@ class Part(Puller):
         self.name = name
         self.start = whole.offset
         self.left = length
+        self._end = self.start + length
+        self._data = whole.pull_bytes(length) if length <= SMALL else None
 
     @property
     def offset(self) -> int:
         """Of the whole stream."""
-        return self._whole.offset
+        return self._end - self.left
 
     def place(self) -> tuple[str, int]:
         """The stage, and the offset in the whole stream."""
-        return self._whole.place()
+        return self._whole.stage, self.offset
 
     def pull_bytes(self, count: int, limit: int | None = None, name: str = "length") -> bytes:
         """The next ``count`` bytes of the part.
@@ -285,7 +289,11 @@ class Part(Puller):
         """
         if count > self.left:
             raise self.bad(self.name, name, count, f"and {self.left} bytes of it are left")
-        data = self._whole.pull_bytes(count, limit, name)
+        if self._data is None or count < 0 or (limit is not None and count > limit):
+            data = self._whole.pull_bytes(count, limit, name)
+        else:
+            at = len(self._data) - self.left
+            data = self._data[at : at + count]
         self.left -= count
         return data
 
