@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from godwit.daemon.datagrams import open_socket, peek, readable
+from godwit.daemon.datagrams import open_socket
 from godwit.dataplane import Datagram, UdpPeer, UdpPort
 from godwit.lab.netns import Namespace
 
-from .driver import FULL, PLAIN, Family, Guest, address
+from .driver import FULL, GUEST_USO4, GUEST_USO6, PLAIN, Family, Guest, address
 
+UDP_SEGMENT = 103  # linux/udp.h
 HERE = {4: "198.51.100.2", 6: "2001:db8:ff::2"}
 
 
@@ -44,10 +45,10 @@ def dump(guest: Guest) -> tuple[UdpPort, list[UdpPeer], list[Datagram]]:
     """The one port that there is, as a migration sees it."""
     [port] = guest.engine.udp_ports()
     waiting = guest.engine.udp_waiting(port)
-    fd = guest.engine.udp_socket(port)
-    if readable([fd]):
-        waiting += peek(fd)
-    return guest.engine.udp_port_state(port), [one for at, one in guest.engine.udp_peers() if at == port], waiting
+    taken, all_taken = guest.engine.take_datagrams(port, 1 << 30, 64)
+    assert all_taken
+    state = guest.engine.udp_port_state(port)
+    return state, [one for at, one in guest.engine.udp_peers() if at == port], waiting + taken
 
 
 def load(guest: Guest, dumped: tuple[UdpPort, list[UdpPeer], list[Datagram]], fd: int) -> int:
@@ -74,7 +75,7 @@ def test_a_port_moves_with_what_waits(features: int, family: Family, peer: socke
         source.engine.park()
         dumped = dump(source)
         assert (came + [one.data for one in dumped[2]]) == texts
-        assert dump(source) == dumped  # looking takes nothing
+        assert dump(source) == dumped  # also when they were taken before
         assert dumped[0].guest_port == 5000
         assert dumped[0].local_port == name[1]
         assert [one.remote_port for one in dumped[1]] == [peer.getsockname()[1]]
@@ -239,10 +240,80 @@ def test_of_several_forwarded_sockets_the_one_like_it_is_found() -> None:
         guest.engine.unpark()
 
 
-def test_a_long_queue_is_looked_at_until_its_time_is_over() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.sendto(b"x", sock.getsockname())
-        assert peek(sock.fileno(), 0.0) == []
-        assert [one.data for one in peek(sock.fileno())] == [b"x"]
-        assert sock.recv(10, socket.MSG_DONTWAIT) == b"x"
+def come(guest: Guest, count: int) -> list[bytes]:
+    return [guest.receive(lambda frame: frame.ether.type != 0x88CC).payload for _ in range(count)]
+
+
+@pytest.mark.parametrize("features", [FULL | GUEST_USO4 | GUEST_USO6, PLAIN], ids=["full", "plain"])
+def test_what_was_taken_comes_first_when_the_guest_goes_on(features: int, family: Family, peer: socket.socket) -> None:
+    """With the guest, in hand, taken by one attempt and by the next, and what came later: each once, in order."""
+    with Guest(features, rx=((2048,),) * 8) as guest:
+        name = ask(guest, family, peer)
+        guest.refill = False
+        texts = [b"%d" % number * (1 + number * 7) for number in range(90)]
+        for text in texts[:40]:
+            peer.sendto(text, name)
+        guest.barrier()
+        came = [frame.payload for frame in guest.collect()]
+        assert 0 < len(came) <= 8
+        guest.engine.park()
+        for until in (60, 80):  # two attempts, one upon the other
+            for text in texts[until - 20 : until]:
+                peer.sendto(text, name)
+            assert came + [one.data for one in dump(guest)[2]] == texts[:until]
+        for text in texts[80:]:
+            peer.sendto(text, name)
+        guest.engine.unpark()
+        for _ in range(8):
+            guest.post((2048,))
+        came += come(guest, 4)
+        guest.engine.park()  # a third, with some of them gone
+        came += [frame.payload for frame in (*guest.backlog, *guest.collect())]
+        guest.backlog.clear()
+        assert came + [one.data for one in dump(guest)[2]] == texts
+        guest.engine.unpark()
+        guest.refill = True
+        for _ in range(8):
+            guest.post((2048,))
+        assert came + come(guest, len(texts) - len(came)) == texts
+        assert ask(guest, family, peer, b"the next question") == name
+
+
+def test_what_was_joined_stays_so(family: Family, peer: socket.socket) -> None:
+    """Datagrams that the kernel has joined come to the guest as they would have, and with their traffic class."""
+    with Guest(FULL | GUEST_USO4 | GUEST_USO6) as guest:
+        name = ask(guest, family, peer)
+        if family.v6:
+            peer.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, 0xB8)
+        else:
+            peer.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 0xB8)
+        peer.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 100)
+        guest.engine.park()
+        peer.sendto(bytes(range(250)), name)
+        waiting = dump(guest)[2]
+        assert [one.data for one in waiting] == [bytes(range(250))[at : at + 100] for at in (0, 100, 200)]
+        guest.engine.unpark()
+        frame = guest.receive(lambda frame: frame.ether.type != 0x88CC)
+        assert frame.payload == bytes(range(250))
+        assert frame.gso_size == 100
+        assert (frame.ether["IPv6"].tc if family.v6 else frame.ether["IP"].tos) == 0xB8
+
+
+def test_what_is_beyond_the_limit_stays_in_the_socket(family: Family, peer: socket.socket) -> None:
+    with Guest() as guest:
+        name = ask(guest, family, peer)
+        guest.engine.park()
+        texts = [b"%d" % number * 1400 for number in range(10)]
+        for text in texts:
+            peer.sendto(text, name)
+        [port] = guest.engine.udp_ports()
+        assert guest.engine.take_datagrams(port, 0, 64) == ([], False)
+        limit = 131072 + 2 * (1400 + 64)  # there has to be room for the largest
+        taken, all_taken = guest.engine.take_datagrams(port, limit, 64)
+        assert ([one.data for one in taken], all_taken) == (texts[:3], False)
+        limit = 131072 + 6 * (1400 + 64)
+        taken, all_taken = guest.engine.take_datagrams(port, limit, 64)
+        assert ([one.data for one in taken], all_taken) == (texts[3:], True)  # just reached, and there are no more
+        assert guest.engine.take_datagrams(port, limit, 64) == ([], True)
+        guest.engine.unpark()
+        assert come(guest, len(texts)) == texts

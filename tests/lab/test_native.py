@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections import Counter
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from godwit.lab.guest import EmbeddedGuest
+from godwit.lab.migration import MigrationError
 from godwit.lab.netns import HOST6, wait_until
 from godwit.lab.scenario import PORT, Load, Scenario
 from godwit.migration.inspect import inspect
 from godwit.net.versions import versions
+from godwit.vhost_user import Direction
 
 from .moves import IDLE, RATE, begin, datagrams, saved, suspended, works_on
 
@@ -156,14 +159,30 @@ def test_datagrams_move(ipv6: bool) -> None:
 
 
 def test_datagrams_stay_when_the_guest_does() -> None:
-    with Scenario(godwit_arguments=ARGUMENTS) as scenario, datagrams(scenario) as (_, asking, server, _):
+    """Over attempts that fail early, late and in the middle, with more datagrams each time."""
+    arguments = [*ARGUMENTS, "--udp-ports", str(PORT)]
+    with Scenario(godwit_arguments=arguments) as scenario, datagrams(scenario) as (service, asking, server, client):
+        there = scenario.network.a.address(False)
         asking.sendto(b"question", (scenario.server_address, PORT))
         _, address = server.recvfrom(100)
-        for again in range(2):
+        for again in range(5):
             attempt = suspended(scenario)
             for number in range(10):
                 server.sendto(b"answer %d.%d" % (again, number), address)
+                client.sendto(b"from outside %d.%d" % (again, number), (there, PORT))
             time.sleep(0.1)
-            attempt.transfer()
+            if again == 1:
+                with pytest.raises(MigrationError, match="the target refused the state"):
+                    attempt.transfer(cut=500)
+            elif again == 2:
+                os.close(attempt.source.state_pipe(Direction.SAVE))
+                assert not attempt.source.check()
+            elif again != 3:
+                attempt.transfer()
+            server.sendto(b"late %d" % again, address)
             attempt.cancel()
-            assert [asking.recv(100) for _ in range(10)] == [b"answer %d.%d" % (again, one) for one in range(10)]
+            assert [asking.recv(100) for _ in range(11)] == [
+                *(b"answer %d.%d" % (again, one) for one in range(10)),
+                b"late %d" % again,
+            ]
+            assert [service.recv(100) for _ in range(10)] == [b"from outside %d.%d" % (again, one) for one in range(10)]

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from godwit.daemon.datagrams import open_socket, peek, readable
+from godwit.daemon.datagrams import open_socket
 from godwit.daemon.linger import lingerers, reclaim
 from godwit.daemon.rescue import Rescue
 from godwit.dataplane import (
@@ -43,6 +43,7 @@ from godwit.dataplane import (
 )
 from godwit.migration.layout import printable
 from godwit.net.change import differences
+from godwit.net.native import DATAGRAM_COST, MAX_WAITING
 from godwit.net.records import V4_MAPPED, address_text
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
@@ -78,10 +79,6 @@ MAX_REASONS = 20
 
 # Of the memory of this host, the part that send queues may take until the commit.
 QUEUES_SHARE = 1 / 4
-
-
-# For how long the guest stands still, at most, for the datagrams that wait at its ports to be read.
-DATAGRAM_SECONDS = 0.1
 
 
 @dataclass
@@ -126,6 +123,11 @@ def _report(lost: Iterable[tuple[str, FlowState]]) -> None:
         log.error("%d lost, %s%s: %s", number, _ends(examples[why]), " and so on" if number > 1 else "", why)
     if len(numbers) > len(most):
         log.error("%d lost for %d other reasons", numbers.total() - sum(n for _, n in most), len(numbers) - len(most))
+
+
+def _size(datagrams: Iterable[Datagram]) -> int:
+    """Bytes that these take of what can move."""
+    return sum(len(one.data) + DATAGRAM_COST for one in datagrams)
 
 
 def _flat(side: Side) -> tuple[bytes, int, bytes, int]:
@@ -184,6 +186,7 @@ class Mover:
         self._in_repair: set[int] = set()  # of those, the ones in repair mode
         self._saved: set[int] = set()  # and of those, the ones whose socket is in the stream
         self._frozen_listeners: list[int] = []
+        self._too_many: list[int] = []  # source: UDP ports with more datagrams than can move
         self._arrivals: dict[int, _Arrival] = {}  # target: by flow
         self._prepared: list[int] = []  # target: all flows that came, -1 for one that has no place
         self._udp: list[int | None] = []  # target: the UDP ports that came, None for one that has none here
@@ -381,6 +384,7 @@ class Mover:
         self._frozen.clear()
         self._in_repair.clear()
         self._saved.clear()
+        self._too_many.clear()
 
     def _leave_repair(self, flows: Sequence[int]) -> None:
         """Thaw these and end their repair mode, as far as a helper is there."""
@@ -424,6 +428,9 @@ class Mover:
                 for flow in self._frozen:
                     if flow not in self._saved:
                         self._engine.drop_flow_socket(flow)
+                if self._too_many:
+                    number = len(self._too_many)
+                    log.warning("more datagrams waited than can move: those left at %d UDP ports are lost", number)
                 return [self._engine.release_flow(flow) for flow in self._frozen if flow in self._saved]
             finally:
                 self._clear()
@@ -540,22 +547,25 @@ class Mover:
             self._pings.append(index)
 
     def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
-        """Each UDP port that has anything to move. The sockets keep what they have."""
+        """Each UDP port that has anything to move.
+
+        What waits at one is taken from its socket, and is then the first that
+        the guest gets, should it go on here: there is nothing to undo.
+        """
+        self._too_many.clear()
         peers: dict[int, list[UdpPeer]] = {}
         for port, peer in self._engine.udp_peers():
             peers.setdefault(port, []).append(peer)
-        sockets = {port: self._engine.udp_socket(port) for port in self._engine.udp_ports()}
-        waiting = readable(list(sockets.values()))  # there may be thousands, forwarded, with nothing
-        until = time.monotonic() + DATAGRAM_SECONDS
-        for port, fd in sockets.items():
+        room = MAX_WAITING
+        for port in self._engine.udp_ports():
             found = self._engine.udp_waiting(port)
-            if fd in waiting:
-                try:
-                    found += peek(fd, until)
-                except OSError as error:  # short of descriptors: no reason for connections to stay
-                    log.warning("what waits at a UDP port does not move: %s", error)
-            if found or port in peers:
-                yield self._engine.udp_port_state(port), peers.get(port, []), found
+            room -= _size(found)
+            taken, all_taken = self._engine.take_datagrams(port, max(0, room), DATAGRAM_COST)
+            room -= _size(taken)
+            if not all_taken or room < 0:
+                self._too_many.append(port)
+            if found or taken or port in peers:
+                yield self._engine.udp_port_state(port), peers.get(port, []), found + taken
 
     def add_udp_port(self, port: UdpPort) -> None:
         """The port that is forwarded here too, or a socket like the one it had."""

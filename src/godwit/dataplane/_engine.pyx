@@ -71,7 +71,7 @@ from godwit.dataplane.tcp cimport (
 )
 from godwit.dataplane.tcp_open cimport tcp_accept, tcp_open_anew, tcp_refuse_waiting
 from godwit.dataplane.udp cimport PORT_LOOPBACK, PORT_OWN, udp_add_peer, udp_prepare, udp_used
-from godwit.dataplane.udp_to_guest cimport Carried, Seen, look_at_control, udp_drain
+from godwit.dataplane.udp_to_guest cimport Carried, Seen, look_at_control, udp_drain, udp_take_waiting
 
 from godwit.dataplane.state import Datagram, FlowState, Ping, Side, UdpPeer, UdpPort
 
@@ -330,7 +330,6 @@ cdef class Engine(EngineBase):
         """The Datagrams of a port that are no more, or not yet, in its socket, and not with the guest."""
         cdef Flow *f = self.udp_port(index)
         cdef UdpIn *u = &self.p.udp_in
-        cdef Carried head
         cdef uint32_t at, total, each
         cdef uint8_t remote[16]
         cdef uint16_t port
@@ -346,21 +345,29 @@ cdef class Engine(EngineBase):
                 total = u.msgs[i].msg_len
                 each = seen.segment if 0 < seen.segment < total else total
                 at = u.at if i == u.next else 0
-                while True:     # one of no bytes is one, too
-                    found.append(Datagram(remote[:16], local, port,
-                                          (u.data + i * UDP_SLOT)[at:min(at + each, total)]))
-                    at += each
-                    if at >= total:
-                        break
+                found += datagrams_apart(remote[:16], local, port, each, (u.data + i * UDP_SLOT)[at:total])
         if f.carry_to_guest != NULL:
-            at = f.carry_to_guest.at
-            while at < f.carry_to_guest.size:
-                memcpy(&head, f.carry_to_guest.data + at, sizeof(Carried))
-                at += sizeof(Carried)
-                found.append(Datagram(head.remote_addr[:16], head.local_addr[:16], head.remote_port,
-                                      f.carry_to_guest.data[at:at + head.size]))
-                at += head.size
+            found += carried_datagrams(f.carry_to_guest, f.carry_to_guest.at)
         return found
+
+    def take_datagrams(self, uint32_t index, uint64_t most, uint32_t cost):
+        """(the Datagrams that wait in a port's socket, whether these are all).
+
+        They are no longer in the socket, and still for the guest: should it go
+        on here, it gets them before all that comes to the socket from now on.
+        Up to ``most`` bytes are taken, of which each datagram is to take ``cost``
+        besides its data; what is beyond that, or beyond the memory that there
+        is, stays in the socket.
+        """
+        cdef Flow *f = self.udp_port(index)
+        cdef uint32_t before = 0 if f.carry_to_guest == NULL else f.carry_to_guest.size
+        cdef bint empty
+        with nogil:
+            empty = udp_take_waiting(f, most, cost)
+        if f.carry_to_guest == NULL:
+            return [], empty
+        flow_wait_ring(self.p, f)
+        return carried_datagrams(f.carry_to_guest, before), empty
 
     def find_udp_port(self, state):
         """The index of the port of that kind, forwarded here too, or None.
@@ -646,6 +653,26 @@ cdef bint udp_takes(Flow *port, const uint8_t *host) noexcept:
     if is_v4(host):
         return port.flags & FF_TAKES_V4 != 0 or not port.flags & FF_V6
     return port.flags & FF_V6 != 0
+
+
+cdef list datagrams_apart(bytes remote, bytes local, uint16_t port, uint32_t each, bytes data):
+    """The Datagrams of a message: the kernel joins those that come one upon the other. One of no bytes is one, too."""
+    if len(data) <= each or each == 0:
+        return [Datagram(remote, local, port, data)]
+    return [Datagram(remote, local, port, data[at:at + each]) for at in range(0, len(data), each)]
+
+
+cdef list carried_datagrams(Carry *c, uint32_t at):
+    """The Datagrams that lie there from ``at`` on."""
+    cdef Carried head
+    found = []
+    while at < c.size:
+        memcpy(&head, c.data + at, sizeof(Carried))
+        at += sizeof(Carried)
+        found += datagrams_apart(head.remote_addr[:16], head.local_addr[:16], head.remote_port, head.segment,
+                                 c.data[at:at + head.size])
+        at += head.size
+    return found
 
 
 cdef bytes carried_bytes(Carry *c):

@@ -14,12 +14,14 @@ little is taken from a socket before the guest can have it, and what overflows
 is the socket's own queue, where the kernel drops the newest.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest, fits_mtu
 from godwit.dataplane.flow cimport (
     carry_free,
+    carry_new,
     carry_take,
     flow_close,
     flow_find,
@@ -76,6 +78,7 @@ from godwit.dataplane.sys cimport (
     MAP_NORESERVE,
     MAP_PRIVATE,
     MSG_DONTWAIT,
+    MSG_PEEK,
     MSG_TRUNC,
     PROT_READ,
     PROT_WRITE,
@@ -89,12 +92,14 @@ from godwit.dataplane.sys cimport (
     getsockname,
     in6_pktinfo,
     in_pktinfo,
+    iovec,
     mmap,
     msghdr,
     munmap,
     put16,
     recv,
     recvmmsg,
+    recvmsg,
     sockaddr,
     sockaddr_in6,
     socket,
@@ -109,6 +114,7 @@ cdef enum:
     ROUNDS = 4          # batches of one socket before the others have their turn
     DRAIN = 100000      # more datagrams than a queue holds
     ERRORS = 64         # of earlier datagrams, in a row: each is reported by one call
+    LARGEST = 2 * UDP_SLOT  # bytes that one message can take where it is carried, with all that its datagrams cost
 
 
 cdef int udp_init(Plane *p) noexcept nogil:
@@ -132,27 +138,111 @@ cdef void udp_free(Plane *p) noexcept nogil:
         p.udp_in.data = NULL
 
 
+cdef bint udp_take_waiting(Flow *port, uint64_t most, uint32_t cost) noexcept nogil:
+    cdef Carry *c = port.carry_to_guest
+    cdef Carried head
+    cdef Seen seen
+    cdef sockaddr_in6 name
+    cdef uint64_t control[16]     # UDP_CONTROL bytes
+    cdef msghdr m
+    cdef iovec iov
+    cdef ssize_t n
+    cdef uint64_t capacity, used = 0
+    cdef uint8_t *grown
+    cdef int errors = 0
+    cdef bint empty = False
+    if c == NULL:
+        c = carry_new(NULL, 0)
+        if c == NULL:
+            return False
+    capacity = c.size
+    while used + LARGEST <= most:
+        if capacity - c.size < LARGEST:     # before it is read: what was taken has its place
+            grown = NULL
+            if 2 * <uint64_t>c.size + LARGEST <= 0xFFFFFFFFU:
+                grown = <uint8_t *>realloc(c.data, 2 * <size_t>c.size + LARGEST)
+            if grown == NULL:
+                break
+            c.data = grown
+            capacity = 2 * <uint64_t>c.size + LARGEST
+        iov.iov_base = c.data + c.size + sizeof(Carried)
+        iov.iov_len = UDP_SLOT
+        m.msg_name = &name
+        m.msg_namelen = sizeof(name)
+        m.msg_iov = &iov
+        m.msg_iovlen = 1
+        m.msg_control = control
+        m.msg_controllen = UDP_CONTROL
+        n = recvmsg(port.sock, &m, MSG_DONTWAIT)
+        if n < 0:
+            errors += 1     # of an earlier datagram, as in take_in()
+            empty = errno == EAGAIN or errors == ERRORS
+            if empty:
+                break
+            continue
+        errors = 0
+        look_at_control(&m, &seen)
+        memset(&head, 0, sizeof(head))
+        get_sockaddr(<sockaddr *>&name, head.remote_addr, &head.remote_port)
+        head.scope = name.sin6_scope_id if is_link_local6(head.remote_addr) else 0
+        memcpy(head.local_addr, seen.local_addr, 16)
+        head.segment = seen.segment
+        head.tos = seen.tos
+        head.size = <uint32_t>n
+        memcpy(c.data + c.size, &head, sizeof(head))
+        c.size += <uint32_t>sizeof(head) + head.size
+        used += head.size + cost * (1 if head.size <= head.segment or head.segment == 0
+                                    else (head.size + head.segment - 1) // head.segment)
+    if not empty:
+        empty = recv(port.sock, NULL, 0, MSG_PEEK | MSG_DONTWAIT | MSG_TRUNC) < 0 and errno == EAGAIN
+    grown = <uint8_t *>realloc(c.data, c.size) if c.size else NULL
+    if grown != NULL:
+        c.data = grown
+    port.carry_to_guest = c
+    if c.size == 0:
+        carry_free(c)
+        port.carry_to_guest = NULL
+    return empty
+
+
+cdef size_t put_control(uint8_t *at, int level, int kind, const void *value, size_t size) noexcept nogil:
+    """A control message, as the kernel would have written it; how many bytes it takes."""
+    cdef cmsghdr *control = <cmsghdr *>at
+    memset(at, 0, CMSG_SPACE(size))
+    control.cmsg_level = level
+    control.cmsg_type = kind
+    control.cmsg_len = CMSG_LEN(size)
+    memcpy(CMSG_DATA(control), value, size)
+    return CMSG_SPACE(size)
+
+
 cdef int take_carried(Plane *p, Flow *port, int most) noexcept nogil:
-    """The same from what came with the flow when it moved here (`Engine.carry_datagrams`)."""
+    """The same from what the port carries (`Engine.carry_datagrams`, `udp_take_waiting`)."""
     cdef UdpIn *u = &p.udp_in
     cdef Carry *c = port.carry_to_guest
     cdef Carried head       # copied: there it lies as it comes
-    cdef cmsghdr *control
-    cdef int n = 0
+    cdef in6_pktinfo info
+    cdef uint8_t *control
+    cdef size_t used
+    cdef int value, n = 0
     while n < most and c != NULL:
         memcpy(&head, c.data + c.at, sizeof(Carried))
         u.msgs[n].msg_len = head.size
         u.msgs[n].msg_hdr.msg_name = &u.names[n]
+        if head.scope == 0 and is_link_local6(head.remote_addr):
+            head.scope = p.config.ifindex
         u.msgs[n].msg_hdr.msg_namelen = put_sockaddr6(<sockaddr *>&u.names[n], head.remote_addr, head.remote_port,
-                                                      p.config.ifindex if is_link_local6(head.remote_addr) else 0)
-        u.msgs[n].msg_hdr.msg_control = u.control[n]
-        u.msgs[n].msg_hdr.msg_controllen = CMSG_SPACE(sizeof(in6_pktinfo))
-        control = CMSG_FIRSTHDR(&u.msgs[n].msg_hdr)
-        memset(u.control[n], 0, CMSG_SPACE(sizeof(in6_pktinfo)))
-        control.cmsg_level = IPPROTO_IPV6
-        control.cmsg_type = IPV6_PKTINFO
-        control.cmsg_len = CMSG_LEN(sizeof(in6_pktinfo))
-        memcpy(&(<in6_pktinfo *>CMSG_DATA(control)).ipi6_addr, head.local_addr, 16)
+                                                      head.scope)
+        control = <uint8_t *>u.control[n]
+        memset(&info, 0, sizeof(info))
+        memcpy(&info.ipi6_addr, head.local_addr, 16)
+        used = put_control(control, IPPROTO_IPV6, IPV6_PKTINFO, &info, sizeof(info))
+        value = head.tos
+        used += put_control(control + used, IPPROTO_IPV6, IPV6_TCLASS, &value, sizeof(value))
+        value = <int>head.segment
+        used += put_control(control + used, IPPROTO_UDP, UDP_GRO, &value, sizeof(value))
+        u.msgs[n].msg_hdr.msg_control = control
+        u.msgs[n].msg_hdr.msg_controllen = used
         memcpy(u.iov[n].iov_base, c.data + c.at + sizeof(Carried), head.size)
         c = carry_take(c, <uint32_t>sizeof(Carried) + head.size)
         n += 1

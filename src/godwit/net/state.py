@@ -120,7 +120,10 @@ class FlowMover(Protocol):
         """Target: the source could not move this flow: reset it on the guest's side at the commit."""
 
     def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
-        """Source, frozen: each UDP port of the guest's, its peers, and what waits for the guest. Takes nothing."""
+        """Source, frozen: each UDP port of the guest's, its peers, and what waits for the guest.
+
+        ``thaw`` undoes it as all else: nothing that waits is lost, or comes twice.
+        """
 
     def add_udp_port(self, port: UdpPort) -> None:
         """Target: the next of them, numbered from 0 on. It may be that there is none to be had."""
