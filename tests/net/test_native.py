@@ -525,6 +525,8 @@ def test_udp_comes_through() -> None:
         ),
         (UdpPort(2, NOBODY, 53, NOBODY, 53, 1), [], [Datagram(V6, V6, 9, bytes(65000))]),
         (UdpPort(0, V6, 5001, V6, 40000, 0), [UdpPeer(V6, V6, V6, V6, 1, 0, 0)], []),
+        (UdpPort(0, V6, 5002, V6, 40000, 0), [], [Datagram(V6, V6, 1 + n, b"%d" % n) for n in range(9000)]),
+        (UdpPort(0, V6, 5003, V6, 40000, 0), [], [Datagram(V6, V6, 1 + n, bytes([n]) * 65000) for n in range(40)]),
     ]
     data, saved = save(source)
     assert saved
@@ -549,7 +551,7 @@ def test_udp_that_is_not_sound_is_left_out() -> None:
 
 @pytest.mark.parametrize("kind", [7, 8])
 def test_a_udp_port_that_did_not_come(kind: int) -> None:
-    records = UDP_PEER.sized_many([]) if kind == 7 else WAITING.sized(Waiting(V4, V4, 1, 0))
+    records = UDP_PEER.sized_many([]) if kind == 7 else WAITING.sized_many([])
     payload = (1).to_bytes(4, "big") + records
     _, outcome, _ = load(with_check(HEAD.pack(kind, 0, len(payload)) + payload))
     assert "port is 1, must be below 0, the number of ports so far" in str(outcome.error)
@@ -563,7 +565,7 @@ def test_no_more_datagrams_than_a_target_has_room_for() -> None:
     data, _ = save(source)
     target, outcome, _ = load(data)
     assert outcome
-    assert len(target.ports[0][2]) == (64 << 20) // 65064
-    extra = (0).to_bytes(4, "big") + WAITING.sized(Waiting(V4, NOBODY, 53, 65000)) + bytes(65000)
+    assert len(target.ports[0][2]) == (64 << 20) // 65256
+    extra = (0).to_bytes(4, "big") + WAITING.sized_many([Waiting(V4, NOBODY, 53, 65000)]) + bytes(65000)
     _, outcome, _ = load(with_check(data[16:-12] + HEAD.pack(8, 0, len(extra)) + extra))
     assert "must be at most 67108864 in all" in str(outcome.error)

@@ -45,8 +45,10 @@ NATIVE: Final = 0x80000001
 MAX_CONFIGURATION: Final = 65536  # bytes of text
 MAX_WHY: Final = 1024  # bytes of text
 MAX_PEERS: Final = 4096  # in one entry
+MAX_DATAGRAMS: Final = 4096  # in one entry
+MAX_DATA: Final = 1 << 20  # bytes of their data, together
 MAX_WAITING: Final = 64 << 20  # bytes of datagrams in a stream: they are in memory at the target, all of them
-DATAGRAM_COST: Final = 64  # bytes that each counts for besides its data
+DATAGRAM_COST: Final = 256  # bytes that each counts for besides its data: it is an object of Python's there
 SHOWN_WHY: Final = 100  # characters of it that are kept: there may be one for each flow
 
 
@@ -344,8 +346,13 @@ def _load_udp_peers(mover: FlowMover, _part: Part, number: int, flats: Sequence[
     mover.add_udp_peers(number, [UDP_PEER.build(flat) for flat in flats])
 
 
-def _load_datagram(mover: FlowMover, _part: Part, number: int, head: Waiting, data: bytes) -> None:
-    mover.add_datagrams(number, [Datagram(*head[:3], data)])
+def _load_datagrams(mover: FlowMover, _part: Part, number: int, flats: Sequence[tuple[Any, ...]], data: bytes) -> None:
+    datagrams: list[Datagram] = []
+    at = 0
+    for remote_addr, local_addr, remote_port, size in flats:
+        datagrams.append(Datagram(remote_addr, local_addr, remote_port, data[at : at + size]))
+        at += size
+    mover.add_datagrams(number, datagrams)
 
 
 def _check_udp_port(notes: _Notes, part: Part, _port: UdpPort) -> None:
@@ -354,13 +361,18 @@ def _check_udp_port(notes: _Notes, part: Part, _port: UdpPort) -> None:
         raise part.bad(part.name, "ports", notes.udp_ports, f"must be at most {MAX_FLOWS}", part.offset - part.start)
 
 
-def _check_datagram(notes: _Notes, part: Part, number: int, head: Waiting, _data: object) -> None:
+def _check_datagrams(notes: _Notes, part: Part, number: int, flats: Sequence[tuple[Any, ...]], _data: object) -> None:
     _check_udp_number(notes, part, number)
-    notes.waiting += head.size + DATAGRAM_COST
+    notes.waiting += _data_size(flats) + len(flats) * DATAGRAM_COST
     if notes.waiting > MAX_WAITING:
         raise part.bad(
             part.name, "size", notes.waiting, f"must be at most {MAX_WAITING} in all", part.offset - part.start
         )
+
+
+def _data_size(flats: Sequence[tuple[Any, ...]]) -> int:
+    """Bytes of the data of those datagrams, together."""
+    return sum(flat[3] for flat in flats)
 
 
 def _check_udp_number(notes: _Notes, part: Part, number: int, *_values: object) -> None:
@@ -387,18 +399,20 @@ UDP_PEERS_KIND: Final[Kind[FlowMover]] = Kind(
     required=False,
     doc="Peers of one port.",
 )
-DATAGRAM_KIND: Final[Kind[FlowMover]] = Kind(
+DATAGRAMS_KIND: Final[Kind[FlowMover]] = Kind(
     8,
-    "UDP datagram",
+    "UDP datagrams",
     (
         Number("port", "the number of its port"),
-        One(WAITING),
-        Data("data", lambda values: int(values[1].size), 65535, "its data, `size` bytes"),
+        Many(WAITING, MAX_DATAGRAMS),
+        Data(
+            "data", lambda values: _data_size(values[1]), MAX_DATA, "the data of one after another, `size` bytes each"
+        ),
     ),
-    _load_datagram,
-    check=_check_datagram,
+    _load_datagrams,
+    check=_check_datagrams,
     required=False,
-    doc="One that waits for the guest, oldest first; of 64 MiB in all, each with 64 bytes besides its data.",
+    doc="Some that wait for the guest, oldest first; of 64 MiB in all, each with 256 bytes besides its data.",
 )
 
 
@@ -443,7 +457,7 @@ def _save(mover: FlowMover, push: Push) -> None:
 
 def _save_udp(mover: FlowMover, push: Push) -> None:
     """Write what can be of UDP; what cannot be is no loss that a datagram's sender does not know."""
-    number = waiting = 0
+    number, room = 0, MAX_WAITING
     for port, peers, datagrams in mover.udp():
         if not _is_sound(UDP_PORT, port):
             continue
@@ -451,12 +465,33 @@ def _save_udp(mover: FlowMover, push: Push) -> None:
         flats = [UDP_PEER.flatten(peer) for peer in peers if _is_sound(UDP_PEER, peer)]
         for first in range(0, len(flats), MAX_PEERS):
             push(UDP_PEERS_KIND, number, flats[first : first + MAX_PEERS])
-        for one in datagrams:
-            head = Waiting(one.remote_addr, one.local_addr, one.remote_port, len(one.data))
-            waiting += head.size + DATAGRAM_COST
-            if waiting <= MAX_WAITING and _is_sound(WAITING, head):
-                push(DATAGRAM_KIND, number, head, one.data)
+        room = _save_datagrams(push, number, datagrams, room)
         number += 1
+
+
+def _save_datagrams(push: Push, number: int, datagrams: Sequence[Datagram], room: int) -> int:
+    """Write those of a port, as many as ``room`` bytes suffice for; how many of these are left."""
+    heads: list[Waiting] = []
+    data: list[bytes] = []
+    size = 0
+    for one in datagrams:
+        head = Waiting(one.remote_addr, one.local_addr, one.remote_port, len(one.data))
+        room -= head.size + DATAGRAM_COST
+        if room < 0:
+            break
+        try:
+            WAITING.check(head)
+        except UnsoundError:
+            continue  # from port 0: whoever sends that wants no answer, and the target cannot give one
+        if len(heads) == MAX_DATAGRAMS or size + head.size > MAX_DATA:
+            push(DATAGRAMS_KIND, number, heads, b"".join(data))
+            heads, data, size = [], [], 0
+        heads.append(head)
+        data.append(one.data)
+        size += head.size
+    if heads:
+        push(DATAGRAMS_KIND, number, heads, b"".join(data))
+    return room
 
 
 def _is_sound(record: Record[Any], value: Any) -> bool:
@@ -520,7 +555,7 @@ ENTRIES: Final[Entries[FlowMover]] = Entries(
         LOST_KIND,
         UDP_PORT_KIND,
         UDP_PEERS_KIND,
-        DATAGRAM_KIND,
+        DATAGRAMS_KIND,
         ATTEMPT_KIND,
         PINGS_KIND,
     ),
