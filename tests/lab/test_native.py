@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import tempfile
 import time
 from collections import Counter
@@ -186,3 +187,29 @@ def test_datagrams_stay_when_the_guest_does() -> None:
                 b"late %d" % again,
             ]
             assert [service.recv(100) for _ in range(10)] == [b"from outside %d.%d" % (again, one) for one in range(10)]
+
+
+@pytest.mark.parametrize("ipv6", [False, True])
+def test_peers_hear_nothing_until_the_network_is_switched(ipv6: bool) -> None:
+    """Nor that nobody is there, when the source's front-end has gone; and who comes back has the port again."""
+    with Scenario(godwit_arguments=ARGUMENTS, ipv6=ipv6) as scenario, datagrams(scenario, ipv6=ipv6) as sockets:
+        _, asking, server, _ = sockets
+        source = scenario.backends["a"]
+        asking.sendto(b"question", (scenario.server_address, PORT))
+        _, address = server.recvfrom(100)
+        attempt = saved(scenario)
+        attempt.switch_over()
+        attempt.finish()
+        scenario.where = "b"
+        wait_until(lambda: "1 of UDP, stay for 10 s" in source.messages(), "the source to linger")
+        server.connect(address)
+        for number in range(20):  # more than its queue holds
+            server.send(b"late %d" % number * 200)
+        assert not select.select([server], [], [], 0.5)[0]  # of an error it would be told
+        scenario.network.switch("b")
+        asking.sendto(b"another", (scenario.server_address, PORT))
+        assert server.recv(100) == b"another"
+        scenario.move()
+        assert "1 connections or UDP ports that had moved away come back" in source.messages()
+        asking.sendto(b"a third", (scenario.server_address, PORT))
+        assert server.recv(100) == b"a third"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""UDP sockets that move: one like it is made elsewhere.
+"""UDP sockets that move: one like it is made elsewhere, and it stays for a while where it was.
 
 A socket of UDP needs no helper to move: its state is the address that it is
 bound to, and the datagrams in its queue.
@@ -44,3 +44,15 @@ def open_socket(state: UdpPort, outbound: bytes = bytes(16), interface: str = ""
                 continue
             return sock.detach(), address[1] != 0
     raise AssertionError("a socket is bound, or that is an error")
+
+
+def silence(fd: int) -> None:
+    """Have a socket take next to nothing: what comes is dropped without a word, which it would not be without a socket.
+
+    Nothing must be read from it any more.
+    """
+    sock = socket.socket(fileno=fd)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # the kernel makes it its least, some 2 KiB
+    finally:
+        sock.detach()

@@ -19,7 +19,7 @@ from godwit.daemon.errors import StartError, reason
 from godwit.daemon.forwards import open_forwards
 from godwit.daemon.lifecycle import User
 from godwit.daemon.linger import LINGER_SECONDS, Linger
-from godwit.daemon.mover import Mover
+from godwit.daemon.mover import Left, Mover
 from godwit.daemon.options import Options, VirtioFeatures
 from godwit.daemon.probe import AddressProbe
 from godwit.daemon.record import Recording
@@ -506,18 +506,22 @@ class NetDevice(BaseDevice):
         self._stands_still = self._moved_in = False
         self._follow_now()
 
-    async def _begin_linger(self, fds: list[int]) -> None:
-        """Keep the sockets of moved connections for a while, frozen and in repair mode."""
+    async def _begin_linger(self, left: Left) -> None:
+        """Keep the sockets for a while: those of moved connections frozen and in repair mode, those of UDP unread."""
         self.moved_away = True
         self._lingers = [linger for linger in self._lingers if linger.remaining]
+        fds = [*left.connections, *left.ports]
         if not fds:
             return
+        numbers = len(left.connections), len(left.ports)
         if not self._options.migrate_linger:
-            log.info("%d connections have moved away; their sockets are closed", len(fds))
+            log.info("%d connections have moved away; their sockets are closed, and %d of UDP", *numbers)
             for fd in fds:
                 os.close(fd)
             return
-        log.info("%d connections have moved away; their sockets stay for %g s", len(fds), LINGER_SECONDS)
+        log.info(
+            "%d connections have moved away; their sockets, and %d of UDP, stay for %g s", *numbers, LINGER_SECONDS
+        )
         self._lingers.append(Linger(fds, self._limit_flows))
         self._limit_flows()
         await self._lingers[-1].listen()

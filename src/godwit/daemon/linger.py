@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sockets of connections that moved away, kept open for a while, frozen and in repair mode.
+"""Sockets of a guest that moved away, kept open for a while: those of connections frozen and in repair mode.
 
-While they are open the kernel does not answer a late packet with a reset. But a
-connection may come back to this host sooner, to another process (a daemon may
-serve one guest, once, and end), and the kernel takes no second socket with the
-same two ends. So who lingers listens on an abstract UNIX socket (unix(7)),
-whose names belong to a network namespace as connections do, and gives up the
-sockets that a process of the same user asks for.
+While they are open the kernel does not answer a late packet with a reset, nor a
+datagram with "port unreachable". But a guest may come back to this host sooner,
+to another process (a daemon may serve one guest, once, and end), and the kernel
+takes no second socket with the same two ends, or of UDP with the same port. So
+who lingers listens on an abstract UNIX socket (unix(7)), whose names belong to
+a network namespace as connections do, and gives up the sockets that a process
+of the same user asks for.
 
 The request is 36 bytes for each connection, up to the end of the stream: local
 address (16 bytes, IPv4 as v4-mapped) and port (big-endian), then those of the
-peer. The answer, when they are closed: how many there were (u32, big-endian).
+peer, zeros for a socket of UDP. The answer, when they are closed: how many there were (u32, big-endian).
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Linger:
                 found = [self._by_ends.pop(ends) for ends in wanted & self._by_ends.keys()]
                 self._give_up(found)
                 if found:
-                    log.info("%d connections that had moved away come back to this host", len(found))
+                    log.info("%d connections or UDP ports that had moved away come back to this host", len(found))
                 writer.write(_COUNT.pack(len(found)))
                 await writer.drain()
         except (OSError, TimeoutError) as error:
@@ -142,7 +143,10 @@ def _ends_of(fd: int) -> bytes | None:
     """Both ends of a socket, as in a request; None if it has none any more."""
     sock = socket.socket(fileno=fd)
     try:
-        local, peer = sock.getsockname(), sock.getpeername()
+        local = sock.getsockname()
+        if sock.type == socket.SOCK_DGRAM:
+            return _ENDS.pack(_packed(local[0]), local[1], bytes(16), 0)
+        peer = sock.getpeername()
     except OSError:
         return None
     finally:

@@ -25,8 +25,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from godwit.daemon.datagrams import open_socket
+from godwit.daemon.datagrams import open_socket, silence
 from godwit.daemon.linger import lingerers, reclaim
 from godwit.daemon.rescue import Rescue
 from godwit.dataplane import (
@@ -92,6 +93,13 @@ class _Arrival:
     opens: bool = False  # there is no socket yet: it is opened at the commit
     socket: SocketState | None = None
     sndq: bytes = b""
+
+
+class Left(NamedTuple):
+    """The sockets of a guest that has moved away: those of its connections, and of the UDP ports that were its own."""
+
+    connections: list[int]
+    ports: list[int]
 
 
 def _host_side(state: FlowState) -> Side:
@@ -414,11 +422,12 @@ class Mover:
     def linger(self) -> None:
         """Nothing to do: the thread stays parked and the sockets frozen."""
 
-    def leave(self) -> list[int]:
+    def leave(self) -> Left:
         """The front-end is gone after a save that stood: give up the flows, silently.
 
-        Returns the moved flows' sockets, frozen and in repair mode. While they
-        are open the kernel does not answer late packets with a reset. The
+        Returns the moved flows' sockets, frozen and in repair mode, and those
+        of UDP, of which nothing more is read. While they are open the kernel
+        does not answer late packets with a reset, or that nobody is there. The
         caller closes them when the network has surely switched.
         """
         with self._lock:
@@ -431,7 +440,12 @@ class Mover:
                 if self._too_many:
                     number = len(self._too_many)
                     log.warning("more datagrams waited than can move: those left at %d UDP ports are lost", number)
-                return [self._engine.release_flow(flow) for flow in self._frozen if flow in self._saved]
+                connections = [self._engine.release_flow(flow) for flow in self._frozen if flow in self._saved]
+                own = [port for port in self._engine.udp_ports() if not self._engine.udp_port_state(port).kind]
+                ports = [self._engine.release_udp_port(port) for port in own]
+                for fd in ports:
+                    silence(fd)
+                return Left(connections, ports)
             finally:
                 self._clear()
                 self._unpark()
@@ -449,14 +463,23 @@ class Mover:
 
     # ---- target
 
+    def _begin_load(self) -> None:
+        """Before anything is loaded; nothing if something was."""
+        with self._lock:
+            if self._parked:
+                return
+            self._park()  # from here on nobody looks for sockets in repair mode but us
+        self._room = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * QUEUES_SHARE)
+        self._lingerers = lingerers()
+
+    def _reclaim(self, sides: Sequence[Side]) -> None:
+        """Have whoever lingers with sockets of these ends close them."""
+        self._lingerers = reclaim(sides, self._lingerers)
+
     def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
         """Flows in the table, with frozen sockets in repair mode where they can be had."""
-        with self._lock:
-            self._park()  # from here on nobody looks for sockets in repair mode but us
-        if not self._prepared:
-            self._room = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * QUEUES_SHARE)
-            self._lingerers = lingerers()
-        self._lingerers = reclaim([_host_side(state) for state in flows], self._lingerers)
+        self._begin_load()
+        self._reclaim([_host_side(state) for state in flows])
         ids = [self._place(state) for state in flows]
         ready = [flow for flow in ids if flow >= 0 and self._arrivals[flow].fd >= 0]
         done = 0
@@ -569,8 +592,7 @@ class Mover:
 
     def add_udp_port(self, port: UdpPort) -> None:
         """The port that is forwarded here too, or a socket like the one it had."""
-        with self._lock:
-            self._park()
+        self._begin_load()
         index = self._engine.find_udp_port(port)
         if index is None and port.kind == 0:
             index = self._open_udp(port)
@@ -582,7 +604,12 @@ class Mover:
 
     def _open_udp(self, port: UdpPort) -> int | None:
         try:
-            fd, same = open_socket(port, *self._engine.udp_outbound(port.guest_addr[:12] == V4_MAPPED))
+            way = self._engine.udp_outbound(port.guest_addr[:12] == V4_MAPPED)
+            fd, same = open_socket(port, *way)
+            if not same and self._lingerers:  # it may be theirs, since the guest was here
+                os.close(fd)
+                self._reclaim([Side(port.local_addr, bytes(16), port.local_port, 0)])
+                fd, same = open_socket(port, *way)
         except OSError as error:
             log.warning("UDP port %d of the guest's: %s", port.guest_port, error)
             return None

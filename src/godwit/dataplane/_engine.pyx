@@ -508,6 +508,15 @@ cdef class Engine(EngineBase):
                 if not self.p.flows[i].flags & FF_FORWARD:
                     flow_close(self.p, &self.p.flows[i])
 
+    def release_udp_port(self, uint32_t index):
+        """Forget a port, and all that the guest had with its peers. Returns its socket, which is the caller's now."""
+        cdef Flow *f = self.udp_port(index)
+        cdef int fd = f.sock
+        epoll_ctl(self.p.epfd, EPOLL_CTL_DEL, fd, NULL)     # as in release_flow()
+        f.sock = -1
+        self.forget_udp([index])
+        return fd
+
     # ---- echoes that move; the thread is parked here, too
 
     def pings(self):
