@@ -16,6 +16,7 @@ from pathlib import Path
 from godwit.migration.document import entries_table, lifecycle_diagram, lifecycle_states, record_table, stages_list
 from godwit.net import native
 from godwit.net.records import FLOW, OBSERVED, SIDE, SOCKET
+from godwit.net.told import TOLD
 from godwit.net.versions import versions
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -27,6 +28,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "stream.md": {
         "entries": lambda: entries_table(native.ENTRIES),
+        "what the guest was told": lambda: record_table(TOLD),
         "observed addresses": lambda: record_table(OBSERVED),
         "TCP flow": lambda: record_table(native.FLOW),
         "UDP port": lambda: record_table(native.UDP_PORT),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from godwit.dataplane.state import Datagram, FlowState, Ping, SocketState, UdpPeer, UdpPort
 from godwit.migration import (
     AbortedError,
+    BadRecordError,
     Direction,
     Faults,
     Migration,
@@ -26,9 +28,11 @@ from godwit.migration import (
 )
 from godwit.migration.entries import HEAD
 from godwit.migration.inspect import inspect
+from godwit.net.config import Withdrawn, packed16
 from godwit.net.native import FLOW, MAX_PEERS, NATIVE, UDP_PEER, WAITING, Waiting
 from godwit.net.records import OBSERVED, SOCKET, V4_MAPPED
 from godwit.net.state import BATCH, NEVER_SEEN, FlowMover
+from godwit.net.told import LEASE4, MAX_TOLD, PREFIX6, ROUTER6, SERVER, TOLD, Told
 from godwit.net.versions import versions
 
 from .test_state import NAMES, Mover, load, loaded
@@ -496,7 +500,7 @@ def test_streams_of_before_are_read(path: Path) -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from([1, 2, 3, 4, 5, 6]), st.sampled_from([0, 1]), st.binary(max_size=200)), max_size=6
+        st.tuples(st.sampled_from([1, 2, 3, 4, 5, 6, 12]), st.sampled_from([0, 1]), st.binary(max_size=200)), max_size=6
     )
 )
 def test_entries_of_nonsense_end_in_an_error_or_in_nothing(entries: list[tuple[int, int, bytes]]) -> None:
@@ -569,3 +573,70 @@ def test_no_more_datagrams_than_a_target_has_room_for() -> None:
     extra = (0).to_bytes(4, "big") + WAITING.sized_many([Waiting(V4, NOBODY, 53, 65000)]) + bytes(65000)
     _, outcome, _ = load(with_check(data[16:-12] + HEAD.pack(8, 0, len(extra)) + extra))
     assert "must be at most 67108864 in all" in str(outcome.error)
+
+
+EVERYTHING = Withdrawn(
+    routers6=(IPv6Address("fe80::1"), IPv6Address("fe80::2")),
+    prefixes6=(IPv6Network("2001:db8:1::/64"), IPv6Network("2001:db8:2::/48")),
+    dns6=(IPv6Address("2001:db8::53"),),
+    search=("example.org", "lab.example.net"),
+    dns4=(IPv4Address("192.0.2.53"), IPv4Address("192.0.2.54")),
+    servers4=((IPv4Address("192.0.2.7"), IPv4Address("192.0.2.1")),),
+)
+
+
+def test_what_the_guest_was_told_comes_through() -> None:
+    source = loaded("empty")
+    source.told_guest = EVERYTHING
+    data, _ = save(source)
+    target, outcome, _ = load(data)
+    assert outcome
+    assert target.told_guest == EVERYTHING
+    shown = [item.values for item in inspect(io.BytesIO(data), versions()) if item.name == "what the guest was told"]
+    assert "fe80::2" in [one["address"] for one in shown if "address" in one]
+
+
+def told_entry(*things: Told, names: bytes = b"") -> bytes:
+    body = TOLD.sized_many([tuple(one) for one in things]) + names
+    return HEAD.pack(12, 0, len(body)) + body
+
+
+ROUTER = packed16(IPv6Address("fe80::1"))
+PREFIX = packed16(IPv6Address("2001:db8:1::"))
+HERE4 = packed16(IPv4Address("192.0.2.1"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Told(5, ROUTER),
+        Told(ROUTER6, PREFIX),
+        Told(ROUTER6, HERE4),
+        Told(PREFIX6, HERE4, 32),
+        Told(PREFIX6, PREFIX, 0),
+        Told(PREFIX6, PREFIX, 32),
+        Told(PREFIX6, PREFIX, 129),
+        Told(SERVER, bytes(16)),
+        Told(LEASE4, ROUTER, 0, HERE4),
+        Told(LEASE4, HERE4),
+        Told(LEASE4, HERE4, 0, ROUTER),
+    ],
+)
+def test_what_nobody_can_have_been_told(wrong: Told) -> None:
+    good = (Told(ROUTER6, ROUTER), Told(PREFIX6, PREFIX, 64), Told(SERVER, HERE4), Told(LEASE4, HERE4, 0, HERE4))
+    assert load(with_check(told_entry(*good)))[1]
+    target, outcome, _ = load(with_check(told_entry(*good, wrong)))
+    assert isinstance(outcome.error, BadRecordError)
+    assert target.told_guest == Withdrawn()
+
+
+def test_no_more_is_told_than_there_is_room_for() -> None:
+    source = loaded("empty")
+    servers = tuple(IPv6Address((0x20010DB8 << 96) + number) for number in range(MAX_TOLD + 9))
+    source.told_guest = Withdrawn(dns6=servers, search=("no..name", "x" * 64 + ".org", "example.org"))
+    target, outcome, _ = load(save(source)[0])
+    assert outcome
+    assert target.told_guest == Withdrawn(dns6=servers[:MAX_TOLD], search=("example.org",))
+    entry = told_entry(*(Told(SERVER, ROUTER) for _ in range(MAX_TOLD + 1)))
+    assert isinstance(load(with_check(entry))[1].error, BadRecordError)
+    assert isinstance(load(with_check(told_entry() * 2))[1].error, BadRecordError)

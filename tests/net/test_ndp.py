@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import IPv6Address, IPv6Network
 from typing import Any
@@ -25,6 +26,7 @@ from scapy.layers.inet6 import (
 )
 from scapy.layers.l2 import ARP, Ether
 
+from godwit.net.change import settle, take_back, told
 from godwit.net.config import NetConfig, Withdrawn
 from godwit.net.ndp import is_about_addresses, questions
 from godwit.net.responder import Responder
@@ -33,6 +35,12 @@ GUEST = "52:54:00:12:34:56"
 GUEST_LL = "fe80::5054:ff:fe12:3456"
 OURS = "9a:55:9a:55:9a:55"
 GUEST_GLOBAL = "2001:db8:1::7"
+
+
+def layers(packet: Any) -> Iterator[Any]:
+    while packet:
+        yield packet
+        packet = packet.payload
 
 
 def solicit_router(source: str = GUEST_LL, **fields: Any) -> bytes:
@@ -203,23 +211,21 @@ def test_what_is_withdrawn_is_taken_back(config: NetConfig) -> None:
     for ra in (solicit_router(), None):
         responder = Responder(replace(config, withdrawn=gone))
         reply = read(responder.respond(ra) if ra else responder.announce()[1:])
-        prefix = reply[ICMPv6NDOptPrefixInfo]
-        found = []
-        while isinstance(prefix, ICMPv6NDOptPrefixInfo):
-            found.append((prefix.prefix, prefix.validlifetime, prefix.preferredlifetime, prefix.L, prefix.A))
-            prefix = prefix.payload
-        assert found == [
+        options = list(layers(reply))
+        assert [
+            (one.prefix, one.validlifetime, one.preferredlifetime, one.L, one.A)
+            for one in options
+            if isinstance(one, ICMPv6NDOptPrefixInfo)
+        ] == [
             ("2001:db8:1::", 0xFFFFFFFF, 0xFFFFFFFF, 1, 1),
             ("2001:db8:8::", 7200, 0, 1, 1),
             ("2001:db8:9::", 7200, 0, 1, 1),
         ]
-        servers = reply[ICMPv6NDOptRDNSS], reply[ICMPv6NDOptRDNSS].payload
-        assert [(one.dns, one.lifetime) for one in servers] == [
+        assert [(one.dns, one.lifetime) for one in options if isinstance(one, ICMPv6NDOptRDNSS)] == [
             (["2001:db8:53::1", "2001:db8:53::2"], 65535),
             (["2001:db8:8::53"], 0),
         ]
-        names = reply[ICMPv6NDOptDNSSL], reply[ICMPv6NDOptDNSSL].payload
-        assert [(one.searchlist, one.lifetime) for one in names] == [
+        assert [(one.searchlist, one.lifetime) for one in options if isinstance(one, ICMPv6NDOptDNSSL)] == [
             (["example.org.", "lab.example.net."], 65535),
             (["old.example."], 0),
         ]
@@ -228,14 +234,50 @@ def test_what_is_withdrawn_is_taken_back(config: NetConfig) -> None:
 def test_another_router(config: NetConfig) -> None:
     """The old one says farewell, to all nodes (RFC 4861, 6.2.5)."""
     responder = Responder(config)
-    frames = responder.change(replace(config, our_link_local=IPv6Address("fe80::2")))
+
+    def change(**changes: Any) -> list[bytes]:
+        return responder.change(settle(responder.config, replace(responder.config, **changes)))
+
+    frames = change(our_link_local=IPv6Address("fe80::2"))
     reply = read(frames[:1])
     assert (reply[IPv6].src, reply[IPv6].dst, reply[ICMPv6ND_RA].routerlifetime) == ("fe80::1", "ff02::1", 0)
     assert ICMPv6NDOptPrefixInfo not in reply
     assert read(frames[2:])[IPv6].src == "fe80::2"
-    assert len(responder.change(replace(responder.config))) == 2  # the same router
-    assert len(responder.change(replace(responder.config, ra=False, our_link_local=IPv6Address("fe80::3")))) == 2
-    assert len(responder.change(replace(config))) == 2  # who was none says no farewell
+    assert len(change()) == 3  # it may have been missed
+    frames = change(our_link_local=IPv6Address("fe80::3"), ra=False)
+    assert [Ether(frame)[IPv6].src for frame in frames[:-1]] == ["fe80::2", "fe80::1"]
+    frames = change(our_link_local=IPv6Address("fe80::4"), ra=True)
+    assert [Ether(frame)[IPv6].src for frame in (*frames[:-2], frames[-1])] == ["fe80::2", "fe80::1", "fe80::4"]
+
+
+def test_what_the_guest_was_told_elsewhere(config: NetConfig) -> None:
+    """The router there says farewell, and what it has told is taken back, also where no router speaks any more."""
+    there = replace(
+        config,
+        our_link_local=IPv6Address("fe80::77"),
+        addr6=IPv6Address("2001:db8:77::7"),
+        dns6=[IPv6Address("2001:db8:77::53")],
+        search=["there.example"],
+    )
+    everything: tuple[dict[str, Any], ...] = ({}, {"addr6": None})
+    for changes in everything:
+        here = take_back(replace(config, **changes), told(there))
+        frames = [frame for frame in Responder(here).announce() if ARP not in Ether(frame)]
+        assert len(frames) == 2 - len(changes)
+        for frame in frames:
+            reply = read([frame])
+            assert ("2001:db8:77::", 7200, 0) in [
+                (one.prefix, one.validlifetime, one.preferredlifetime)
+                for one in layers(reply)
+                if isinstance(one, ICMPv6NDOptPrefixInfo)
+            ]
+            assert (["2001:db8:77::53"], 0) in [
+                (one.dns, one.lifetime) for one in layers(reply) if isinstance(one, ICMPv6NDOptRDNSS)
+            ]
+            assert (["there.example."], 0) in [
+                (one.searchlist, one.lifetime) for one in layers(reply) if isinstance(one, ICMPv6NDOptDNSSL)
+            ]
+        assert read(frames[:1])[IPv6].src == "fe80::77"
 
 
 @pytest.mark.parametrize(("dhcpv6", "other"), [(True, 1), (False, 0)])

@@ -34,6 +34,7 @@ from scapy.layers.inet6 import (
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import NoPayload, Packet, Padding, Raw
 
+from godwit.net.change import take_back, told
 from godwit.net.config import NetConfig, Withdrawn
 from godwit.net.responder import Responder
 
@@ -203,7 +204,8 @@ def test_the_oracle_sees_what_is_wrong(config: NetConfig) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_announcements(config: NetConfig, name: str) -> None:
-    frames = Responder(replace(config, our_link_local=IPv6Address("fe80::9"))).change(replace(config, **CONFIGS[name]))
+    before = replace(config, our_link_local=IPv6Address("fe80::9"))
+    frames = Responder(before).change(take_back(replace(config, **CONFIGS[name]), told(before)))
     kinds = [next(kind for kind in (ARP, ICMPv6ND_RA) if kind in check([frame])) for frame in frames]
     assert kinds == [ICMPv6ND_RA, ARP, ICMPv6ND_RA]
 

@@ -30,6 +30,7 @@ from godwit.migration import (
     TruncatedError,
     VersionRefusedError,
 )
+from godwit.net.config import Withdrawn
 from godwit.net.records import (
     EVENT_ESTABLISHED,
     FLOW,
@@ -72,6 +73,7 @@ class Mover:
         self.given_up: list[tuple[int, str]] = []
         self.told: dict[str, str] = {}
         self.compared: dict[str, str] | None = None
+        self.told_guest = Withdrawn()
         self.lost: dict[int, str] = {}
         self.ports: list[tuple[UdpPort, list[UdpPeer], list[Datagram]]] = []
         self.unanswered: set[int] = set()
@@ -118,6 +120,12 @@ class Mover:
 
     def compare(self, configuration: Mapping[str, str]) -> None:
         self.compared = dict(configuration)
+
+    def guest_told(self) -> Withdrawn:
+        return self.told_guest
+
+    def set_told(self, told: Withdrawn) -> None:
+        self.told_guest = told
 
     def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
         yield from self.ports

@@ -11,15 +11,19 @@ import contextlib
 import socket
 from ipaddress import ip_address
 
+from godwit.daemon.awaited import free_bind
 from godwit.dataplane import UdpPort
 from godwit.net.records import V4_MAPPED, unpacked
 
 
-def open_socket(state: UdpPort, outbound: bytes = bytes(16), interface: str = "") -> tuple[int, bool]:
-    """A socket for a port of the guest's, and whether it has the port that it had; else another.
+def open_socket(
+    state: UdpPort, outbound: bytes = bytes(16), interface: str = "", *, freebind: bool = False
+) -> tuple[int, bool]:
+    """A socket for a port of the guest's, and whether it has the address and port that it had; else others.
 
     ``outbound`` and ``interface`` are what the guest's ports leave through
-    here (``Engine.udp_outbound``). Raises OSError where none is to be had.
+    here (``Engine.udp_outbound``). With ``freebind`` it may have an address
+    that is yet to come. Raises OSError where none is to be had.
     """
     v4 = state.guest_addr[:12] == V4_MAPPED
     had = unpacked(state.local_addr)
@@ -35,6 +39,8 @@ def open_socket(state: UdpPort, outbound: bytes = bytes(16), interface: str = ""
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if interface:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        if freebind:
+            free_bind(sock)
         for address in addresses:
             try:
                 sock.bind(address)
@@ -42,7 +48,7 @@ def open_socket(state: UdpPort, outbound: bytes = bytes(16), interface: str = ""
                 if address[1] == 0:
                     raise
                 continue
-            return sock.detach(), address[1] != 0
+            return sock.detach(), address is addresses[0]
     raise AssertionError("a socket is bound, or that is an error")
 
 

@@ -27,8 +27,8 @@ from godwit.daemon.stats import Statistics
 from godwit.dataplane import Engine, StreamCard
 from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State, StateError, Transfers
-from godwit.net.change import facts
-from godwit.net.config import IPAddress, NetConfig, packed16
+from godwit.net.change import WITHDRAWN_SECONDS, facts, take_back, told
+from godwit.net.config import IPAddress, NetConfig, Withdrawn, packed16
 from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS, is_about_addresses, questions
 from godwit.net.records import MAX_FLOWS
 from godwit.net.responder import Responder
@@ -105,18 +105,29 @@ class NetDevice(BaseDevice):
         full = options.virtio_features is VirtioFeatures.FULL
         self.features: int = _FEATURES_FULL if full else _FEATURES_PASST
         self._config = config
+        self._host = config  # as long as nothing is due, what the guest has; but for what it was told elsewhere
+        self._elsewhere = Withdrawn()  # what this guest was told on another host, as long as it may believe in it
+        self._forgetting: asyncio.TimerHandle | None = None
         self._options = options
         self._repair = repair
         self._engine = Engine()
         self._responder = Responder(config)
-        self._mover = Mover(self._engine, repair, config.scope6, self._in_background, self._facts)
+        self._mover = Mover(
+            self._engine,
+            repair,
+            config.scope6,
+            self._in_background,
+            self._facts,
+            lambda: told(self._config),
+            freebind=options.freebind,
+        )
         self._transfers: Transfers[FlowMover] = Transfers()
         self._background: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._advertising: asyncio.TimerHandle | None = None
         self._probe = AddressProbe(self._ask)
         self._before_answer = before_answer
-        self._next: NetConfig | None = None  # to be followed when the guest runs
+        self._due = False  # the network is another, which is to be followed when the guest runs
         self._stands_still = False  # its rings were stopped: suspended, or its end is near
         self._moved_in = False  # and has not been told of the network here
         self._telling: asyncio.TimerHandle | None = None
@@ -242,19 +253,36 @@ class NetDevice(BaseDevice):
 
     def follow(self, config: NetConfig) -> None:
         """The guest's network is another: from now on, or once the guest runs. Nothing changes under a migration."""
-        self._next = config
+        self._host = config
+        self._due = True
         self._follow_now()
 
     def _follow_now(self) -> None:
-        config = self._next
-        if config is None or self._transfers.current is not None or self._stands_still:
+        if not self._due or self._transfers.current is not None or self._stands_still:
             return
-        self._next = None
+        self._due = False
+        config = take_back(self._host, self._elsewhere)
         config.guest_mac = self._config.guest_mac
         self._config = config
         self._configure()
         self._mover.scope = config.scope6
         self._tell(self._responder.change(config), CHANGE_REPEATS)
+
+    def _remember(self, elsewhere: Withdrawn) -> None:
+        """This guest was told that on another host; what of it does not hold here is taken back, for a while."""
+        if self._forgetting is not None:
+            self._forgetting.cancel()
+            self._forgetting = None
+        self._elsewhere = elsewhere
+        if take_back(self._host, elsewhere).withdrawn != self._config.withdrawn:
+            self._due = True
+        if elsewhere != Withdrawn():
+            assert self._loop is not None  # since start()
+            self._forgetting = self._loop.call_later(WITHDRAWN_SECONDS, self._forget)
+
+    def _forget(self) -> None:
+        self._remember(Withdrawn())
+        self._follow_now()
 
     def _tell(self, frames: list[bytes], repeats: int) -> None:
         """Tell the guest of its network, unasked, and some more times: it may be deaf at the moment."""
@@ -408,7 +436,7 @@ class NetDevice(BaseDevice):
             assert self._loop is not None  # since start()
             self._advertising = self._loop.call_later(ADVERTISE_INTERVAL, self._advertise)
         self._stands_still = False
-        if self._next is not None:
+        if self._due:
             self._follow_now()
         elif self._moved_in:
             self._tell(self._responder.announce(), 0)  # the network here, should it be another
@@ -479,6 +507,7 @@ class NetDevice(BaseDevice):
             self._mover.helper_expected = False
         if ended is State.COMMITTED:
             self._moved_in = True
+            self._remember(self._mover.take_told())
 
     def guest_comes(self) -> None:
         """A front-end has connected. What came to its guest's ports while there was none is for nobody."""
@@ -504,7 +533,7 @@ class NetDevice(BaseDevice):
         finally:
             self._engine.unpark()
         self._stands_still = self._moved_in = False
-        self._follow_now()
+        self._forget()
 
     async def _begin_linger(self, left: Left) -> None:
         """Keep the sockets for a while: those of moved connections frozen and in repair mode, those of UDP unread."""

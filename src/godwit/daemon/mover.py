@@ -27,6 +27,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from godwit.daemon.awaited import PATIENCE, Awaited, Waiting, is_here, names
 from godwit.daemon.datagrams import open_socket, silence
 from godwit.daemon.linger import lingerers, reclaim
 from godwit.daemon.rescue import Rescue
@@ -44,6 +45,7 @@ from godwit.dataplane import (
 )
 from godwit.migration.layout import printable
 from godwit.net.change import differences
+from godwit.net.config import Withdrawn
 from godwit.net.native import DATAGRAM_COST, MAX_WAITING
 from godwit.net.records import V4_MAPPED, address_text
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
@@ -93,6 +95,7 @@ class _Arrival:
     opens: bool = False  # there is no socket yet: it is opened at the commit
     socket: SocketState | None = None
     sndq: bytes = b""
+    waiting: Waiting | None = None  # for its address
 
 
 class Left(NamedTuple):
@@ -143,11 +146,16 @@ def _flat(side: Side) -> tuple[bytes, int, bytes, int]:
     return side.our_addr, side.our_port, side.end_addr, side.end_port
 
 
-def _advice(error: OSError) -> str:
-    """What the kernel said, and what to do about it."""
+def _advice(error: OSError, address: bytes, *, here: bool) -> str:
+    """What the kernel said of a socket that was to have this address of ours, and what to do about it."""
     if error.errno != errno.EADDRNOTAVAIL:
         return str(error)
-    return f"{error}. This host has to have the address, and no socket of another process with the same two ends"
+    if here:
+        return f"{error}. Another socket on this host has the same two ends: end the process that has it"
+    return (
+        f"this host does not have the address {address_text(address)}: let it come to this host with the guest,"
+        f" before it or (with --freebind) up to {PATIENCE:.0f} s after it"
+    )
 
 
 def _ends(state: FlowState) -> str:
@@ -162,7 +170,8 @@ class Mover:
     ``scope`` is the interface index of link-local peers. ``schedule`` runs a
     function in another worker thread after some seconds: for what must not
     keep the guest waiting. ``configuration`` gives what the guest's network is
-    here, by names for people.
+    here, by names for people, ``told`` what the guest was told of it. With
+    ``freebind`` a connection whose address is not here waits for it.
     """
 
     def __init__(
@@ -172,9 +181,13 @@ class Mover:
         scope: int,
         schedule: Callable[[float, Callable[[], None]], None],
         configuration: Callable[[], Mapping[str, str]] = dict,
+        told: Callable[[], Withdrawn] = Withdrawn,
+        *,
+        freebind: bool = False,
     ) -> None:
         self._engine = engine
         self._configuration = configuration
+        self._told = told
         self._repair = repair
         self.scope = scope
         self._schedule = schedule
@@ -185,6 +198,15 @@ class Mover:
             self._lock,
             leave_repair=self._leave_repair,
             resume=self._resume,
+            schedule=schedule,
+        )
+        self._freebind = freebind
+        self._awaited = Awaited(
+            engine,
+            self._lock,
+            arrive=self._arrive,
+            may=lambda: not self._parked,
+            shared=self._share_port,
             schedule=schedule,
         )
         # Source: a helper was there when the migration began, so its absence later is a failure.
@@ -202,6 +224,7 @@ class Mover:
         self._pings: list[int] = []  # target: the flows of echoes that came
         self._lingerers: list[str] = []  # target: who may have sockets of the flows that come
         self._room = 0  # target: bytes that send queues may still take
+        self._told_elsewhere = Withdrawn()  # target: where the guest comes from
 
     # ---- both sides
 
@@ -223,6 +246,19 @@ class Mover:
         if differing:
             shown = printable(differing, MAX_DIFFERENCES)
             log.warning("this host is another than the one that the guest comes from: %s", shown)
+
+    def guest_told(self) -> Withdrawn:
+        """What the guest was told of its network."""
+        return self._told()
+
+    def set_told(self, told: Withdrawn) -> None:
+        """What it was told where it comes from."""
+        self._told_elsewhere = told
+
+    def take_told(self) -> Withdrawn:
+        """After a commit: what the guest was told where it comes from; nothing where that is not known."""
+        told, self._told_elsewhere = self._told_elsewhere, Withdrawn()
+        return told
 
     def _park(self) -> None:
         if not self._parked:
@@ -295,6 +331,8 @@ class Mover:
 
     def dump(self, flow: int) -> tuple[SocketState, bytes, bytes] | None:
         """The socket and its queues; None: it cannot move."""
+        if (waiting := self._awaited.get(flow)) is not None:
+            return waiting.socket, waiting.sndq, waiting.rcvq
         if flow not in self._in_repair:
             return None
         if self._is_local(flow):
@@ -447,12 +485,14 @@ class Mover:
                     silence(fd)
                 return Left(connections, ports)
             finally:
+                self._awaited.forget()
                 self._clear()
                 self._unpark()
 
     def close_flows(self) -> None:
         """The guest is gone: close its flows; peers are reset."""
         with self._lock:
+            self._awaited.forget()
             self._engine.close_flows()
 
     def thaw_listeners(self) -> None:
@@ -481,7 +521,13 @@ class Mover:
         self._begin_load()
         self._reclaim([_host_side(state) for state in flows])
         ids = [self._place(state) for state in flows]
-        ready = [flow for flow in ids if flow >= 0 and self._arrivals[flow].fd >= 0]
+        self._enter_repair(flow for flow in ids if flow >= 0)
+        self._prepared += ids
+        return ids
+
+    def _enter_repair(self, flows: Iterable[int]) -> None:
+        """Of these, as far as they have sockets."""
+        ready = [flow for flow in flows if self._arrivals[flow].fd >= 0]
         done = 0
         try:
             self._set_mode([self._arrivals[flow].fd for flow in ready], Repair.ON)
@@ -493,8 +539,6 @@ class Mover:
             self._arrivals[flow].in_repair = True
         for flow in ready[done:]:
             self._lose(flow, "no repair helper")
-        self._prepared += ids
-        return ids
 
     def prepared(self) -> Sequence[int]:
         """All flows that came, in their order; -1 for one that has no place here."""
@@ -510,14 +554,18 @@ class Mover:
         arrival = self._arrivals[flow] = _Arrival(state)
         if full:
             self._lose(flow, "there are too few descriptors for it")
-            return flow
+        else:
+            self._open(flow, arrival)
+        return flow
+
+    def _open(self, flow: int, arrival: _Arrival) -> None:
+        """Give a flow a socket, frozen."""
         try:
             arrival.fd = sockstate.create(self._engine.flow_socket(flow)[1])
         except OSError as error:
             self._lose(flow, str(error))
         else:
             self._engine.set_flow_socket(flow, arrival.fd)
-        return flow
 
     def restore(self, flow: int, socket: SocketState, sndq: bytes, rcvq: bytes) -> None:
         """Fill the socket of a prepared flow."""
@@ -537,12 +585,14 @@ class Mover:
                 rcvq,
             )
         except OSError as error:
-            self._lose(flow, _advice(error))
+            here = error.errno != errno.EADDRNOTAVAIL or is_here(host.our_addr, self.scope)
+            if here or not self._freebind:
+                self._lose(flow, _advice(error, host.our_addr, here=here))
+            elif self._has_room(flow, len(sndq) + len(rcvq)):
+                self._await(flow, Waiting(arrival.state, host, socket, sndq, rcvq))
             return
-        if len(sndq) > self._room:
-            self._lose(flow, "all send queues together are too large for this host")
+        if not self._has_room(flow, len(sndq)):
             return
-        self._room -= len(sndq)
         arrival.socket = socket
         arrival.sndq = sndq
         if left_out:
@@ -568,6 +618,52 @@ class Mover:
         index = self._engine.import_ping(ping)
         if index is not None:
             self._pings.append(index)
+
+    def _has_room(self, flow: int, size: int) -> bool:
+        """Whether there is memory for so much of a queue; else the flow is lost."""
+        if size > self._room:
+            self._lose(flow, "all send queues together are too large for this host")
+            return False
+        self._room -= size
+        return True
+
+    def _await(self, flow: int, waiting: Waiting) -> None:
+        """Its address may come yet. A new socket is made then: the one that is there is bound to nothing."""
+        arrival = self._arrivals[flow]
+        self._engine.drop_flow_socket(flow)
+        arrival.fd = -1
+        arrival.waiting = waiting
+        self._awaited.scope = self.scope
+        self._awaited.keep(waiting.ours.our_addr, waiting.ours.our_port)
+
+    @contextlib.contextmanager
+    def _share_port(self, port: int) -> Iterator[bool]:
+        listening = self._listening({port}).get(port, [])
+        try:
+            with _shared(listening) as shared:
+                yield shared
+        finally:
+            for sock in listening:
+                sock.detach()
+
+    def _arrive(self, came: Mapping[int, Waiting], late: Mapping[int, Waiting]) -> None:
+        """The addresses of some flows that wait are here, others have waited too long. The data plane is parked."""
+        try:
+            self._room = sum(len(one.sndq) + len(one.rcvq) for one in came.values())
+            for flow, waiting in came.items():
+                self._arrivals[flow] = _Arrival(waiting.state)
+                self._open(flow, self._arrivals[flow])
+            self._enter_repair(came)
+            for flow, waiting in came.items():
+                self.restore(flow, waiting.socket, waiting.sndq, waiting.rcvq)
+            for flow, waiting in late.items():
+                address = address_text(waiting.ours.our_addr)
+                why = f"the address {address} has not come to this host within {PATIENCE:.0f} s"
+                self._arrivals[flow] = _Arrival(waiting.state, lost=why)
+            self._let_flows_go()
+        finally:
+            self._arrivals.clear()
+        self._schedule(HURRY_SECONDS, self._engine.calm)
 
     def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
         """Each UDP port that has anything to move.
@@ -605,11 +701,11 @@ class Mover:
     def _open_udp(self, port: UdpPort) -> int | None:
         try:
             way = self._engine.udp_outbound(port.guest_addr[:12] == V4_MAPPED)
-            fd, same = open_socket(port, *way)
+            fd, same = open_socket(port, *way, freebind=self._freebind)
             if not same and self._lingerers:  # it may be theirs, since the guest was here
                 os.close(fd)
                 self._reclaim([Side(port.local_addr, bytes(16), port.local_port, 0)])
-                fd, same = open_socket(port, *way)
+                fd, same = open_socket(port, *way, freebind=self._freebind)
         except OSError as error:
             log.warning("UDP port %d of the guest's: %s", port.guest_port, error)
             return None
@@ -620,7 +716,8 @@ class Mover:
             log.warning("UDP port %d of the guest's: %s", port.guest_port, error)
             return None
         if not same:
-            log.info("UDP port %d of the guest's leaves through another port than before", port.guest_port)
+            before = f"{address_text(port.local_addr)} port {port.local_port}"
+            log.warning("UDP port %d of the guest's leaves from elsewhere than before: %s", port.guest_port, before)
         return index
 
     def add_udp_peers(self, number: int, peers: Sequence[UdpPeer]) -> None:
@@ -651,15 +748,16 @@ class Mover:
 
     def commit(self) -> None:
         """The guest runs here: end repair mode, write the rest, thaw, and go."""
-        try:
-            self._let_go()
-        finally:
-            self._arrivals.clear()
-            self._prepared.clear()
-            self._udp.clear()
-            self._datagrams.clear()
-            self._pings.clear()
-            self._unpark()
+        with self._lock:
+            try:
+                self._let_go()
+            finally:
+                self._arrivals.clear()
+                self._prepared.clear()
+                self._udp.clear()
+                self._datagrams.clear()
+                self._pings.clear()
+                self._unpark()
         self._schedule(HURRY_SECONDS, self._engine.calm)
         self._watch()
 
@@ -674,10 +772,11 @@ class Mover:
         self._let_flows_go()
 
     def _let_flows_go(self) -> None:
+        waiting = {flow: one.waiting for flow, one in self._arrivals.items() if one.waiting and not one.lost}
         for flow, arrival in self._arrivals.items():
-            if not arrival.lost and not arrival.opens and arrival.socket is None:
+            if not (arrival.lost or arrival.opens or arrival.waiting or arrival.socket):
                 self._lose(flow, "it was not restored")
-        good = [flow for flow, arrival in self._arrivals.items() if not arrival.lost and not arrival.opens]
+        good = [flow for flow, arrival in self._arrivals.items() if arrival.socket and not arrival.lost]
         done = 0
         if good:
             # Thawed first: the answer to the probe that ends repair mode shall not be missed.
@@ -702,7 +801,12 @@ class Mover:
         for flow, arrival in self._arrivals.items():
             if arrival.opens:
                 self._engine.open_flow(flow)
-        log.info("%d connections go on here, %d were lost", len(self._arrivals) - len(lost), len(lost))
+        going = len(self._arrivals) - len(lost) - len(waiting)
+        log.info("%d connections go on here, %d were lost", going, len(lost))
+        if waiting:
+            missing = names(one.ours.our_addr for one in waiting.values())
+            log.warning("%d connections wait for their address to come to this host: %s", len(waiting), missing)
+        self._awaited.wait(waiting)
         _report((arrival.lost, arrival.state) for arrival in lost.values())
         self._knock(peers, KNOCKS)
 
@@ -733,7 +837,10 @@ class Mover:
                     if not sockstate.knock(*_flat(peer), self.scope, share=share):
                         again.append(peer)
             except OSError as error:
-                failures[str(error.strerror)] += 1
+                why = str(error.strerror)
+                if error.errno == errno.EADDRNOTAVAIL:
+                    why = "this host does not have the address that they know, and nobody here can speak for it"
+                failures[why] += 1
         for sockets in listening.values():
             for sock in sockets:
                 sock.detach()
@@ -765,11 +872,13 @@ class Mover:
     def discard(self) -> None:
         """Close all that was loaded; in repair mode a close says nothing."""
         try:
+            self._awaited.forget()
             for flow in self._arrivals:
                 self._engine.forget_flow(flow)
             self._engine.forget_udp([port for port in self._udp if port is not None])
             self._engine.forget_pings(self._pings)
         finally:
+            self._told_elsewhere = Withdrawn()
             self._arrivals.clear()
             self._prepared.clear()
             self._udp.clear()

@@ -355,7 +355,12 @@ TABLE: tuple[Row, ...] = (
     Row(("--fqdn",), Kind.VALUE, "fqdn", "NAME", str, "the guest's full domain name"),
     Row(("-t", "--tcp-ports"), Kind.LIST, "tcp_ports", "SPEC", str, "forward TCP ports to the guest: see below"),
     Row(("-u", "--udp-ports"), Kind.LIST, "udp_ports", "SPEC", str, "forward UDP ports, in the same way"),
-    Row(("--freebind",), Kind.ON, "freebind", help="listen also on addresses that the host does not have (yet)"),
+    Row(
+        ("--freebind",),
+        Kind.ON,
+        "freebind",
+        help="listen also on addresses that the host does not have (yet); connections that move in wait for theirs",
+    ),
     Row(("--no-map-gw",), Kind.OFF, "map_gw", help="do not map the gateway's address to the host's loopback"),
     Row(
         ("--map-host-loopback",),

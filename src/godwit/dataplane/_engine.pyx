@@ -93,9 +93,10 @@ cdef class Engine(EngineBase):
         return &self.p.flows[index]
 
     def tcp_flows(self, bint handshakes=False):
-        """The TCP flows that are established on the guest's side, their indices; or with ``handshakes`` those in handshakes, too.
+        """The TCP flows that are established on the guest's side, their indices; with ``handshakes`` all others, too.
 
-        Also those that were reset and of which the guest has not heard yet: they have no socket.
+        Also those without a socket: that were reset, and of which the guest has not heard yet, or that are held until
+        they can have one.
         """
         cdef uint32_t i
         cdef Flow *f
@@ -103,7 +104,7 @@ cdef class Engine(EngineBase):
         for i in range(self.p.used_flows):
             f = &self.p.flows[i]
             if (f.kind == FLOW_TCP and (handshakes or f.events & EV_ESTABLISHED)
-                    and (f.sock >= 0 or f.flags & FF_RESET_DUE)):
+                    and (f.sock >= 0 or f.flags & (FF_RESET_DUE | FF_HELD))):
                 found.append(i)
         return found
 

@@ -253,14 +253,14 @@ class Scenario:
             raise
         return guest
 
-    def start_backend(self, name: str) -> Backend:
-        """Start the back-end of a host, again if it has run before."""
+    def start_backend(self, name: str, *arguments: str) -> Backend:
+        """Start the back-end of a host, again if it has run before; ``arguments``: more options for it."""
         backend = Backend(
             self.network.hosts[name],
             self._folder,
             self._kinds[name],
             helper=self._helpers[name],
-            arguments=self._arguments[self._kinds[name]],
+            arguments=(*self._arguments[self._kinds[name]], *arguments),
             descriptors=self.descriptors,
         )
         # A godwit that has let connections go lingers for their sake: not for nobody's.

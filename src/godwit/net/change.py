@@ -9,13 +9,16 @@ would cost the guest all of its connections. Only where the host is online with
 the other IP version, and stays without this one for a while, the guest is
 better off without it too: it need not try what cannot work.
 
-What is replaced is withdrawn, and the guest told so (`Withdrawn`).
+What is replaced is withdrawn, and the guest told so (`Withdrawn`). So is what a
+guest was told on the host that it comes from, and is not so here (`told`,
+`take_back`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from ipaddress import IPv4Address
 from typing import TypeVar
 
 from godwit.net.config import IPAddress, NetConfig, Withdrawn
@@ -85,25 +88,59 @@ def _lost_route6(old: NetConfig, new: NetConfig) -> bool:
     return same and old.routed6 and not new.routed6
 
 
+def told(config: NetConfig) -> Withdrawn:
+    """All that the guest may believe in, as what is withdrawn where it does not hold: the present first."""
+    return _together(_says(config), config.withdrawn)
+
+
+def take_back(config: NetConfig, elsewhere: Withdrawn) -> NetConfig:
+    """``config`` for a guest that was told ``elsewhere`` on the host that it comes from."""
+    return replace(config, withdrawn=_without(_together(config.withdrawn, elsewhere), config))
+
+
 def _withdrawn(old: NetConfig, new: NetConfig) -> Withdrawn:
     """What ``old`` says and ``new`` does not, and what was withdrawn already; the latest first."""
-    gone = old.withdrawn
-    servers4 = gone.servers4
-    if old.addr4 is not None and old.gateway4 is not None:
-        servers4 = ((old.addr4, old.gateway4), *servers4)
-    latest = dict(reversed([pair for pair in servers4 if pair[0] != new.addr4]))
+    return _without(told(old), new)
+
+
+def _says(config: NetConfig) -> Withdrawn:
+    """What the guest is told at present."""
     return Withdrawn(
-        prefixes6=_without(([] if old.prefix6 is None else [old.prefix6]), gone.prefixes6, [new.prefix6]),
-        dns6=_without(old.dns6, gone.dns6, new.dns6),
-        search=_without(old.search, gone.search, new.search),
-        dns4=_without(old.dns4, gone.dns4, new.dns4),
-        servers4=tuple(reversed(latest.items()))[:_OLD],
+        routers6=(config.our_link_local,) if config.advertises else (),
+        prefixes6=() if config.prefix6 is None else (config.prefix6,),
+        dns6=tuple(config.dns6),
+        search=tuple(config.search),
+        dns4=tuple(config.dns4),
+        servers4=() if config.addr4 is None or config.gateway4 is None else ((config.addr4, config.gateway4),),
     )
 
 
-def _without(old: Iterable[T], gone: Iterable[T], new: Iterable[T | None]) -> tuple[T, ...]:
-    held = set(new)
-    return tuple(dict.fromkeys(one for one in (*old, *gone) if one not in held))[:_OLD]
+def _together(first: Withdrawn, then: Withdrawn) -> Withdrawn:
+    """Both, each thing once."""
+    names = [one.name for one in fields(Withdrawn)]
+    return Withdrawn(**{name: tuple(dict.fromkeys((*getattr(first, name), *getattr(then, name)))) for name in names})
+
+
+def _without(gone: Withdrawn, config: NetConfig) -> Withdrawn:
+    """What of ``gone`` does not hold, and only so much of each kind as can be told; the latest first."""
+    servers4: dict[IPv4Address, IPv4Address] = {}
+    for address, server in gone.servers4:
+        if address != config.addr4:
+            servers4.setdefault(address, server)
+    return Withdrawn(
+        # One that does not speak any more routes all the same, unless IPv6 is off.
+        routers6=_others(gone.routers6, [config.our_link_local] if config.has_ipv6 else []),
+        prefixes6=_others(gone.prefixes6, [config.prefix6]),
+        dns6=_others(gone.dns6, config.dns6),
+        search=_others(gone.search, config.search),
+        dns4=_others(gone.dns4, config.dns4),
+        servers4=tuple(servers4.items())[:_OLD],
+    )
+
+
+def _others(gone: Iterable[T], held: Iterable[T | None]) -> tuple[T, ...]:
+    kept = set(held)
+    return tuple(one for one in gone if one not in kept)[:_OLD]
 
 
 def describe(old: NetConfig, new: NetConfig) -> str:

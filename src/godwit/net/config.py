@@ -128,9 +128,11 @@ class NetOptions:
 class Withdrawn:
     """What the guest was told and does not hold any more, as long as it may still believe in it.
 
-    ``servers4``: addresses of the guest's, each with the router and DHCP server that gave it.
+    ``servers4``: addresses of the guest's, each with the router and DHCP server that gave it. ``routers6`` are the
+    routers' link-local addresses.
     """
 
+    routers6: tuple[IPv6Address, ...] = ()
     prefixes6: tuple[IPv6Network, ...] = ()
     dns6: tuple[IPv6Address, ...] = ()
     search: tuple[str, ...] = ()
@@ -205,6 +207,11 @@ class NetConfig:
     def has_ipv6(self) -> bool:
         """Whether IPv6 is on."""
         return self.addr6 is not None or self.local6
+
+    @property
+    def advertises(self) -> bool:
+        """Whether the guest is told of IPv6 by router advertisements."""
+        return self.has_ipv6 and self.ndp and self.ra
 
     @property
     def lease4(self) -> tuple[int, int, int]:

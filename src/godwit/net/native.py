@@ -37,6 +37,7 @@ from godwit.net.records import (
     check_ends,
 )
 from godwit.net.state import BATCH, NEVER_SEEN, PREPARE_STAGE, FlowMover, queues_behind, usable
+from godwit.net.told import MAX_NAMES, MAX_TOLD, TOLD, flats_of, told_of
 
 log = logging.getLogger(__name__)
 
@@ -300,6 +301,28 @@ CONFIGURATION_KIND: Final[Kind[FlowMover]] = Kind(
     doc="At most one. The guest's network where it comes from. The target compares it with its own and reports what "
     "differs.",
 )
+
+
+def _load_told(mover: FlowMover, _part: Part, flats: Sequence[tuple[Any, ...]], names: str) -> None:
+    mover.set_told(told_of(flats, names))
+
+
+def _check_told(notes: _Notes, part: Part, _flats: object, names: str) -> None:
+    _check_once(notes, part, names)
+
+
+TOLD_KIND: Final[Kind[FlowMover]] = Kind(
+    12,
+    "what the guest was told",
+    (Many(TOLD, MAX_TOLD), Text("search", MAX_NAMES, "the search list, names apart by blanks")),
+    _load_told,
+    check=_check_told,
+    required=False,
+    doc="At most one. Of its network: what holds where it comes from, and what it may believe in still, the latest "
+    "first. The target takes back what does not hold there.",
+)
+
+
 OBSERVED_KIND: Final[Kind[FlowMover]] = Kind(
     2,
     "observed addresses",
@@ -442,6 +465,8 @@ PINGS_KIND: Final[Kind[FlowMover]] = Kind(
 def _save(mover: FlowMover, push: Push) -> None:
     lines = "".join(f"{name}\t{value}\n" for name, value in mover.configuration().items())
     push(CONFIGURATION_KIND, lines)
+    told = mover.guest_told()
+    push(TOLD_KIND, flats_of(told), " ".join(told.search))
     push(OBSERVED_KIND, mover.observed())
     moving = _save_flows(mover, push)
     for number, flow in enumerate(moving):
@@ -549,6 +574,7 @@ ENTRIES: Final[Entries[FlowMover]] = Entries(
     "state",
     (
         CONFIGURATION_KIND,
+        TOLD_KIND,
         OBSERVED_KIND,
         FLOWS_KIND,
         SOCKET_KIND,

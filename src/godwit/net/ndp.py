@@ -108,11 +108,14 @@ def unsolicited_advertisement(config: NetConfig) -> bytes:
     return _router_advertisement(config, multicast_mac(ALL_NODES), ALL_NODES)
 
 
-def farewell(config: NetConfig) -> bytes:
-    """To all nodes: this router is none any more (RFC 4861, section 6.2.5). It goes by another address now."""
+def farewell(config: NetConfig, router: IPv6Address) -> bytes:
+    """To all nodes: this router is none any more (RFC 4861, section 6.2.5), and what it told does not hold.
+
+    It goes by another address now, or IPv6 is off.
+    """
     message = struct.pack("!BBHBBHII", ROUTER_ADVERTISEMENT, 0, 0, 64, 0, 0, 0, 0)
-    message += bytes([OPTION_SOURCE_LINK, 1]) + config.our_mac
-    packet = build_icmp6(config.our_link_local, ALL_NODES, message)
+    message += bytes([OPTION_SOURCE_LINK, 1]) + config.our_mac + _taken_back(config)
+    packet = build_icmp6(router, ALL_NODES, message)
     return build_ethernet(multicast_mac(ALL_NODES), config.our_mac, ETH_IPV6, packet)
 
 
@@ -202,19 +205,23 @@ def _router_advertisement(config: NetConfig, dest_mac: bytes, dest: IPv6Address)
         lifetime = 0
     message = struct.pack("!BBHBBHII", ROUTER_ADVERTISEMENT, 0, 0, 64, flags, lifetime, 0, 0)
     message += bytes([OPTION_SOURCE_LINK, 1]) + config.our_mac
-    gone = config.withdrawn
     if config.prefix6 is not None:
         message += _prefix(config.prefix6, INFINITE, INFINITE)
-    for prefix in gone.prefixes6[:MAX_OLD_PREFIXES]:
-        message += _prefix(prefix, WITHDRAWN_VALID, 0)
     if config.mtu:
         message += struct.pack("!BBHI", OPTION_MTU, 1, 0, max(config.mtu, MIN_MTU))
     message += _servers(config.dns6[:MAX_SERVERS], ROUTER_LIFETIME)
-    message += _servers(gone.dns6[:MAX_OLD_RDNSS], 0)  # RFC 8106, section 5.1: not to be used any more
     message += _search(config.search, MAX_DNSSL, ROUTER_LIFETIME)
-    message += _search(gone.search, MAX_OLD_DNSSL, 0)
+    message += _taken_back(config)
     packet = build_icmp6(config.our_link_local, dest, message)
     return build_ethernet(dest_mac, config.our_mac, ETH_IPV6, packet)
+
+
+def _taken_back(config: NetConfig) -> bytes:
+    """The options that say what does not hold any more."""
+    gone = config.withdrawn
+    message = b"".join(_prefix(prefix, WITHDRAWN_VALID, 0) for prefix in gone.prefixes6[:MAX_OLD_PREFIXES])
+    message += _servers(gone.dns6[:MAX_OLD_RDNSS], 0)  # RFC 8106, section 5.1: not to be used any more
+    return message + _search(gone.search, MAX_OLD_DNSSL, 0)
 
 
 def _prefix(prefix: IPv6Network, valid: int, preferred: int) -> bytes:

@@ -49,24 +49,22 @@ class Responder:
     def announce(self) -> list[bytes]:
         """Unsolicited frames that bring the guest up to date after a migration or a change of the configuration.
 
-        An ARP announcement of the router, in case it had another MAC address
-        where the guest comes from, and a router advertisement to all nodes,
-        so that route, prefix, MTU and name servers are the present ones.
+        The farewell of each router that is none any more; an ARP announcement
+        of the router, in case it had another MAC address where the guest comes
+        from; and a router advertisement to all nodes, so that route, prefix,
+        MTU and name servers are the present ones.
         """
-        frames = []
+        frames = [ndp.farewell(self.config, router) for router in self.config.withdrawn.routers6]
         if self.config.gateway4 is not None:
             frames.append(arp.announcement(self.config, self.config.gateway4))
-        if self.config.has_ipv6 and self.config.ndp and self.config.ra:
+        if self.config.advertises:
             frames.append(ndp.unsolicited_advertisement(self.config))
         return frames
 
     def change(self, config: NetConfig) -> list[bytes]:
         """Answer from ``config`` from now on. The frames that tell the guest, which ``announce`` repeats."""
-        before, self.config = self.config, config
-        frames = []
-        if before.has_ipv6 and before.ndp and before.ra and before.our_link_local != config.our_link_local:
-            frames.append(ndp.farewell(before))
-        return frames + self.announce()
+        self.config = config
+        return self.announce()
 
     def _answer(self, ethernet: Ethernet) -> list[bytes]:
         config = self.config

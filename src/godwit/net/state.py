@@ -21,6 +21,7 @@ from godwit.dataplane.state import Datagram, FlowState, Observed, Ping, SocketSt
 from godwit.migration import Item, Part, Reader, Section, Stage, UnsoundError, Version, Writer
 from godwit.migration.layout import Data, Shown, show_all
 from godwit.migration.section import shown
+from godwit.net.config import Withdrawn
 from godwit.net.records import (
     FLOW,
     LOST,
@@ -93,6 +94,12 @@ class FlowMover(Protocol):
 
     def compare(self, configuration: Mapping[str, str]) -> None:
         """Target: what it was where the guest comes from; differences are reported. Causes no packet."""
+
+    def guest_told(self) -> Withdrawn:
+        """Source: what the guest was told of its network and may believe in."""
+
+    def set_told(self, told: Withdrawn) -> None:
+        """Target: what it was told where it comes from, to be taken back at the commit where it does not hold here."""
 
     def prepared(self) -> Sequence[int]:
         """Target: the ids of all flows that were prepared, in their order."""
