@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from godwit.daemon import mover
 from godwit.daemon.mover import TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_LAST_ACK, Mover, _report
-from godwit.dataplane import Engine, FlowState, Side, SocketState
+from godwit.dataplane import Engine, FlowState, Side, SocketState, UdpPeer, UdpPort
 from godwit.repair import Repair, RepairError, RepairListener
 
 V4 = bytes(10) + b"\xff\xff"
@@ -202,3 +203,63 @@ def test_what_was_prepared_is_of_one_transfer(rig: Rig, end: str) -> None:
         assert len(both) == 3
         getattr(rig.mover, end)()
         assert list(rig.mover.prepared()) == []
+
+
+def test_a_discard_that_fails_leaves_nothing_behind(rig: Rig) -> None:
+    """Each step is tried, whatever the others do."""
+    rig.engine.start()
+    states = []
+    for _ in range(3):
+        flow = rig.add()
+        states.append(rig.engine.flow_state(flow))
+        rig.engine.forget_flow(flow)
+    flows = rig.mover.prepare(states)
+    rig.mover.add_udp_port(UdpPort(0, GUEST, 5000, V4 + bytes(4), 45678, 0))
+    assert len(rig.engine.udp_ports()) == 1
+    rig.engine.forget_flow(flows[1])
+    with pytest.raises(ValueError, match=f"no TCP flow {flows[1]}"):
+        rig.mover.discard()
+    assert rig.engine.udp_ports() == []
+    assert rig.engine.tcp_flows() == []
+    assert list(rig.mover.prepared()) == []
+    with pytest.raises(ValueError, match="without park"):
+        rig.engine.unpark()
+    rig.mover.add_udp_port(UdpPort(0, GUEST, 5000, V4 + bytes(4), 45678, 0))
+    rig.mover.discard()
+
+
+def test_of_udp_ports_that_do_not_move_there_is_one_line(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    peer = UdpPeer(GUEST, V4 + bytes((198, 51, 100, 1)), V4 + bytes((198, 51, 100, 1)), bytes(16), 9, 1, 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        for number in range(1, 101):
+            rig.mover.add_udp_port(UdpPort(2, bytes(16), number, bytes(16), number, 0))
+        for number in range(3):
+            rig.mover.add_udp_port(UdpPort(0, GUEST, 5000 + number, V4 + bytes(4), port, 0))
+            rig.mover.add_udp_peers(100 + number, [peer])
+        assert "UDP" not in caplog.text
+        rig.mover.commit()
+    assert [line for line in caplog.messages if "UDP" in line] == [
+        "100 UDP ports do not move, 1 and so on: it is not forwarded here",
+        f"3 UDP ports leave from elsewhere than before, 5000 and so on: it was 0.0.0.0 port {port}",
+    ]
+
+
+def test_what_a_socket_has_no_room_for_counts_as_what_is_to_be_sent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream cannot have the target keep more than its share, on either way."""
+    flow = rig.add()
+    rig.mover.freeze()
+    dumped = rig.mover.dump(flow)
+    assert dumped is not None
+    state = rig.engine.flow_state(flow)
+    for fd in rig.mover.leave().connections:
+        socket.socket(fileno=fd).close()
+    large = bytes(200 << 20)
+    for share, lost in ((1.0, ""), (1e-9, "all queues together are too large for this host")):
+        monkeypatch.setattr(mover, "QUEUES_SHARE", share)
+        [flow] = rig.mover.prepare([state])
+        rig.mover.restore(flow, dumped[0]._replace(rcvq=len(large)), b"", large)
+        assert rig.mover._arrivals[flow].lost == lost
+        rig.mover.discard()

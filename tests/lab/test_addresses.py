@@ -415,7 +415,7 @@ def test_a_udp_port_of_one_address(version: int, freebind: bool) -> None:
                 return ""
 
             wait_until(lambda: comes_from() == expected, f"a datagram from {expected}")
-        said = "leaves from elsewhere than before" in scenario.backends["b"].messages()
+        said = "leave from elsewhere than before" in scenario.backends["b"].messages()
         assert said is not freebind
 
 

@@ -8,12 +8,118 @@ bound to, and the datagrams in its queue.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import socket
+from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 
 from godwit.daemon.awaited import free_bind
-from godwit.dataplane import UdpPort
-from godwit.net.records import V4_MAPPED, unpacked
+from godwit.dataplane import Datagram, Engine, Side, UdpPeer, UdpPort
+from godwit.net.records import V4_MAPPED, address_text, unpacked
+
+log = logging.getLogger(__name__)
+
+
+class UdpArrivals:
+    """The guest's UDP ports that are loaded, up to ``let_go`` or ``discard``; numbered from 0 on, as they come.
+
+    ``reclaim`` has whoever lingers with sockets of these ends close them. With
+    ``freebind`` a port keeps an address that is yet to come.
+    """
+
+    def __init__(self, engine: Engine, reclaim: Callable[[Sequence[Side]], None], *, freebind: bool = False) -> None:
+        self._engine = engine
+        self._reclaim = reclaim
+        self._freebind = freebind
+        self._ports: list[int | None] = []  # None: it has none here
+        self._datagrams: dict[int, list[Datagram]] = {}  # by port of the engine
+        self._refused: list[tuple[int, str]] = []  # the guest's port, and why it does not move
+        self._moved: list[UdpPort] = []  # those that leave from elsewhere than before
+
+    def add_port(self, port: UdpPort) -> None:
+        """The port that is forwarded here too, or a socket like the one it had."""
+        index = self._engine.find_udp_port(port)
+        if index is not None and port.any_peer:
+            self._engine.note_any_peer(index)
+        if index is None and port.kind != 0:
+            self._refused.append((port.guest_port, "it is not forwarded here"))
+        elif index is None:
+            try:
+                index = self._open(port)
+            except (OSError, ValueError) as error:
+                self._refused.append((port.guest_port, str(error)))
+        self._ports.append(index)
+
+    def _open(self, port: UdpPort) -> int:
+        way = self._engine.udp_outbound(port.guest_addr[:12] == V4_MAPPED)
+        fd, same = open_socket(port, *way, freebind=self._freebind)
+        if not same:  # it may be with who lingers, since the guest was here
+            os.close(fd)
+            self._reclaim([Side(port.local_addr, bytes(16), port.local_port, 0)])
+            fd, same = open_socket(port, *way, freebind=self._freebind)
+        try:
+            index = self._engine.import_udp_port(port, fd)
+        except ValueError:
+            os.close(fd)
+            raise
+        if not same:
+            self._moved.append(port)
+        return index
+
+    def add_peers(self, number: int, peers: Sequence[UdpPeer]) -> None:
+        """Peers of a port that came."""
+        index = self._ports[number]
+        if index is not None:
+            for peer in peers:
+                self._engine.import_udp_peer(index, peer)
+
+    def add_datagrams(self, number: int, datagrams: Sequence[Datagram]) -> None:
+        """Datagrams of a port that came; they are delivered after ``let_go``."""
+        index = self._ports[number]
+        if index is not None:
+            self._datagrams.setdefault(index, []).extend(datagrams)
+
+    def let_go(self) -> None:
+        """The guest runs here."""
+        try:
+            for port, datagrams in self._datagrams.items():
+                try:
+                    self._engine.carry_datagrams(port, datagrams)
+                except (ValueError, MemoryError) as error:  # the connections go on all the same
+                    log.error("%d datagrams are lost: %s", len(datagrams), repr(error))
+            self._engine.forget_lone_udp([port for port in self._ports if port is not None])
+            self._report()
+        finally:
+            self._clear()
+
+    def discard(self) -> None:
+        """The guest never ran here: close what was opened."""
+        try:
+            self._engine.forget_udp([port for port in self._ports if port is not None])
+        finally:
+            self._clear()
+
+    def _clear(self) -> None:
+        self._ports.clear()
+        self._datagrams.clear()
+        self._refused.clear()
+        self._moved.clear()
+
+    def _report(self) -> None:
+        """One line for all of a kind, with one port as an example: there may be thousands."""
+        if self._refused:
+            port, why = self._refused[0]
+            log.warning("%d UDP ports do not move, %d%s: %s", len(self._refused), port, _more(self._refused), why)
+        if self._moved:
+            one, more = self._moved[0], _more(self._moved)
+            before = f"{address_text(one.local_addr)} port {one.local_port}"
+            what = "%d UDP ports leave from elsewhere than before, %d%s: it was %s"
+            log.warning(what, len(self._moved), one.guest_port, more, before)
+
+
+def _more(of: Sequence[object]) -> str:
+    return " and so on" if len(of) > 1 else ""
 
 
 def open_socket(

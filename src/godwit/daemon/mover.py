@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from godwit.daemon.awaited import PATIENCE, Awaited, Waiting, is_here, names
-from godwit.daemon.datagrams import open_socket, silence
+from godwit.daemon.datagrams import UdpArrivals, silence
 from godwit.daemon.linger import lingerers, reclaim
 from godwit.daemon.rescue import Rescue
 from godwit.dataplane import (
@@ -47,7 +47,7 @@ from godwit.migration.layout import printable
 from godwit.net.change import differences
 from godwit.net.config import Withdrawn
 from godwit.net.native import DATAGRAM_COST, MAX_WAITING
-from godwit.net.records import V4_MAPPED, address_text
+from godwit.net.records import address_text
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
 # TCP states as TCP_INFO gives them (the kernel's tcp_states.h).
@@ -80,7 +80,8 @@ KNOCKS = (0.0, 1.0, 2.0, 5.0)  # each after the one before
 MAX_DIFFERENCES = 1000
 MAX_REASONS = 20
 
-# Of the memory of this host, the part that send queues may take until the commit.
+# Of the memory of this host, the part that queues may take until the commit: what is sent then, and what a socket had
+# no room for.
 QUEUES_SHARE = 1 / 4
 
 
@@ -219,11 +220,10 @@ class Mover:
         self._too_many: list[int] = []  # source: UDP ports with more datagrams than can move
         self._arrivals: dict[int, _Arrival] = {}  # target: by flow
         self._prepared: list[int] = []  # target: all flows that came, -1 for one that has no place
-        self._udp: list[int | None] = []  # target: the UDP ports that came, None for one that has none here
-        self._datagrams: dict[int, list[Datagram]] = {}  # target: by port
+        self._udp = UdpArrivals(engine, self._reclaim, freebind=freebind)  # target
         self._pings: list[int] = []  # target: the flows of echoes that came
         self._lingerers: list[str] = []  # target: who may have sockets of the flows that come
-        self._room = 0  # target: bytes that send queues may still take
+        self._room = 0  # target: bytes that queues may still take in our memory
         self._told_elsewhere = Withdrawn()  # target: where the guest comes from
 
     # ---- both sides
@@ -591,7 +591,7 @@ class Mover:
             elif self._has_room(flow, len(sndq) + len(rcvq)):
                 self._await(flow, Waiting(arrival.state, host, socket, sndq, rcvq))
             return
-        if not self._has_room(flow, len(sndq)):
+        if not self._has_room(flow, len(sndq) + left_out):
             return
         arrival.socket = socket
         arrival.sndq = sndq
@@ -689,49 +689,15 @@ class Mover:
     def add_udp_port(self, port: UdpPort) -> None:
         """The port that is forwarded here too, or a socket like the one it had."""
         self._begin_load()
-        index = self._engine.find_udp_port(port)
-        if index is None and port.kind == 0:
-            index = self._open_udp(port)
-        elif index is not None and port.any_peer:
-            self._engine.note_any_peer(index)
-        if index is None:
-            log.warning("UDP port %d of the guest's does not move: there is none for it here", port.guest_port)
-        self._udp.append(index)
-
-    def _open_udp(self, port: UdpPort) -> int | None:
-        try:
-            way = self._engine.udp_outbound(port.guest_addr[:12] == V4_MAPPED)
-            fd, same = open_socket(port, *way, freebind=self._freebind)
-            if not same and self._lingerers:  # it may be theirs, since the guest was here
-                os.close(fd)
-                self._reclaim([Side(port.local_addr, bytes(16), port.local_port, 0)])
-                fd, same = open_socket(port, *way, freebind=self._freebind)
-        except OSError as error:
-            log.warning("UDP port %d of the guest's: %s", port.guest_port, error)
-            return None
-        try:
-            index = self._engine.import_udp_port(port, fd)
-        except ValueError as error:
-            os.close(fd)
-            log.warning("UDP port %d of the guest's: %s", port.guest_port, error)
-            return None
-        if not same:
-            before = f"{address_text(port.local_addr)} port {port.local_port}"
-            log.warning("UDP port %d of the guest's leaves from elsewhere than before: %s", port.guest_port, before)
-        return index
+        self._udp.add_port(port)
 
     def add_udp_peers(self, number: int, peers: Sequence[UdpPeer]) -> None:
         """Peers of a port that came."""
-        index = self._udp[number]
-        if index is not None:
-            for peer in peers:
-                self._engine.import_udp_peer(index, peer)
+        self._udp.add_peers(number, peers)
 
     def add_datagrams(self, number: int, datagrams: Sequence[Datagram]) -> None:
         """Datagrams of a port that came; they are delivered after the commit."""
-        index = self._udp[number]
-        if index is not None:
-            self._datagrams.setdefault(index, []).extend(datagrams)
+        self._udp.add_datagrams(number, datagrams)
 
     def mark_lost(self, flow: int, why: str = "") -> None:
         """The source could not move this flow."""
@@ -752,24 +718,15 @@ class Mover:
             try:
                 self._let_go()
             finally:
-                self._arrivals.clear()
-                self._prepared.clear()
-                self._udp.clear()
-                self._datagrams.clear()
-                self._pings.clear()
-                self._unpark()
+                self._loaded()
         self._schedule(HURRY_SECONDS, self._engine.calm)
         self._watch()
 
     def _let_go(self) -> None:
-        ports = [port for port in self._udp if port is not None]
-        for port, datagrams in self._datagrams.items():
-            try:
-                self._engine.carry_datagrams(port, datagrams)
-            except (ValueError, MemoryError) as error:  # the connections go on all the same
-                log.error("%d datagrams are lost: %s", len(datagrams), repr(error))
-        self._engine.forget_lone_udp(ports)
-        self._let_flows_go()
+        try:
+            self._udp.let_go()
+        finally:
+            self._let_flows_go()
 
     def _let_flows_go(self) -> None:
         waiting = {flow: one.waiting for flow, one in self._arrivals.items() if one.waiting and not one.lost}
@@ -871,17 +828,18 @@ class Mover:
 
     def discard(self) -> None:
         """Close all that was loaded; in repair mode a close says nothing."""
-        try:
-            self._awaited.forget()
+        with contextlib.ExitStack() as each:  # what fails keeps nothing else from being done
+            each.callback(self._loaded)
+            each.callback(self._engine.forget_pings, list(self._pings))
+            each.callback(self._udp.discard)
             for flow in self._arrivals:
-                self._engine.forget_flow(flow)
-            self._engine.forget_udp([port for port in self._udp if port is not None])
-            self._engine.forget_pings(self._pings)
-        finally:
+                each.callback(self._engine.forget_flow, flow)
+            each.callback(self._awaited.forget)
             self._told_elsewhere = Withdrawn()
-            self._arrivals.clear()
-            self._prepared.clear()
-            self._udp.clear()
-            self._datagrams.clear()
-            self._pings.clear()
-            self._unpark()
+
+    def _loaded(self) -> None:
+        """What came is the guest's, or gone: forget about it, and go on."""
+        self._arrivals.clear()
+        self._prepared.clear()
+        self._pings.clear()
+        self._unpark()
