@@ -10,7 +10,8 @@ import pytest
 
 from godwit.daemon import mover
 from godwit.daemon.mover import TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_LAST_ACK, Mover, _report
-from godwit.dataplane import Engine, FlowState, Side, SocketState, UdpPeer, UdpPort
+from godwit.dataplane import Engine, FlowState, Observed, Side, SocketState, UdpPeer, UdpPort
+from godwit.net.state import NEVER_SEEN
 from godwit.repair import Repair, RepairError, RepairListener
 
 V4 = bytes(10) + b"\xff\xff"
@@ -263,3 +264,19 @@ def test_what_a_socket_has_no_room_for_counts_as_what_is_to_be_sent(rig: Rig, mo
         rig.mover.restore(flow, dumped[0]._replace(rcvq=len(large)), b"", large)
         assert rig.mover._arrivals[flow].lost == lost
         rig.mover.discard()
+
+
+def test_what_a_source_has_seen_is_forgotten_with_the_rest(rig: Rig) -> None:
+    before = rig.engine.observed()
+    seen = Observed(GUEST, bytes(16), bytes((192, 0, 2, 11)), bytes((2, 0, 0, 0, 0, 1)))
+    rig.mover.set_observed(seen)
+    assert rig.engine.observed() == seen
+    rig.mover.set_observed(NEVER_SEEN)
+    assert rig.engine.observed() == before
+    rig.mover.set_observed(seen)
+    rig.mover.commit()
+    other = seen._replace(addr4=bytes((192, 0, 2, 12)))
+    rig.mover.set_observed(other)
+    rig.mover.discard()
+    rig.mover.set_observed(NEVER_SEEN)
+    assert rig.engine.observed() == seen

@@ -48,6 +48,7 @@ from godwit.net.change import differences
 from godwit.net.config import Withdrawn
 from godwit.net.native import DATAGRAM_COST, MAX_WAITING
 from godwit.net.records import address_text
+from godwit.net.state import NEVER_SEEN
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
 # TCP states as TCP_INFO gives them (the kernel's tcp_states.h).
@@ -222,6 +223,7 @@ class Mover:
         self._prepared: list[int] = []  # target: all flows that came, -1 for one that has no place
         self._udp = UdpArrivals(engine, self._reclaim, freebind=freebind)  # target
         self._pings: list[int] = []  # target: the flows of echoes that came
+        self._seen_before: Observed | None = None  # target: the guest's addresses before those that came
         self._lingerers: list[str] = []  # target: who may have sockets of the flows that come
         self._room = 0  # target: bytes that queues may still take in our memory
         self._told_elsewhere = Withdrawn()  # target: where the guest comes from
@@ -233,8 +235,13 @@ class Mover:
         return self._engine.observed()
 
     def set_observed(self, observed: Observed) -> None:
-        """What the source has seen; zeros change nothing."""
-        self._engine.set_observed(observed)
+        """What the source has seen, until the commit; ``NEVER_SEEN``: as it was before."""
+        if observed != NEVER_SEEN:
+            self._seen_before = self._seen_before or self._engine.observed()
+            self._engine.set_observed(observed)
+        elif self._seen_before is not None:
+            self._engine.forget_observed(self._seen_before)
+            self._seen_before = None
 
     def configuration(self) -> Mapping[str, str]:
         """What the guest's network is here."""
@@ -719,6 +726,7 @@ class Mover:
                 self._let_go()
             finally:
                 self._loaded()
+                self._seen_before = None
         self._schedule(HURRY_SECONDS, self._engine.calm)
         self._watch()
 

@@ -754,6 +754,16 @@ cdef class EngineBase:
         return Observed(self.p.seen6[:16], self.p.seen6_ll[:16], self.p.seen4[12:16],
                         self.p.config.guest_mac[:6] if self.p.config.guest_mac_known else bytes(6))
 
+    def forget_observed(self, before):
+        """Put back what was seen before set_observed() was called; zeros: nothing was."""
+        with self.parked():
+            copy_bytes(self.p.seen6, before.addr6, 16, "IPv6 address")
+            copy_bytes(self.p.seen6_ll, before.addr6_ll, 16, "link-local address")
+            copy_bytes(self.p.seen4, bytes(10) + b"\xff\xff" + before.addr4 if any(before.addr4) else bytes(16), 16,
+                       "IPv4 address")
+            copy_bytes(self.p.config.guest_mac, before.mac, 6, "MAC address")
+            self.p.config.guest_mac_known = any(before.mac)
+
     def set_observed(self, seen):
         """Take over what another back-end saw; zeros leave things as they are."""
         with self.parked():

@@ -566,8 +566,10 @@ def _save_socket(mover: FlowMover, push: Push, number: int, flow: int) -> str:
 
 
 def _discard(mover: FlowMover) -> None:
-    mover.discard()
-    mover.set_observed(NEVER_SEEN)
+    try:
+        mover.discard()
+    finally:
+        mover.set_observed(NEVER_SEEN)
 
 
 ENTRIES: Final[Entries[FlowMover]] = Entries(
