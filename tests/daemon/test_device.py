@@ -155,6 +155,15 @@ def test_flows_that_move_take_the_interface_of_the_moment(run: Any) -> None:
     run(work)
 
 
+def test_another_host_is_told_of_no_interface(run: Any) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        told = device._mover.configuration()
+        assert told["IPv4"] == "192.0.2.7/24"
+        assert "interface" not in told
+
+    run(work)
+
+
 def test_a_guest_that_runs_is_told_three_times(run: Any) -> None:
     async def work(device: NetDevice, engine: Engine) -> None:
         await start(device)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from godwit.dataplane import Engine
-from godwit.net.change import describe, settle
+from godwit.net.change import describe, differences, facts_elsewhere, settle
 from godwit.net.config import NetConfig, NetOptions, choose, packed16
 from godwit.net.netlink import (
     IFF_LOOPBACK,
@@ -61,6 +61,15 @@ def test_nothing_new() -> None:
     assert new == old
     assert new is not old
     assert (new.guest_mac, describe(old, new)) == (old.guest_mac, "")
+
+
+def test_an_interface_is_one_hosts_own() -> None:
+    """Here a change of it is told; between two hosts its name says nothing."""
+    old = take()
+    new = replace(old, interface4="eth7", interface6="eth7")
+    assert describe(old, new) == "interface eth7 (was eth0)"
+    assert differences(facts_elsewhere(old), facts_elsewhere(new)) == ""
+    assert differences(facts_elsewhere(old), facts_elsewhere(replace(new, mtu=1400))) == "MTU 1400 (was 1500)"
 
 
 def test_another_network() -> None:

@@ -27,7 +27,7 @@ from godwit.daemon.stats import Statistics
 from godwit.dataplane import Engine, StreamCard
 from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State, StateError, Transfers
-from godwit.net.change import WITHDRAWN_SECONDS, facts, take_back, told
+from godwit.net.change import WITHDRAWN_SECONDS, facts_elsewhere, take_back, told
 from godwit.net.config import IPAddress, NetConfig, Withdrawn, packed16
 from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS, is_about_addresses, questions
 from godwit.net.records import MAX_FLOWS
@@ -302,7 +302,7 @@ class NetDevice(BaseDevice):
     def _facts(self) -> dict[str, str]:
         """What a migration's other side should know of the guest's network here."""
         forwards = {"TCP ports": str(self._options.tcp_ports), "UDP ports": str(self._options.udp_ports)}
-        return {**facts(self._config), **forwards}
+        return {**facts_elsewhere(self._config), **forwards}
 
     def _say(self, frames: list[bytes]) -> None:
         """Send the guest what it has not asked for; nothing while it may be about to leave."""

@@ -150,6 +150,11 @@ def describe(old: NetConfig, new: NetConfig) -> str:
 
 def facts(config: NetConfig) -> dict[str, str]:
     """What the guest is told, and from where, by names for people."""
+    return {**facts_elsewhere(config), "interface": _list(_interfaces(config))}
+
+
+def facts_elsewhere(config: NetConfig) -> dict[str, str]:
+    """Those of them that mean the same on another host."""
     return {
         "IPv4": _address(config.addr4, config.prefix_len4),
         "IPv4 router": str(config.gateway4),
@@ -158,7 +163,6 @@ def facts(config: NetConfig) -> dict[str, str]:
         "MTU": str(config.mtu),
         "name servers": _list([*config.dns4, *config.dns6]),
         "search list": _list(config.search),
-        "interface": _list(_interfaces(config)),
     }
 
 
