@@ -215,6 +215,16 @@ def test_a_socket_is_bound_as_the_ports_here_are(family: Family) -> None:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"lo"
 
 
+def test_a_port_of_a_service_is_never_bound(family: Family) -> None:
+    """Though we might: a stream can be anybody's, and the host's services have those ports."""
+    state = UdpPort(0, address(here(family)), 7000, address(family.loopback), 1023, 0)
+    for port, kept in ((1023, False), (1024, True)):
+        fd, same = open_socket(state._replace(local_port=port))
+        with socket.socket(fileno=fd) as sock:
+            assert same == kept
+            assert (sock.getsockname()[1] == port) == kept
+
+
 def test_of_several_forwarded_sockets_the_one_like_it_is_found() -> None:
     with Guest() as guest:
         for name in ("127.0.0.1", "::1", "127.0.0.2"):

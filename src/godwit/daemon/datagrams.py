@@ -20,6 +20,8 @@ from godwit.net.records import V4_MAPPED, address_text, unpacked
 
 log = logging.getLogger(__name__)
 
+LEAST_PORT = 1024  # that a stream can have us bind
+
 
 class UdpArrivals:
     """The guest's UDP ports that are loaded, up to ``let_go`` or ``discard``; numbered from 0 on, as they come.
@@ -127,16 +129,20 @@ def open_socket(
 ) -> tuple[int, bool]:
     """A socket for a port of the guest's, and whether it has the address and port that it had; else others.
 
-    ``outbound`` and ``interface`` are what the guest's ports leave through
-    here (``Engine.udp_outbound``). With ``freebind`` it may have an address
-    that is yet to come. Raises OSError where none is to be had.
+    It never has a port below ``LEAST_PORT``, whoever we are: those are for
+    services of the host's. ``outbound`` and ``interface`` are what the guest's
+    ports leave through here (``Engine.udp_outbound``). With ``freebind`` it may
+    have an address that is yet to come. Raises OSError where none is to be had.
     """
     v4 = state.guest_addr[:12] == V4_MAPPED
     had = unpacked(state.local_addr)
     anywhere = unpacked(outbound) if any(outbound) else ip_address("0.0.0.0" if v4 else "::")
-    addresses = [(str(anywhere), state.local_port), (str(anywhere), 0)]
+    addresses = [(str(anywhere), state.local_port)]
     if had.version == anywhere.version and not had.is_loopback and not had.is_unspecified:
         addresses.insert(0, (str(had), state.local_port))
+    if state.local_port < LEAST_PORT:
+        addresses.clear()
+    addresses.append((str(anywhere), 0))
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(
             socket.socket(socket.AF_INET if v4 else socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -154,7 +160,7 @@ def open_socket(
                 if address[1] == 0:
                     raise
                 continue
-            return sock.detach(), address is addresses[0]
+            return sock.detach(), address[1] != 0 and address is addresses[0]
     raise AssertionError("a socket is bound, or that is an error")
 
 
