@@ -11,7 +11,7 @@ import pytest
 
 from godwit.daemon.datagrams import open_socket
 from godwit.dataplane import Datagram, UdpPeer, UdpPort
-from godwit.lab.netns import Namespace
+from godwit.lab.netns import Namespace, wait_until
 
 from .driver import FULL, GUEST_USO4, GUEST_USO6, PLAIN, Family, Guest, address
 
@@ -25,9 +25,19 @@ def peer(family: Family) -> Iterator[socket.socket]:
     with Namespace("moves") as space:
         space.ip("link set lo up", f"addr add {HERE[4]}/32 dev lo", f"addr add {HERE[6]}/128 dev lo nodad")
         with space.enter(), socket.socket(family.af, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(5)
             sock.bind((HERE[6 if family.v6 else 4], 0))
+            wait_until(lambda: hears_itself(sock), "the new address to be of use")
+            sock.settimeout(5)
             yield sock
+
+
+def hears_itself(sock: socket.socket) -> bool:
+    """The first datagrams to an IPv6 address that was just set may be lost, on a machine that is busy."""
+    sock.settimeout(0.2)
+    sock.sendto(b"", sock.getsockname())
+    with contextlib.suppress(TimeoutError):
+        return sock.recv(10) == b""
+    return False
 
 
 def here(family: Family) -> str:
