@@ -629,7 +629,7 @@ class Mover:
     def _has_room(self, flow: int, size: int) -> bool:
         """Whether there is memory for so much of a queue; else the flow is lost."""
         if size > self._room:
-            self._lose(flow, "all send queues together are too large for this host")
+            self._lose(flow, "all queues together are too large for this host")
             return False
         self._room -= size
         return True
