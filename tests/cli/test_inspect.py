@@ -13,11 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from godwit.cli.differences import KNOWN_BY, REFERS
 from godwit.cli.inspect import main
-from godwit.migration import MAGIC
+from godwit.migration import MAGIC, Direction, Migration
 from godwit.migration.entries import HEAD
 from godwit.migration.inspect import SEARCHED
+from godwit.net.native import NATIVE as NATIVE_VERSION
+from godwit.net.state import FlowMover
 from godwit.net.versions import versions
+
+from ..net.streams import CONTENTS, another
+from ..net.test_state import Mover
 
 TESTS = Path(__file__).resolve().parent.parent
 GOLDEN, NATIVE = TESTS / "golden", TESTS / "native"
@@ -118,8 +124,10 @@ def test_no_such_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 def test_differences(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(capsys, "--diff", IDLE, IDLE) == (0, [], "")
     other = tmp_path / "other"
-    other.write_bytes(IDLE.read_bytes()[:78] + b"\x09" + IDLE.read_bytes()[79:])
-    assert run(capsys, "--diff", IDLE, other)[1] == ["flow at 62 and 62: side[0].our_addr 10.9.0.1 -> 10.9.9.1"]
+    other.write_bytes(IDLE.read_bytes()[:173] + b"\x3d" + IDLE.read_bytes()[174:])
+    assert run(capsys, "--diff", IDLE, other)[1] == ["flow at 62 and 62: seq_init_from_tap 2802226492 -> 2802226493"]
+    other.write_bytes(IDLE.read_bytes()[:78] + b"\x09" + IDLE.read_bytes()[79:])  # another peer: another connection
+    assert [line[0] for line in run(capsys, "--diff", IDLE, other)[1]] == ["-", "-", "+", "+"]
     status, lines, _ = run(capsys, "--diff", IDLE, HALF)
     assert status == 1
     assert lines[0] == "flows at 58 and 58: count 1 -> 2"
@@ -130,6 +138,68 @@ def test_differences(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         {"name": "flows", "values": {"count": 1}},
         {"name": "flows", "values": {"count": 2}},
     ]
+
+
+def written(path: Path, mover: Mover, *, version: int = NATIVE_VERSION) -> Path:
+    transfer: Migration[FlowMover] = Migration(versions(), mover)
+    with path.open("wb") as file:
+        transfer.request(file, Direction.SOURCE, version)
+        assert transfer.run()
+    return path
+
+
+@pytest.mark.parametrize("version", [2, NATIVE_VERSION])
+def test_one_flow_more_changes_nothing_about_the_others(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, version: int
+) -> None:
+    """Numbers and places of all that follow are others."""
+    mover = CONTENTS["flows"]()
+    first, socket = mover.states[0], mover.sockets[0]
+    assert socket is not None
+    mover.states = [first, *(another(first, number) for number in range(1, 20))]
+    mover.sockets = {number: (socket[0]._replace(seq_snd=number), *socket[1:]) for number in range(20)}
+    mover.unanswered.clear()
+    one = written(tmp_path / "one", mover, version=version)
+    del mover.states[3]
+    mover.sockets = {number: mover.sockets[number + (number >= 3)] for number in range(19)}
+    dumped = mover.sockets[10]
+    assert dumped is not None
+    mover.sockets[10] = (dumped[0]._replace(mss=999), *dumped[1:])
+    other = written(tmp_path / "other", mover, version=version)
+    status, lines, errors = run(capsys, "--diff", one, other)
+    assert (status, errors) == (1, "")
+    of_flows = [line for line in lines if "check value" not in line and not line.startswith(("flows", "end"))]
+    assert [line.split()[0] for line in of_flows if line[0] == "-"] == ["-"] * 2
+    assert [line for line in of_flows if line[0] != "-"] == [
+        line for line in of_flows if line.endswith(": mss 1460 -> 999")
+    ]
+    assert len(of_flows) == 3
+    back = run(capsys, "--diff", other, one)[1]
+    assert sum(line.startswith("+") for line in back) == 2
+
+
+def test_one_udp_port_more_changes_nothing_about_the_others(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    mover = CONTENTS["datagrams"]()
+    one = written(tmp_path / "one", mover)
+    del mover.ports[0]
+    other = written(tmp_path / "other", mover)
+    status, lines, errors = run(capsys, "--diff", one, other)
+    assert (status, errors) == (1, "")
+    assert {line[0] for line in lines} == {"-"}
+    assert sum(": number=" in line for line in lines) == 1
+    assert all("port=0" in line or "number=0" in line for line in lines)
+
+
+def test_what_items_are_known_by_is_in_them(capsys: pytest.CaptureFixture[str]) -> None:
+    found: dict[str, set[str]] = {}
+    for path in [*GOLDEN.glob("*.bin"), *NATIVE.glob("*.bin")]:
+        for item in map(json.loads, run(capsys, "--json", path)[1]):
+            found.setdefault(item["name"], set()).update(item["values"])
+    for name, values in KNOWN_BY.items():
+        assert set(values) <= found[name]
+    for name, (value, of) in REFERS.items():
+        assert value in found[name]
+        assert "number" in found[of]
 
 
 def of_text(text: bytes) -> bytes:

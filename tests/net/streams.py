@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from pathlib import Path
 
 from godwit.dataplane.state import Datagram, FlowState, Ping, UdpPeer, UdpPort
 from godwit.migration import Direction, Migration, Outcome
+from godwit.net.config import Withdrawn
 from godwit.net.native import NATIVE
 from godwit.net.records import EVENT_ACCEPTED, EVENT_SYN_FROM_GUEST, PIF_GUEST, PIF_HOST
 from godwit.net.state import FlowMover
@@ -44,7 +46,7 @@ def _from_version_2(name: str) -> Mover:
     return mover
 
 
-def _another(state: FlowState, number: int) -> FlowState:
+def another(state: FlowState, number: int) -> FlowState:
     """The same between other ends."""
     first, second = (side._replace(our_port=side.our_port + number) for side in state.sides)
     return state._replace(sides=(first, second), idle=number, bytes_from_guest=number << 32, bytes_to_guest=number)
@@ -64,9 +66,9 @@ def _flows() -> Mover:
     """One that moves, one that could not be saved, one that nobody has answered, and both handshakes."""
     mover = _from_version_2("idle-v4")
     first, socket = mover.states[0], mover.sockets[0]
-    begun = _another(first, 3)._replace(pif=(PIF_GUEST, PIF_HOST), events=EVENT_SYN_FROM_GUEST)
-    accepted = _another(first, 4)._replace(pif=(PIF_HOST, PIF_GUEST), sides=first.sides[::-1], events=EVENT_ACCEPTED)
-    mover.states = [first, _another(first, 1), _another(begun, 2), begun, accepted]
+    begun = another(first, 3)._replace(pif=(PIF_GUEST, PIF_HOST), events=EVENT_SYN_FROM_GUEST)
+    accepted = another(first, 4)._replace(pif=(PIF_HOST, PIF_GUEST), sides=first.sides[::-1], events=EVENT_ACCEPTED)
+    mover.states = [first, another(first, 1), another(begun, 2), begun, accepted]
     mover.sockets = {0: socket, 1: None, 3: socket, 4: socket}
     mover.unanswered = {2}
     return mover
@@ -89,6 +91,9 @@ def _datagrams() -> Mover:
         (UdpPort(2, NOBODY, 53, NOBODY, 5353, 1), [], [Datagram(PEER4, HOST4, 9, b"question")]),
         (UdpPort(3, GUEST6, 54, HOST6, 54, 0), [UdpPeer(GUEST6, PEER6, PEER6, HOST6, 9, 0, 1)], []),
     ]
+    mover.told_guest = Withdrawn(
+        (IPv6Address("fe80::1"),), (IPv6Network("2001:db8::/64"),), (), ("example.org",), (IPv4Address("192.0.2.53"),)
+    )
     mover.echoes = [Ping(GUEST4, PEER4, 77, 1234, 5), Ping(GUEST6, PEER6, 78, 1235, 65535)]
     return mover
 

@@ -489,6 +489,7 @@ def test_streams_of_before_are_read(path: Path) -> None:
     assert target.unanswered == source.unanswered
     assert target.ports == source.ports
     assert target.echoes == source.echoes
+    assert target.told_guest == source.told_guest
     assert target.seen == source.seen
     assert target.compared == source.told
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from godwit.cli.differences import changed, pairs
 from godwit.migration import Item, MigrationError
 from godwit.migration.inspect import inspect, open_streams
 from godwit.net.versions import versions
@@ -58,21 +58,18 @@ def _show(path: str, as_json: bool) -> int:
 
 
 def _diff(one: str, other: str, as_json: bool) -> int:
-    """Item by item: what is the same in both is not shown."""
+    """What is the same in both is not shown; what is in one alone is shown with a sign."""
     errors: list[str] = []
     differ = False
-    for first, second in itertools.zip_longest(_items(one, errors), _items(other, errors)):
-        a, b = (None if found is None else found[1] for found in (first, second))
-        if a is not None and b is not None and (a.name, a.values) == (b.name, b.values):
-            continue
+    for a, b in pairs(_items(one, errors), _items(other, errors)):
         differ = True
         if as_json:
             both = [None if item is None else {"name": item.name, "values": item.values} for item in (a, b)]
             sys.stdout.write(json.dumps(both) + "\n")
-        elif a is not None and b is not None and a.name == b.name:
-            names = [name for name in {**a.values, **b.values} if a.values.get(name) != b.values.get(name)]
+        elif a is not None and b is not None:
             changes = ", ".join(
-                f"{_word(name)} {_word(a.values.get(name, '-'))} -> {_word(b.values.get(name, '-'))}" for name in names
+                f"{_word(name)} {_word(a.values.get(name, '-'))} -> {_word(b.values.get(name, '-'))}"
+                for name in changed(a, b)
             )
             sys.stdout.write(f"{a.name} at {a.offset} and {b.offset}: {changes}\n")
         else:

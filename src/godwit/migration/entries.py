@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic
 
 from godwit.migration.errors import DamagedError, UnknownEntryError
-from godwit.migration.layout import Element, pull_all, show_all
+from godwit.migration.layout import BEYOND, Element, pull_all, show_all
 from godwit.migration.stream import SMALL, Part, Reader, Writer
 from godwit.migration.version import Context, Item, Stage
 
@@ -55,6 +55,7 @@ class Kind(Generic[Context]):
     load: Callable[..., None]
     check: Callable[..., None] | None = None
     required: bool = True
+    numbered: bool = False  # others refer to one of these by its number: the inspector shows it
     doc: str = ""
 
     def __post_init__(self) -> None:
@@ -142,17 +143,21 @@ class Entries(Stage[Context]):
 
     def _inspect(self, reader: Reader) -> Iterator[Item]:
         notes = self._notes()
+        numbers: Counter[str] = Counter()
         for offset, number, flags, kind, part in self._entries(reader):
             size = HEAD.size + part.left
             if kind is not None:
                 values: list[Any] = []
                 for shown in show_all(kind.layout, part, values):
+                    if kind.numbered and shown.keys() - {BEYOND}:
+                        shown = {"number": numbers[kind.name], **shown}
+                        numbers[kind.name] += 1
                     yield Item(offset, size, kind.name, shown)
                 if kind.check is not None:
                     kind.check(notes, part, *values)
             else:
                 rule = "must be understood" if flags & REQUIRED else "may be skipped"
-                yield Item(offset, size, f"entry of type {number}", {"bytes not known here": part.left, "rule": rule})
+                yield Item(offset, size, f"entry of type {number}", {BEYOND: part.left, "rule": rule})
         size = HEAD.size + 4
         yield Item(reader.offset - size, size, "check value", {"crc32": "right"})
 

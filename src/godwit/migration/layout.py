@@ -21,6 +21,8 @@ from godwit.migration.stream import CHUNK, Part
 Values = Sequence[Any]
 #: Names and values for people and programs: numbers, texts.
 Shown = dict[str, int | str]
+#: The name of how many bytes lie behind what is known.
+BEYOND = "bytes not known here"
 
 
 class Element(ABC):
@@ -216,4 +218,4 @@ def show_all(layout: Sequence[Element], part: Part, values: list[Any]) -> Iterat
             alone = not parts
             yield from ({**together, **one} for one in parts)
     if alone or together or part.left:
-        yield {**together, **({"bytes not known here": part.left} if part.left else {})}
+        yield {**together, **({BEYOND: part.left} if part.left else {})}

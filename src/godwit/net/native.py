@@ -337,6 +337,7 @@ FLOWS_KIND: Final[Kind[FlowMover]] = Kind(
     (Many(FLOW, BATCH),),
     _load_flows,
     check=_check_flows,
+    numbered=True,
     doc="Flows, numbered from 0 on through all such entries. They come before their sockets.",
 )
 SOCKET_KIND: Final[Kind[FlowMover]] = Kind(
@@ -411,6 +412,7 @@ UDP_PORT_KIND: Final[Kind[FlowMover]] = Kind(
     _load_udp_port,
     check=_check_udp_port,
     required=False,
+    numbered=True,
     doc="Numbered from 0 on. Of forwarded ports those with peers or datagrams.",
 )
 UDP_PEERS_KIND: Final[Kind[FlowMover]] = Kind(
