@@ -271,10 +271,33 @@ def test_what_only_looks_like_a_stream_hides_none(capsys: pytest.CaptureFixture[
         assert (status, errors, json.loads(lines[-1])["name"]) == (0, "", "end")
     fake = bytes(2) + b"\x30\x28" + word + b"\x80\0\0\1" * 2 + b"\1" * 200
     path.write_bytes(b"QEVM" + fake + whole)
-    status, lines, errors = run(capsys, "--json", path)
+    status, lines, errors = run(capsys, "--all", "--json", path)
     assert status == 2
     assert f"{path}, at 8: " in errors
     assert json.loads(lines[-1]) == {"stream": 1, "offset": 226, "size": 0, "name": "end", "values": {}}
+    status, lines, errors = run(capsys, "--json", path)
+    assert status == 0
+    assert "1 places that look like a device state and are no whole one were passed over; --all shows them" in errors
+    assert json.loads(lines[-1]) == {"stream": 0, "offset": 226, "size": 0, "name": "end", "values": {}}
+
+
+@pytest.mark.parametrize("copied", [GOLDEN / "idle-v6.bin", NATIVE / "0x80000001-idle-v6.bin"], ids=["v2", "native"])
+def test_a_whole_stream_in_the_guests_memory_is_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, copied: Path
+) -> None:
+    """A guest that has a file of them: in a page, behind the page's address and flags, as QEMU writes pages."""
+    data = copied.read_bytes()
+    real = in_qemus_file(tmp_path, HALF.read_bytes()).read_bytes()
+    expected = run(capsys, "--json", HALF)[1]
+    path = tmp_path / "vm.mig"
+    # What would be its length: of page 1; and, by a bad chance, the right one, with no end behind it or another length.
+    for low, behind in ((0x1008, b"\xff"), (0x1008, b"\0"), (len(data), b"\xff"), (len(data) + 1, b"\0")):
+        page = (0x100000000 + low).to_bytes(8, "big") + data + behind * (4096 - len(data))
+        path.write_bytes(real[:200] + page + real[200:])
+        status, lines, errors = run(capsys, "--json", path)
+        assert status == 0, (low, behind)
+        assert lines == expected, (low, behind)
+        assert "1 places that look like" in errors
 
 
 def test_a_file_of_qemus_that_ends_in_its_first_piece(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

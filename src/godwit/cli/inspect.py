@@ -16,11 +16,17 @@ from godwit.migration.inspect import inspect, open_streams
 from godwit.net.versions import versions
 
 
-def _items(path: str, quiet: list[str]) -> Iterator[tuple[int, Item]]:
+def _items(path: str, quiet: list[str], everything: bool) -> Iterator[tuple[int, Item]]:
     """The number of the stream and the item, of all streams in a file; errors go to ``quiet``, one line each."""
     try:
         with open(path, "rb") as file:
-            for number, (at, stream) in enumerate(open_streams(file)):
+            streams, passed_over = open_streams(file, versions(), everything=everything)
+            if passed_over:
+                sys.stderr.write(
+                    f"godwit inspect: {path}: {passed_over} places that look like a device state and are no whole one"
+                    " were passed over; --all shows them\n"
+                )
+            for number, (at, stream) in enumerate(streams):
                 try:
                     for item in inspect(stream, versions()):
                         yield number, item
@@ -42,10 +48,10 @@ def _word(value: int | str) -> str:
     return text if text.isprintable() and " " not in text and text else repr(text)
 
 
-def _show(path: str, as_json: bool) -> int:
+def _show(path: str, as_json: bool, everything: bool) -> int:
     errors: list[str] = []
     last = 0
-    for number, item in _items(path, errors):
+    for number, item in _items(path, errors, everything):
         if as_json:
             one = {"stream": number, "offset": item.offset, "size": item.size, "name": item.name, "values": item.values}
             sys.stdout.write(json.dumps(one) + "\n")
@@ -57,11 +63,11 @@ def _show(path: str, as_json: bool) -> int:
     return _end(errors)
 
 
-def _diff(one: str, other: str, as_json: bool) -> int:
+def _diff(one: str, other: str, as_json: bool, everything: bool) -> int:
     """What is the same in both is not shown; what is in one alone is shown with a sign."""
     errors: list[str] = []
     differ = False
-    for a, b in pairs(_items(one, errors), _items(other, errors)):
+    for a, b in pairs(_items(one, errors, everything), _items(other, errors, everything)):
         differ = True
         if as_json:
             both = [None if item is None else {"name": item.name, "values": item.values} for item in (a, b)]
@@ -96,6 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", metavar="FILE", nargs="?", help="the file")
     parser.add_argument("--json", action="store_true", help="one JSON object for each item")
     parser.add_argument(
+        "--all",
+        action="store_true",
+        help="of a file of QEMU's, show also what looks like a device state and is no whole one: it may be the guest's"
+        " memory, or broken",
+    )
+    parser.add_argument(
         "--diff", nargs=2, metavar=("A", "B"), help="what differs between two; exit status 1 if something does"
     )
     options = parser.parse_args(argv)
@@ -104,8 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what is in a stream is of any language
     try:
-        files = options.diff or [options.file]
-        status = _diff(files[0], files[1], options.json) if options.diff else _show(files[0], options.json)
+        if options.diff:
+            status = _diff(options.diff[0], options.diff[1], options.json, options.all)
+        else:
+            status = _show(options.file, options.json, options.all)
         sys.stdout.flush()
     except OSError as error:
         # What is left in the buffer goes nowhere, at the end of the process too.

@@ -17,7 +17,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from godwit.migration.errors import NotAStreamError, TrailingDataError, version_name
+from godwit.migration.errors import MigrationError, NotAStreamError, TrailingDataError, version_name
 from godwit.migration.header import MAGIC, Header
 from godwit.migration.stream import Reader
 from godwit.migration.version import Item, Version, negotiate
@@ -45,35 +45,52 @@ def inspect(file: BinaryIO, versions: Sequence[Version[Any]], *, magic: int = MA
     yield Item(reader.offset, 0, "end", {})
 
 
-def open_streams(file: BinaryIO, magic: int = MAGIC) -> Iterator[tuple[int, BinaryIO]]:
+def open_streams(
+    file: BinaryIO, versions: Sequence[Version[Any]], *, magic: int = MAGIC, everything: bool = False
+) -> tuple[list[tuple[int, BinaryIO]], int]:
     """The streams in a file, each with the offset at which it begins: the file is one, or QEMU's.
 
-    In QEMU's, the guest's memory may have what looks like one: each that may be a stream is given, none is left out.
+    In QEMU's, the guest's memory may have what looks like one, even all of one,
+    but for the pieces that QEMU's are in: so those are given that are whole and
+    end where their last piece does, and beside them the number of those that
+    were passed over. If none is whole, or with ``everything``, all are given:
+    each that may be a stream.
 
     :raises NotAStreamError: there is none.
     """
     if not file.seekable():
-        yield 0, file  # of a pipe there is no looking back
-        return
+        return [(0, file)], 0  # of a pipe there is no looking back
     word = magic.to_bytes(8, "big")
     file.seek(0)
     begins = file.read(8)
     if len(begins) < 8 or begins == word:
         file.seek(0)
-        yield 0, file
-        return
-    found = 0
-    at = _find(file, word, 0)
-    while at >= 0:
-        if _plausible(file, at, magic):
-            found += 1
-            yield at, io.BufferedReader(_Pieces(file, at - 4))
-        at = _find(file, word, at + 1)
-    if not found:
+        return [(0, file)], 0
+    places = [at for at in _find_all(file, word) if _plausible(file, at, magic)]
+    if not places:
         raise NotAStreamError(
             f"there is no device state in it: neither at its beginning nor as QEMU writes it into a migration "
             f"(looked for {magic:#x})"
         )
+    whole = [] if everything else [at for at in places if _is_whole(_Pieces(file, at - 4), versions, magic)]
+    chosen = whole or places
+    return [(at, io.BufferedReader(_Pieces(file, at - 4))) for at in chosen], len(places) - len(chosen)
+
+
+def _is_whole(pieces: _Pieces, versions: Sequence[Version[Any]], magic: int) -> bool:
+    try:
+        for _ in inspect(io.BufferedReader(pieces), versions, magic=magic):
+            pass
+    except MigrationError:
+        return False
+    return pieces.ended
+
+
+def _find_all(file: BinaryIO, word: bytes) -> Iterator[int]:
+    at = _find(file, word, 0)
+    while at >= 0:
+        yield at
+        at = _find(file, word, at + 1)
 
 
 def _find(file: BinaryIO, word: bytes, start: int) -> int:
@@ -112,6 +129,7 @@ class _Pieces(io.RawIOBase):
         self._at = at
         self._left = 0
         self._over = False
+        self.ended = False  # behind a length of 0, as QEMU ends them
 
     def readable(self) -> bool:
         """Yes."""
@@ -121,8 +139,10 @@ class _Pieces(io.RawIOBase):
         """Some bytes of the piece in hand; 0 behind the last one."""
         if not self._left and not self._over:
             self._file.seek(self._at)
-            self._left = int.from_bytes(self._file.read(4), "big")
+            length = self._file.read(4)
+            self._left = int.from_bytes(length, "big")
             self._at += 4
+            self.ended = length == bytes(4)
             self._over = not 0 < self._left <= MAX_PIECE
         if self._over:
             return 0
