@@ -36,7 +36,7 @@ from godwit.net.records import (
     address_text,
     check_ends,
 )
-from godwit.net.state import BATCH, NEVER_SEEN, PREPARE_STAGE, FlowMover, queues_behind, usable
+from godwit.net.state import BATCH, NEVER_SEEN, PREPARE_STAGE, FlowMover, queues_behind, sound_socket, usable
 from godwit.net.told import MAX_NAMES, MAX_TOLD, TOLD, flats_of, told_of
 
 log = logging.getLogger(__name__)
@@ -550,20 +550,10 @@ def _save_flows(mover: FlowMover, push: Push) -> Sequence[int]:
 
 def _save_socket(mover: FlowMover, push: Push, number: int, flow: int) -> str:
     """Write one socket; else why it cannot be."""
-    dumped = mover.dump(flow)
-    if dumped is None:
-        return "the source could not save it"
-    state, sndq, rcvq = dumped
-    try:
-        if state.sndq != len(sndq) or state.rcvq != len(rcvq):
-            raise UnsoundError(2, f"with {len(sndq)} + {len(rcvq)} bytes in the queues")
-        push(SOCKET_KIND, number, state, sndq, rcvq)  # which encodes all before it writes any
-    except (UnsoundError, struct.error) as error:
-        why = str(error)
-        if isinstance(error, UnsoundError):
-            why = f"{SOCKET.leaves[error.leaf].name} {state[error.leaf]} {error.why}"
-        mover.give_up(flow, why)
-        return why
+    found = sound_socket(mover, flow)
+    if isinstance(found, str):
+        return found
+    push(SOCKET_KIND, number, *found)
     return ""
 
 

@@ -192,29 +192,36 @@ def _save_flows(mover: FlowMover, writer: Writer) -> None:
         _save_socket(mover, flow, writer)
 
 
-def _save_socket(mover: FlowMover, flow: int, writer: Writer) -> None:
-    """Write one socket; one that cannot be dumped, or not soundly, is written as lost."""
+def sound_socket(mover: FlowMover, flow: int) -> tuple[SocketState, bytes, bytes] | str:
+    """What there is to write of a flow's socket; or why there is nothing, and then the flow is given up."""
     dumped = mover.dump(flow)
     if dumped is None:
-        writer.push_bytes(LOST)
-        return
+        return "the source could not save it"
     state, sndq, rcvq = dumped
     try:
-        SOCKET.check(state)
+        SOCKET.encode(state)
         if state.sndq != len(sndq) or state.rcvq != len(rcvq):
             raise UnsoundError(2, f"with {len(sndq)} + {len(rcvq)} bytes in the queues")
-        record = SOCKET.pack(state)
     except UnsoundError as error:
-        mover.give_up(flow, f"{SOCKET.leaves[error.leaf].name} {state[error.leaf]} {error.why}")
-        record, sndq, rcvq = LOST, b"", b""
+        why = f"{SOCKET.leaves[error.leaf].name} {state[error.leaf]} {error.why}"
     except struct.error as error:
-        mover.give_up(flow, str(error))
-        record, sndq, rcvq = LOST, b"", b""
-    writer.push_bytes(record)
-    if sndq:
-        writer.push_bytes(sndq)
-    if rcvq:
-        writer.push_bytes(rcvq)
+        why = str(error)
+    else:
+        return dumped
+    mover.give_up(flow, why)
+    return why
+
+
+def _save_socket(mover: FlowMover, flow: int, writer: Writer) -> None:
+    found = sound_socket(mover, flow)
+    if isinstance(found, str):
+        writer.push_bytes(LOST)
+        return
+    state, *queues = found
+    writer.push_bytes(SOCKET.pack(state))
+    for queue in queues:
+        if queue:
+            writer.push_bytes(queue)
 
 
 def _load_flows(mover: FlowMover, reader: Reader) -> None:
