@@ -35,12 +35,14 @@ def obey(_number: int, mode: Repair, fds: list[int]) -> bytes | None:
 class FakeHelper:
     """A helper in a thread. ``requests`` are the modes and numbers of sockets that it was sent."""
 
-    def __init__(self, path: str, act: Act = obey) -> None:
+    def __init__(self, path: str, act: Act = obey, name: bytes = b"") -> None:
         self.requests: list[tuple[Repair, int]] = []
         self.ended = threading.Event()
         self._act = act
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.settimeout(30)
+        if name:
+            self._sock.bind(name)
         self._sock.connect(path)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -76,11 +78,11 @@ def listener(tmp_path: Path) -> Iterator[RepairListener]:
 
 @pytest.fixture
 def helpers(listener: RepairListener) -> Iterator[Callable[..., FakeHelper]]:
-    """Connect a helper to ``listener``: ``helpers(act)``."""
+    """Connect a helper to ``listener``: ``helpers(act, name)``."""
     made: list[FakeHelper] = []
 
-    def connect(act: Act = obey) -> FakeHelper:
-        made.append(FakeHelper(listener.path, act))
+    def connect(act: Act = obey, name: bytes = b"") -> FakeHelper:
+        made.append(FakeHelper(listener.path, act, name))
         return made[-1]
 
     yield connect

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from godwit.repair.client import RepairListener
-from godwit.repair.protocol import MAX_SOCKETS, Repair, RepairError
+from godwit.repair.protocol import GUARD_NAME, MAX_SOCKETS, Repair, RepairError
 
 from .conftest import FakeHelper, obey, repair_mode
 
@@ -375,3 +375,42 @@ def test_a_successor_keeps_its_socket(tmp_path: Path) -> None:
     assert os.path.exists(path)
     second.close()
     assert not os.path.exists(path)
+
+
+# --- one that keeps back resets
+
+
+def test_a_guard_is_ended_once(listener: RepairListener, helpers: Helpers) -> None:
+    """By a request as any other."""
+    helper = helpers(name=GUARD_NAME + b"test-once")
+    listener.end_guard()
+    listener.end_guard()
+    assert helper.requests == [(Repair.OFF, 1)]
+
+
+@pytest.mark.parametrize("name", [b"", b"\0another"])
+def test_other_helpers_are_not_asked(listener: RepairListener, helpers: Helpers, name: bytes) -> None:
+    """Nor if there is none at all."""
+    listener.end_guard()
+    helper = helpers(name=name)
+    listener.end_guard()
+    assert helper.requests == []
+
+
+def test_connections_that_are_back_have_ended_the_guard(
+    listener: RepairListener, helpers: Helpers, connections: Connections
+) -> None:
+    helper = helpers(name=GUARD_NAME + b"test-back")
+    sockets = numbers(connections(1))
+    listener.set_mode(sockets, Repair.ON)
+    listener.set_mode(sockets, Repair.OFF)
+    listener.end_guard()
+    assert helper.requests == [(Repair.ON, 1), (Repair.OFF, 1)]
+
+
+def test_a_guard_that_does_not_end_is_reported(
+    listener: RepairListener, helpers: Helpers, caplog: pytest.LogCaptureFixture
+) -> None:
+    helpers(lambda _number, _mode, _fds: None, name=GUARD_NAME + b"test-bad")
+    listener.end_guard()
+    assert "the guard of the repair helper: the repair helper has closed the connection" in caplog.text

@@ -7,6 +7,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from ipaddress import ip_address
+
+MAX_GUARD_SECONDS = 3600
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the back-end's repair socket (its vhost-user socket's path and .repair),"
         " or the directory in which to wait for one",
     )
+    parser.add_argument(
+        "--guard",
+        metavar="ADDRESS",
+        action="append",
+        default=[],
+        type=ip_address,
+        help="on a target to which the network is switched before the guest's connections are there: have this host"
+        " send no resets from this address that answer for connections which it does not know (yet); may be repeated."
+        " From now on until the guest's connections have come, or the back-end's front-end has gone",
+    )
+    parser.add_argument(
+        "--guard-seconds", metavar="N", type=_seconds, default=300, help="but for no longer than this (default: 300)"
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("-d", "--debug", action="store_true", help="log each request")
     how.add_argument("-q", "--quiet", action="store_true", help="log errors only")
@@ -32,4 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only now: --help needs none of it.
     from godwit.repair.helper import run
 
-    return run(given.path)
+    return run(given.path, given.guard, given.guard_seconds)
+
+
+def _seconds(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_GUARD_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 1 to {MAX_GUARD_SECONDS}")
+    return int(text)

@@ -505,9 +505,15 @@ class NetDevice(BaseDevice):
         """A transfer has ended, in that state."""
         if ended is not None:
             self._mover.helper_expected = False
+            self._end_guard()
         if ended is State.COMMITTED:
             self._moved_in = True
             self._remember(self._mover.take_told())
+
+    def _end_guard(self) -> None:
+        """Connections are here or given up: a reset may be said again, where the helper keeps that back."""
+        if self._repair is not None:
+            self._in_background(0, self._repair.end_guard)
 
     def guest_comes(self) -> None:
         """A front-end has connected. What came to its guest's ports while there was none is for nobody."""
@@ -534,6 +540,7 @@ class NetDevice(BaseDevice):
             self._engine.unpark()
         self._stands_still = self._moved_in = False
         self._forget()
+        self._end_guard()
 
     async def _begin_linger(self, left: Left) -> None:
         """Keep the sockets for a while: those of moved connections frozen and in repair mode, those of UDP unread."""

@@ -773,6 +773,8 @@ class Mover:
             log.warning("%d connections wait for their address to come to this host: %s", len(waiting), missing)
         self._awaited.wait(waiting)
         _report((arrival.lost, arrival.state) for arrival in lost.values())
+        if lost and self._repair is not None:
+            self._repair.end_guard()  # resets are wanted now
         self._knock(peers, KNOCKS)
 
     def _knock(self, peers: Sequence[Side], delays: Sequence[float]) -> None:

@@ -98,11 +98,11 @@ class Backend:
 
         wait_until(listening, f"{self.name} to listen", 20.0)
 
-    def start_helper(self) -> None:
-        """Start a repair helper; it has connected when this returns."""
+    def start_helper(self, *arguments: str) -> None:
+        """Start a repair helper, with more options if it is godwit's; it has connected when this returns."""
         path = f"{self.socket}.repair"
         passt = self.helper_kind == "passt"
-        words = peer.fetch().repair_command(path) if passt else [*_GODWIT, "repair", path]
+        words = peer.fetch().repair_command(path) if passt else [*_GODWIT, "repair", *arguments, path]
         with open(self.log, "ab") as log:
             helper = self._helper = self.space.popen(words, stdout=log, stderr=log)
 

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from godwit.repair.protocol import (
+    GUARD_NAME,
     MAX_SOCKETS,
     TCP_REPAIR,
     MessageError,
@@ -55,8 +56,10 @@ _LOOK_EVERY: Final = 0.1
 class RepairClient:
     """A connected helper, until it fails or is closed. May be shared by threads."""
 
-    def __init__(self, sock: socket.socket, timeout: float = TIMEOUT) -> None:
+    def __init__(self, sock: socket.socket, timeout: float = TIMEOUT, *, guards: bool = False) -> None:
         self._sock = sock
+        #: It keeps back resets until it is asked to end a repair mode.
+        self.guards = guards
         self._sock.settimeout(timeout)
         self._timeout = timeout
         self._lock = threading.Lock()
@@ -229,14 +232,14 @@ class RepairListener:
         with self._lock:
             while True:
                 try:
-                    sock, _ = self._sock.accept()
+                    sock, name = self._sock.accept()
                 except OSError as error:
                     if error.errno == errno.ECONNABORTED:
                         continue
                     if error.errno not in (errno.EAGAIN, errno.EBADF):
                         log.warning("cannot accept a repair helper on %s: %s", self.path, error.strerror)
                     return
-                former, self._client = self._client, RepairClient(sock, self._timeout)
+                former, self._client = self._client, RepairClient(sock, self._timeout, guards=_guards(name))
                 self.ever_connected = True
                 if former is not None:
                     former.retire()
@@ -268,6 +271,7 @@ class RepairListener:
         while client is not None:
             try:
                 client.set_mode(fds[done:], mode)
+                client.guards &= mode == Repair.ON
                 return
             except RepairError as error:
                 failure = error
@@ -278,6 +282,19 @@ class RepairListener:
                 log.warning("%s", error)
             client = self.client
         raise RepairError(str(failure), done, doubtful - done) from failure.__cause__
+
+    def end_guard(self) -> None:
+        """Have a helper that keeps back resets let them go. Others are not asked. Blocks as ``set_mode`` does."""
+        client = self.client
+        if client is None or not client.guards:
+            return
+        client.guards = False
+        # A message has a socket at least: this one is nobody's, and in no repair mode.
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as nobodys:
+            try:
+                client.set_mode([nobodys.fileno()], Repair.OFF)
+            except RepairError as error:
+                log.warning("the guard of the repair helper: %s", error)
 
     def wait(self, timeout: float) -> RepairClient | None:
         """Wait for a helper, up to ``timeout`` seconds; None if none came."""
@@ -314,6 +331,11 @@ class RepairListener:
         except OSError as error:
             # The user that the daemon has become may not own the folder.
             log.info("%s stays, the next start takes it over: it cannot be removed (%s)", self.path, error.strerror)
+
+
+def _guards(name: object) -> bool:
+    """Whether a helper of that name keeps back resets."""
+    return isinstance(name, bytes) and name.startswith(GUARD_NAME)
 
 
 def _bind(sock: socket.socket, path: str) -> None:

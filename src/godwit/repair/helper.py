@@ -12,6 +12,11 @@ a peer on the same link that sends with a TTL of 255. passt does not freeze;
 with the filter no data is acknowledged there either after it was saved. The
 filter goes when the repair mode does. The kernel's rules for filters and for
 TCP_REPAIR need the same capability.
+
+With ``--guard`` it keeps back resets meanwhile (`godwit.repair.guard`): from
+when it has connected to the first request that ends a repair mode, by when
+the connections are there again or are given up; to the end of the connection;
+or for a limited time.
 """
 
 from __future__ import annotations
@@ -26,12 +31,18 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from godwit.repair import privileges
-from godwit.repair.protocol import TCP_REPAIR, MessageError, Repair, close_all, encode, receive_request
+from godwit.repair.guard import Guard, GuardError
+from godwit.repair.protocol import GUARD_NAME, TCP_REPAIR, MessageError, Repair, close_all, encode, receive_request
 
 log = logging.getLogger(__name__)
+
+#: Seconds for which resets are kept back, at most.
+GUARD_SECONDS: Final = 300.0
 
 #: What the sockets of back-ends are called, in a directory that is watched.
 SUFFIX: Final = ".repair"
@@ -58,11 +69,12 @@ class HelperError(Exception):
     """The helper cannot go on; one line for the user."""
 
 
-def run(path: str) -> int:
+def run(path: str, guarded: Sequence[IPv4Address | IPv6Address] = (), seconds: float = GUARD_SECONDS) -> int:
     """Serve the back-end that listens on ``path``, or the first one to appear in the directory ``path``.
 
-    Returns the exit status: 0 when the back-end has closed the connection, 1
-    on an error, which is in the log.
+    ``guarded`` are addresses from which resets are kept back, for ``seconds``
+    at most. Returns the exit status: 0 when the back-end has closed the
+    connection, 1 on an error, which is in the log.
     """
     try:
         if not privileges.has(privileges.CAP_NET_ADMIN):
@@ -72,11 +84,15 @@ def run(path: str) -> int:
             )
         # Until the connection is made: the socket may be another user's.
         privileges.keep_only({privileges.CAP_NET_ADMIN, privileges.CAP_DAC_OVERRIDE})
-        with _connect(path) as sock:
+        name = GUARD_NAME + b"%d" % os.getpid() if guarded else b""
+        with _connect(path, name) as sock, contextlib.ExitStack() as stack:
             privileges.keep_only({privileges.CAP_NET_ADMIN})
             log.info("serving %s", sock.getpeername())
-            serve(sock)
-    except HelperError as error:
+            guard = stack.enter_context(contextlib.closing(Guard(guarded))) if guarded else None
+            if guard is not None:
+                log.info("keeping back resets from %s for %g s at most", ", ".join(map(str, guard.addresses)), seconds)
+            serve(sock, guard, seconds)
+    except (HelperError, GuardError) as error:
         log.error("%s", error)
         return 1
     except KeyboardInterrupt:
@@ -84,13 +100,21 @@ def run(path: str) -> int:
     return 0
 
 
-def serve(sock: socket.socket) -> None:
+def serve(sock: socket.socket, guard: Guard | None = None, seconds: float = GUARD_SECONDS) -> None:
     """Do what a back-end asks until it closes the connection.
+
+    ``guard`` is closed with the first request that ends a repair mode, or after
+    ``seconds``.
 
     :raises HelperError: a request that is none, or one that failed. What was
         done is not undone; closing the connection is the answer.
     """
+    until = time.monotonic() + seconds
     while True:
+        if guard is not None and not _readable(sock, until):
+            guard.close()
+            guard = None
+            log.warning("resets are kept back no longer: no connection has come within %g s", seconds)
         try:
             request = receive_request(sock)
         except (MessageError, OSError) as error:
@@ -104,10 +128,21 @@ def serve(sock: socket.socket) -> None:
         finally:
             close_all(fds)
         log.debug("TCP_REPAIR %s on %d sockets", mode.name, len(fds))
+        if guard is not None and mode != Repair.ON:
+            guard.close()
+            guard = None
+            log.info("resets are kept back no longer")
         try:
             sock.sendall(encode(mode), socket.MSG_NOSIGNAL)
         except OSError as error:
             raise HelperError(f"the back-end takes no answer: {error.strerror}") from error
+
+
+def _readable(sock: socket.socket, until: float) -> bool:
+    """Wait until something has come, or that time of the monotonic clock."""
+    waiting = select.poll()
+    waiting.register(sock, select.POLLIN)
+    return bool(waiting.poll(max(0.0, until - time.monotonic()) * 1000))
 
 
 def _set_repair(fd: int, mode: Repair, number: int) -> None:
@@ -138,13 +173,21 @@ def _set_repair(fd: int, mode: Repair, number: int) -> None:
         sock.detach()
 
 
-def _connect(path: str) -> socket.socket:
+def _new_socket(name: bytes) -> socket.socket:
+    """One by which the back-end sees this name, an abstract one, or none."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if name:
+        sock.bind(name)
+    return sock
+
+
+def _connect(path: str, name: bytes) -> socket.socket:
     if os.path.isdir(path):
-        return _wait_in(path)
+        return _wait_in(path, name)
     if not path.endswith(SUFFIX) and os.path.exists(path + SUFFIX):
         # Connected to, the front-end's socket would keep the guest waiting, and never send a thing.
         raise HelperError(f"{path} is not the repair socket: did you mean {path}{SUFFIX}?")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = _new_socket(name)
     try:
         sock.connect(path)
     except OSError as error:
@@ -156,7 +199,7 @@ def _connect(path: str) -> socket.socket:
     return sock
 
 
-def _wait_in(directory: str) -> socket.socket:
+def _wait_in(directory: str, name: bytes) -> socket.socket:
     """Wait until a back-end listens on a socket in a directory, and connect to it."""
     watch = _inotify(directory)
     try:
@@ -165,7 +208,7 @@ def _wait_in(directory: str) -> socket.socket:
         asking.register(watch, select.POLLIN)
         patience = time.monotonic() + _LISTENS_WITHIN
         while True:
-            there, sock = _try_all(directory)
+            there, sock = _try_all(directory, name)
             if sock is not None:
                 return sock
             ask_again = there and time.monotonic() < patience
@@ -176,14 +219,14 @@ def _wait_in(directory: str) -> socket.socket:
         os.close(watch)
 
 
-def _try_all(directory: str) -> tuple[bool, socket.socket | None]:
+def _try_all(directory: str, own_name: bytes) -> tuple[bool, socket.socket | None]:
     """Whether there are sockets in a directory, and a connection to the first that listens."""
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
     except OSError as error:
         raise HelperError(f"cannot read {directory}: {error.strerror}") from error
     for name in names:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = _new_socket(own_name)
         try:
             sock.connect(os.path.join(directory, name))
         except OSError:

@@ -6,7 +6,8 @@ back-end sends one byte, the value for TCP_REPAIR as a signed integer, and with
 it from 1 to 253 sockets as SCM_RIGHTS; the helper sets that value on each of
 them and answers with the same byte. Anything else, or the end of the stream,
 says that it failed, for some or for all of the sockets. There are no other
-messages, and only one is under way at a time.
+messages, and only one is under way at a time. (What else there is to say of a
+helper of ours, its name says.)
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Final
 
 #: Descriptors in one message, at most: SCM_MAX_FD of the kernel (unix(7)).
 MAX_SOCKETS: Final = 253
+#: How the abstract name (unix(7)) begins of a helper that keeps back resets until its first request that ends repair
+#: mode (`godwit.repair.guard`). Others have no name.
+GUARD_NAME: Final = b"\0godwit-repair-guard-"
 #: linux/tcp.h; the socket module has it not.
 TCP_REPAIR: Final = 19
 
