@@ -324,9 +324,10 @@ def test_a_port_that_is_forwarded_waits_too() -> None:
         listening.accept()[0].close()
 
 
-def test_a_guest_that_moves_on_before_its_address_has_come() -> None:
+@pytest.mark.parametrize("version", ["2", "native"])
+def test_a_guest_that_moves_on_before_its_address_has_come(version: str) -> None:
     """What waits goes along, and nobody has seen anything of it in between."""
-    with Scenario(godwit_arguments=[*NATIVE, "--freebind"]) as scenario:
+    with Scenario(godwit_arguments=["--migrate-version", version, "--freebind"]) as scenario:
         renumber(scenario, 4)
         with connections(scenario, (4,)) as made:
             ours, theirs = made[4]
@@ -384,6 +385,25 @@ def test_a_udp_port_leaves_from_the_address_of_the_host(version: int) -> None:
         assert (data, before[0], after[0], after[1]) == (b"after", OWN[version], OTHER[version], before[1])
         sockets.server.sendto(b"answer", after)
         assert sockets.asking.recv(100) == b"answer"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_forwarded_udp_port_answers_from_the_address_of_the_host(version: int) -> None:
+    """To whom it had spoken from another."""
+    arguments = [*NATIVE, "--udp-ports", str(PORT)]
+    with (
+        Scenario(godwit_arguments=arguments, ipv6=version == 6) as scenario,
+        datagrams(scenario, ipv6=version == 6) as sockets,
+    ):
+        renumber(scenario, 4, 6)
+        sockets.client.sendto(b"question", (OWN[version], PORT))
+        _, client = sockets.service.recvfrom(100)
+        sockets.service.sendto(b"answer", client)
+        assert sockets.client.recvfrom(100)[1][0] == OWN[version]
+        moved(scenario)
+        sockets.service.sendto(b"another", client)
+        data, source = sockets.client.recvfrom(100)
+        assert (data, source[:2]) == (b"another", (OTHER[version], PORT))
 
 
 @pytest.mark.parametrize("freebind", [False, True])

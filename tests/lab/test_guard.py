@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -183,6 +184,19 @@ def test_a_guard_that_cannot_be() -> None:
             with pytest.raises(LabError, match="ended with 2"):
                 target.start_helper(*words)
         assert not tables(scenario.network.b)
+
+
+def test_a_guard_in_another_network_is_no_use() -> None:
+    """The helper may be anywhere to set repair mode; its packet filter is where it is itself."""
+    with Scenario() as scenario:
+        target = scenario.backends["b"]
+        guard(scenario)
+        assert "another network than this one" not in target.messages()
+        words = [sys.executable, "-m", "godwit.cli.main", "repair", *GUARD, f"{target.socket}.repair"]
+        elsewhere = scenario.network.server.popen(words)
+        wait_until(lambda: "keeps back resets of another network than this one" in target.messages(), "a warning")
+        elsewhere.kill()
+        elsewhere.wait()
 
 
 def test_who_may_not_change_the_filter_is_told(

@@ -244,6 +244,11 @@ class RepairListener:
                 if former is not None:
                     former.retire()
                 log.info("repair helper connected (%s)", self._client.peer)
+                if _guards(name) and not _is_near(name):
+                    log.warning(
+                        "the repair helper keeps back resets of another network than this one: "
+                        "start it in the network namespace of this process"
+                    )
 
     @property
     def client(self) -> RepairClient | None:
@@ -336,6 +341,15 @@ class RepairListener:
 def _guards(name: object) -> bool:
     """Whether a helper of that name keeps back resets."""
     return isinstance(name, bytes) and name.startswith(GUARD_NAME)
+
+
+def _is_near(name: bytes) -> bool:
+    """Whether a socket of this abstract name is in our network namespace, as far as that can be seen."""
+    try:
+        with open("/proc/self/net/unix", "rb") as table:
+            return any(line.split()[-1] == name.replace(b"\0", b"@") for line in table)
+    except OSError:
+        return True
 
 
 def _bind(sock: socket.socket, path: str) -> None:
