@@ -394,6 +394,18 @@ def test_a_queue_of_many_pieces_is_shown_by_its_check_value() -> None:
     assert items["TCP socket"]["sndq crc32"] == f"{zlib.crc32(queue):08x}"
 
 
+def test_of_a_queue_that_is_cut_the_inspector_says_what_a_target_would_say() -> None:
+    """However many pieces of it are there."""
+    data = socket_entry(A_SOCKET._replace(sndq=5 << 20))
+    entry = HEAD.pack(4, 1, len(data) - HEAD.size + (5 << 20)) + data[HEAD.size :]
+    whole = with_check(A_FLOW)[:-12] + entry
+    for size in (0, 100, 300_000, 3 << 20):
+        broken = whole + bytes(size)
+        message = f"state: stream ended at offset {len(broken)}: wanted {5 << 20} bytes, got {size}"
+        assert str(load(broken)[1].error) == message
+        assert inspected(broken) == message
+
+
 def test_odd_orders_that_are_sound() -> None:
     """Flows of a later entry behind the sockets of the ones before; and no flows are no batch."""
     none = HEAD.pack(3, 1, 6) + FLOW.size.to_bytes(2, "big") + bytes(4)

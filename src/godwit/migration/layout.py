@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from godwit.migration.errors import TruncatedError
 from godwit.migration.section import Record, shown
 from godwit.migration.stream import CHUNK, Part
 
@@ -142,11 +143,15 @@ class Data(Element):
     def show(self, part: Part, before: Values) -> tuple[None, list[Shown]]:
         """How many, and their CRC-32; never all of them in memory."""
         left = size = self.size(before)
+        begin = part.offset
         if size > min(self.most, part.left):
             part.pull_bytes(size, self.most, self.name)  # says why not
         check = 0
         while left:
-            data = part.pull_bytes(min(left, CHUNK), self.most, self.name)
+            try:
+                data = part.pull_bytes(min(left, CHUNK), self.most, self.name)
+            except TruncatedError as error:  # what ``pull`` would say, which takes all at once
+                raise TruncatedError(error.stage, begin, size, error.offset + error.got - begin) from None
             check = zlib.crc32(data, check)
             left -= len(data)
         return None, [{f"{self.name} bytes": size, f"{self.name} crc32": f"{check:08x}"}]
