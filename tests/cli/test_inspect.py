@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,9 +16,9 @@ import pytest
 
 from godwit.cli.differences import KNOWN_BY, REFERS
 from godwit.cli.inspect import main
-from godwit.migration import MAGIC, Direction, Migration
+from godwit.migration import MAGIC, Direction, Migration, NotAStreamError
 from godwit.migration.entries import HEAD
-from godwit.migration.inspect import SEARCHED
+from godwit.migration.inspect import SEARCHED, open_streams
 from godwit.net.native import NATIVE as NATIVE_VERSION
 from godwit.net.state import FlowMover
 from godwit.net.versions import versions
@@ -298,6 +299,29 @@ def test_a_whole_stream_in_the_guests_memory_is_none(
         assert status == 0, (low, behind)
         assert lines == expected, (low, behind)
         assert "1 places that look like" in errors
+
+
+def test_what_looks_like_a_stream_all_over_is_read_once() -> None:
+    """A guest may have its memory full of it."""
+
+    class Counting(io.BytesIO):
+        taken = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            data = super().read(size)
+            self.taken += len(data)
+            return data
+
+    word = MAGIC.to_bytes(8, "big")
+    file = Counting(b"QEVM" + word * 50_000)
+    with pytest.raises(NotAStreamError):
+        open_streams(file, versions())
+    assert file.taken < 5 * len(file.getvalue())  # of each place besides, the length and the header
+    file = Counting(b"QEVM" + (bytes(2) + b"\1\0" + word + b"\1" * 8 + bytes(36)) * 1000)
+    streams, passed_over = open_streams(file, versions())  # too many to be judged: all are given
+    assert [at for at, _ in streams] == list(range(8, 56_000, 56))
+    assert passed_over == 0
+    assert file.taken < 5 * len(file.getvalue())
 
 
 def test_a_file_of_qemus_that_ends_in_its_first_piece(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

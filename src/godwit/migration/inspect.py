@@ -24,6 +24,7 @@ from godwit.migration.version import Item, Version, negotiate
 
 MAX_PIECE = 1 << 24  # bytes; QEMU's are at most 1 MiB
 SEARCHED = 1 << 20  # bytes at once
+JUDGED = 500  # places in a file; each costs the reading of what may be a whole stream
 
 
 def inspect(file: BinaryIO, versions: Sequence[Version[Any]], *, magic: int = MAGIC) -> Iterator[Item]:
@@ -53,7 +54,7 @@ def open_streams(
     In QEMU's, the guest's memory may have what looks like one, even all of one,
     but for the pieces that QEMU's are in: so those are given that are whole and
     end where their last piece does, and beside them the number of those that
-    were passed over. If none is whole, or with ``everything``, all are given:
+    were passed over. If none is whole, or there are more than ``JUDGED``, or with ``everything``, all are given:
     each that may be a stream.
 
     :raises NotAStreamError: there is none.
@@ -66,13 +67,14 @@ def open_streams(
     if len(begins) < 8 or begins == word:
         file.seek(0)
         return [(0, file)], 0
-    places = [at for at in _find_all(file, word) if _plausible(file, at, magic)]
+    places = [at for at in _places(file, word) if _plausible(file, at, magic)]
     if not places:
         raise NotAStreamError(
             f"there is no device state in it: neither at its beginning nor as QEMU writes it into a migration "
             f"(looked for {magic:#x})"
         )
-    whole = [] if everything else [at for at in places if _is_whole(_Pieces(file, at - 4), versions, magic)]
+    judged = not everything and len(places) <= JUDGED
+    whole = [at for at in places if judged and _is_whole(_Pieces(file, at - 4), versions, magic)]
     chosen = whole or places
     return [(at, io.BufferedReader(_Pieces(file, at - 4))) for at in chosen], len(places) - len(chosen)
 
@@ -86,26 +88,20 @@ def _is_whole(pieces: _Pieces, versions: Sequence[Version[Any]], magic: int) -> 
     return pieces.ended
 
 
-def _find_all(file: BinaryIO, word: bytes) -> Iterator[int]:
-    at = _find(file, word, 0)
-    while at >= 0:
-        yield at
-        at = _find(file, word, at + 1)
-
-
-def _find(file: BinaryIO, word: bytes, start: int) -> int:
-    """Where ``word`` comes next, or -1."""
-    file.seek(start)
-    tail = b""
-    while data := tail + file.read(SEARCHED):
-        place = data.find(word)
-        if place >= 0:
-            return start + place
+def _places(file: BinaryIO, word: bytes) -> Iterator[int]:
+    """Where ``word`` is, one place after another. Each byte is read once, wherever the file stands meanwhile."""
+    start, tail = 0, b""
+    while True:
+        file.seek(start + len(tail))
+        data = tail + file.read(SEARCHED)
         if len(data) == len(tail):
-            break
+            return
+        place = data.find(word)
+        while place >= 0:
+            yield start + place
+            place = data.find(word, place + 1)
         tail = data[1 - len(word) :]
         start += len(data) - len(tail)
-    return -1
 
 
 def _plausible(file: BinaryIO, at: int, magic: int) -> bool:
