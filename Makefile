@@ -5,6 +5,7 @@ PYTHON ?= python3
 CC ?= cc
 VENV ?= .venv
 PYTEST_ARGS ?=
+TIME ?= 60
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -16,7 +17,7 @@ VARIANT = $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)
 export CC PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo bench test test-vm vm-tools lint debug asan annotate check clean
+.PHONY: help venv build demo bench test test-vm vm-tools fuzz lint debug asan annotate check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,16 @@ test-vm: build prerequisites-lab vm-tools ## the tests with QEMU guests, passt a
 
 vm-tools: build prerequisites-vm ## QEMU, a guest image, passt and libvirt for test-vm
 	$(PY) -m godwit.lab.setup_vm
+
+fuzz: build $(VENV)/fuzz ## the readers of device states, fuzzed for TIME seconds in all
+	@for target in version2 native inspect; do \
+		echo "=== $$target"; \
+		$(PY) -m tests.fuzz.drive $$target -max_total_time=$$(( ($(TIME) + 2) / 3 )) || exit 1; \
+	done
+
+$(VENV)/fuzz: pyproject.toml | venv
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[fuzz]'
+	@touch $@
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .
