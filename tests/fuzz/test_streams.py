@@ -14,14 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from godwit.dataplane.state import Datagram, Observed, UdpPeer, UdpPort
-from godwit.net import native
-from godwit.net.native import NATIVE, UDP_PEER, UDP_PORT, WAITING, Waiting
-from godwit.net.records import FLOW, OBSERVED
-from godwit.net.state import usable
+from godwit.net.native import NATIVE
 
-from .streams import LONGEST, Stream, mutated, mutated_file, octets, sound, sound_flow, sound_socket
-from .targets import Device, load, run, save
+from .devices import filled
+from .streams import Stream, mutated, mutated_file
+from .targets import load, run, save
 
 Test = TypeVar("Test", bound=Callable[..., None])
 VERSIONS = {"version2": 2, "native": NATIVE}
@@ -42,31 +39,11 @@ def examples(count: int) -> Callable[[Test], Test]:
 randoms = st.integers(0, (1 << 64) - 1).map(Random)
 
 
-def device(rng: Random, number: int) -> Device:
-    """One with anything in it that a stream of that version has a place for."""
-    made = Device()
-    made.seen = usable(Observed._make(sound(rng, OBSERVED)))
-    for flow in range(rng.randrange(5)):
-        made.states.append(sound_flow(rng, FLOW if number == 2 else native.FLOW))
-        socket = sound_socket(rng)
-        ended = socket.tcpi_state in (6, 7)
-        queues = octets(rng, socket.sndq), octets(rng, socket.rcvq)
-        made.sockets[flow] = None if ended or not rng.randrange(4) else (socket, *queues)
-    if number == NATIVE:
-        made.told = {f"name {line}": f"value\t{line}" for line in range(rng.randrange(3))}
-        for _ in range(rng.randrange(4)):
-            peers = [UdpPeer._make(sound(rng, UDP_PEER)) for _ in range(rng.randrange(4))]
-            heads = [Waiting._make(sound(rng, WAITING)) for _ in range(rng.randrange(4))]
-            waiting = [Datagram(*head[:3], octets(rng, rng.randrange(LONGEST))) for head in heads]
-            made.ports.append((UdpPort._make(sound(rng, UDP_PORT)), peers, waiting))
-    return made
-
-
 @pytest.mark.parametrize("number", VERSIONS.values(), ids=list(VERSIONS))
 @examples(100)
 @given(rng=randoms)
 def test_what_is_saved_is_loaded_the_same_and_saved_again_in_the_same_bytes(number: int, rng: Random) -> None:
-    source = device(rng, number)
+    source = filled(rng, number)
     data = save(source, number)
     target, error, transfer = load(data)
     assert error is None
