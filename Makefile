@@ -17,7 +17,7 @@ VARIANT = $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)
 export CC PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo bench test test-vm vm-tools fuzz lint debug asan annotate check clean
+.PHONY: help venv build demo bench test test-vm vm-tools fuzz fuzz-keep lint debug asan annotate check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ fuzz: build $(VENV)/fuzz ## the readers of device states, fuzzed for TIME second
 $(VENV)/fuzz: pyproject.toml | venv
 	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[fuzz]'
 	@touch $@
+
+fuzz-keep: build ## of what make fuzz has found, keep the least that reaches all of it
+	$(PY) -m tests.fuzz.keep
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .
