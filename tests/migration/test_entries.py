@@ -176,8 +176,14 @@ def test_a_stream_that_is_cut_is_refused() -> None:
     [
         (b"", "things: thing: length is 2, and 0 bytes of it are left (at offset 24)"),
         (b"\0\x08\0\0\0\1nam", "things: thing: length is 8, and 7 bytes of it are left (at offset 26)"),
-        (b"\0\x07\0\0\0\1nam", "things: thing: size is 7, must be one of [8, 9, 13], or more (at offset 24)"),
-        (b"\0\x0a\0\0\0\1name\1\0", "things: thing: size is 10, must be one of [8, 9, 13], or more (at offset 24)"),
+        (
+            b"\0\x07\0\0\0\1nam",
+            "things: thing: size is 7, must be one of [8, 9, 13], or more, up to 4096 (at offset 24)",
+        ),
+        (
+            b"\0\x0a\0\0\0\1name\1\0",
+            "things: thing: size is 10, must be one of [8, 9, 13], or more, up to 4096 (at offset 24)",
+        ),
         (b"\0\x08\0\0\x03\xe8name", "things: thing: number is 1000, must be from 0 to 999 (at offset 26)"),
         (b"\0\x09\0\0\0\1name\4", "things: thing: mode is 4, must be from 0 to 3 (at offset 34)"),
     ],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import zlib
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
@@ -29,7 +30,7 @@ from godwit.migration import (
 from godwit.migration.entries import HEAD
 from godwit.migration.inspect import inspect
 from godwit.net.config import Withdrawn, packed16
-from godwit.net.native import FLOW, MAX_PEERS, NATIVE, UDP_PEER, WAITING, Waiting
+from godwit.net.native import FLOW, MAX_PEERS, NATIVE, UDP_PEER, UDP_PORT, WAITING, Waiting
 from godwit.net.records import OBSERVED, SOCKET, V4_MAPPED
 from godwit.net.state import BATCH, NEVER_SEEN, FlowMover
 from godwit.net.told import LEASE4, MAX_TOLD, PREFIX6, ROUTER6, SERVER, TOLD, Told
@@ -273,6 +274,7 @@ def with_check(body: bytes) -> bytes:
             "count is 4294967295, must be at most",
         ),
         (HEAD.pack(2, 1, 2) + b"\0\x05", "observed addresses: size is 5, must be one of [42], or more"),
+        (HEAD.pack(2, 1, 2) + b"\x10\1", "observed addresses: size is 4097, must be one of [42], or more, up to 4096"),
         (HEAD.pack(1, 0, 65537) + bytes(65537), "length is 65537, must be at most 65536"),
         (HEAD.pack(77, 1, 0), "is of type 77, which must be understood and is not known here"),
     ],
@@ -404,6 +406,30 @@ def test_of_a_queue_that_is_cut_the_inspector_says_what_a_target_would_say() -> 
         message = f"state: stream ended at offset {len(broken)}: wanted {5 << 20} bytes, got {size}"
         assert str(load(broken)[1].error) == message
         assert inspected(broken) == message
+
+
+@pytest.mark.parametrize("size", [4096, 4097])
+def test_many_records_of_a_later_version_take_little_memory(size: int, tmp_path: Path) -> None:
+    """At most 16 MiB of them lie in memory, and their copy. Longer ones are refused before any is read."""
+    record = UDP_PEER.encode(UdpPeer(V4, V4, V4, NOBODY, 7, 1, 1)).ljust(size, b"\0")
+    payload = (0).to_bytes(4, "big") + size.to_bytes(2, "big") + (4096).to_bytes(4, "big") + record * 4096
+    port = UDP_PORT.sized(UdpPort(0, V4, 5000, V4, 40000, 0))
+    path = tmp_path / "state"
+    path.write_bytes(with_check(HEAD.pack(6, 0, len(port)) + port + HEAD.pack(7, 0, len(payload)) + payload))
+    del payload
+    target = Mover()
+    transfer: Migration[FlowMover] = Migration(versions(), target)
+    with path.open("rb") as file:
+        transfer.request(file, Direction.TARGET)
+        tracemalloc.start()
+        try:
+            outcome = transfer.run()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert bool(outcome) == (size <= 4096)
+    assert len(target.ports) == (size <= 4096)
+    assert peak < 48 << 20
 
 
 def test_odd_orders_that_are_sound() -> None:

@@ -28,6 +28,9 @@ from godwit.migration.version import Context, Item, Stage
 Scalar = int | bytes
 Value = TypeVar("Value")
 
+#: Bytes that a later version may make of a record: thousands of one kind are in memory at once.
+MAX_RECORD: Final = 4096
+
 _LITTLE: Final = sys.byteorder == "little"
 _SIZE: Final = struct.Struct(">H")
 _COUNT: Final = struct.Struct(">I")
@@ -319,8 +322,9 @@ class Record(Generic[Value]):
 
     def _pull_size(self, reader: Puller, name: str) -> int:
         (size,) = _SIZE.unpack(reader.pull_bytes(_SIZE.size))
-        if size < self.size and size not in self._sizes:
-            raise reader.bad(name or self.name, "size", size, f"must be one of {sorted(self._sizes)}, or more", 2)
+        if size not in self._sizes and not self.size < size <= MAX_RECORD:
+            why = f"must be one of {sorted(self._sizes)}, or more, up to {MAX_RECORD}"
+            raise reader.bad(name or self.name, "size", size, why, 2)
         return int(size)
 
     def _grown(self, reader: Puller, data: bytes, pulled: int, name: str) -> tuple[Any, ...]:
