@@ -54,8 +54,10 @@ fuzz: build $(VENV)/fuzz ## the readers of device states, fuzzed for TIME second
 		$(PY) -m tests.fuzz.drive $$target -max_total_time=$$(( ($(TIME) + 2) / 3 )) || exit 1; \
 	done
 
+# Not as an extra of godwit's, which would be built once more.
 $(VENV)/fuzz: pyproject.toml | venv
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[fuzz]'
+	$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["fuzz"])' \
+		| xargs $(PY) -m pip install -q --disable-pip-version-check
 	@touch $@
 
 fuzz-keep: build ## of what make fuzz has found, keep the least that reaches all of it

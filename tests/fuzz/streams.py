@@ -280,7 +280,10 @@ def change_field(rng: Random, stream: Stream, _other: Stream) -> None:
     spots = places(part) if stream.native else list(leaves(part, record, 0))
     if spots:
         at, leaf = rng.choice(spots)
-        section[number] = put(part, at, anything(rng, leaf))
+        part = put(part, at, anything(rng, leaf))
+    if stream.native and not rng.randrange(6):
+        part = put(part, 4, b"\x7f\xff\xff\xff")  # which announces all that a field may say
+    section[number] = part
 
 
 def change_bytes(rng: Random, stream: Stream, _other: Stream) -> None:
