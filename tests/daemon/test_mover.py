@@ -11,6 +11,7 @@ import pytest
 from godwit.daemon import mover
 from godwit.daemon.mover import TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_LAST_ACK, Mover, _report
 from godwit.dataplane import Engine, FlowState, Observed, Side, SocketState, UdpPeer, UdpPort
+from godwit.net.native import DATAGRAM_COST
 from godwit.net.state import NEVER_SEEN
 from godwit.repair import Repair, RepairError, RepairListener
 
@@ -280,3 +281,35 @@ def test_what_a_source_has_seen_is_forgotten_with_the_rest(rig: Rig) -> None:
     rig.mover.discard()
     rig.mover.set_observed(NEVER_SEEN)
     assert rig.engine.observed() == seen
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_datagrams_beyond_the_limit_are_lost_only_with_the_guest(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, moves: bool
+) -> None:
+    monkeypatch.setattr(mover, "MAX_WAITING", 131072 + 2 * (20000 + DATAGRAM_COST))
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer,
+    ):
+        ours.bind(("127.0.0.1", 0))
+        where = ours.getsockname()
+        port = rig.engine.import_udp_port(UdpPort(0, GUEST, 5000, V4 + bytes(4), where[1], 0), ours.detach())
+        rig.mover.freeze()
+        for number in range(8):
+            peer.sendto(b"%d" % number * 20000, where)
+        for _ in range(2):  # the second finds those of the first, and no room for more
+            [(_, _, found)] = rig.mover.udp()
+            assert [one.data[:1] for one in found] == [b"0", b"1", b"2"]
+        if moves:
+            [fd] = rig.mover.leave().ports
+            socket.socket(fileno=fd).close()
+            assert caplog.messages == ["more datagrams waited than can move: those left at 1 UDP ports are lost"]
+            return
+        rig.mover.thaw()
+        assert caplog.messages == []
+        with rig.engine.parked():
+            taken, all_taken = rig.engine.take_datagrams(port, 1 << 20, 0)
+            assert [one.data[:1] for one in taken] == [b"%d" % number for number in range(3, 8)]
+            assert all_taken
+            assert [one.data[:1] for one in rig.engine.udp_waiting(port)] == [b"%d" % number for number in range(8)]

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from godwit.dataplane.state import Datagram, FlowState, Observed, SocketState, UdpPeer, UdpPort
+from godwit.dataplane.state import Datagram, FlowState, Observed, Ping, SocketState, UdpPeer, UdpPort
 from godwit.net import native
-from godwit.net.native import NATIVE, UDP_PEER, UDP_PORT, WAITING, Waiting
-from godwit.net.records import FLOW, OBSERVED
+from godwit.net.native import NATIVE, PING, UDP_PEER, UDP_PORT, WAITING, Waiting
+from godwit.net.records import EVENT_SYN_FROM_GUEST, FLOW, OBSERVED
 from godwit.net.state import usable
+from godwit.net.told import TOLD, told_of
 
 from ..net.test_state import Dumped, Mover
 from .streams import LONGEST, octets, sound, sound_flow, sound_socket
@@ -42,6 +43,9 @@ class Device(Mover):
     def mark_lost(self, flow: int, why: str = "") -> None:
         super().mark_lost(self.number(flow), why)
 
+    def open_anew(self, flow: int) -> None:
+        super().open_anew(self.number(flow))
+
     def dump(self, flow: int) -> Dumped | None:
         return self.sockets.get(flow)  # None too for what was never restored
 
@@ -65,9 +69,14 @@ def filled(rng: Random, number: int) -> Device:
         socket = sound_socket(rng)
         ended = socket.tcpi_state in (6, 7)
         queues = octets(rng, socket.sndq), octets(rng, socket.rcvq)
-        made.sockets[flow] = None if ended or not rng.randrange(4) else (socket, *queues)
+        if made.states[flow].events == EVENT_SYN_FROM_GUEST and rng.randrange(2):
+            made.unanswered.add(flow)
+        else:
+            made.sockets[flow] = None if ended or not rng.randrange(4) else (socket, *queues)
     if number == NATIVE:
         made.told = {f"name {line}": f"value\t{line}" for line in range(rng.randrange(3))}
+        made.echoes = [Ping._make(sound(rng, PING)) for _ in range(rng.randrange(3))]
+        made.told_guest = told_of([sound(rng, TOLD) for _ in range(rng.randrange(3))], "example.org")
         for _ in range(rng.randrange(4)):
             peers = [UdpPeer._make(sound(rng, UDP_PEER)) for _ in range(rng.randrange(4))]
             heads = [Waiting._make(sound(rng, WAITING)) for _ in range(rng.randrange(4))]

@@ -57,10 +57,11 @@ def allowed(rng: Random, leaf: Leaf) -> int | bytes:
     values = range(1 << 8 * leaf.size) if leaf.allowed is None else leaf.allowed
     if not isinstance(values, range):
         return rng.choice(sorted(values))
+    count = (values[-1] - values[0]) // values.step + 1  # which may be more than len() can say
     place = rng.randrange(5)
     if place < 3:
-        return values[rng.randrange(min(len(values), 4 if place < 2 else LONGEST))]
-    return values[-1 if place == 3 else rng.randrange(len(values))]
+        return values[rng.randrange(min(count, 4 if place < 2 else LONGEST))]
+    return values[-1 if place == 3 else rng.randrange(count)]
 
 
 def anything(rng: Random, leaf: Leaf) -> bytes:
