@@ -45,9 +45,10 @@ def test_examples_run() -> None:
 def test_the_readmes_command_lines_are_understood() -> None:
     text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace('"$godwit"', "godwit")
     lines = re.findall(r"^ {4}.*\bgodwit serve (.*)$", text, re.MULTILINE)
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
-        assert parse(shlex.split(line), Dialect.GODWIT).vhost_user
+        options = parse(shlex.split(line), Dialect.GODWIT)
+        assert options.vhost_user or options.takeover
     specs = re.findall(r"^ {4}-t (\S+) ", text, re.MULTILINE)
     assert len(specs) == 4
     for spec in specs:

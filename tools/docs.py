@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from godwit.migration.document import entries_table, lifecycle_diagram, lifecycle_states, record_table, stages_list
-from godwit.net import native
+from godwit.net import handover, native
 from godwit.net.records import FLOW, OBSERVED, SIDE, SOCKET
 from godwit.net.told import TOLD
 from godwit.net.versions import versions
@@ -36,6 +36,22 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "datagram": lambda: record_table(native.WAITING),
         "ping": lambda: record_table(native.PING),
         "socket": lambda: record_table(SOCKET),
+    },
+    "takeover.md": {
+        "entries": lambda: entries_table(handover.ENTRIES),
+        "process": lambda: record_table(handover.PROCESS),
+        "name": lambda: record_table(handover.NAME),
+        "vhost-user session": lambda: record_table(handover.SESSION),
+        "descriptor": lambda: record_table(handover.DESCRIPTOR),
+        "memory region": lambda: record_table(handover.REGION),
+        "ring": lambda: record_table(handover.RING),
+        "live TCP flow": lambda: record_table(handover.TCP),
+        "live UDP port": lambda: record_table(handover.PORT),
+        "live UDP peer": lambda: record_table(handover.PEER),
+        "waiting datagram": lambda: record_table(handover.WAITING),
+        "live ping": lambda: record_table(handover.PING),
+        "partial datagram": lambda: record_table(handover.PARTIAL),
+        "observed addresses": lambda: record_table(OBSERVED),
     },
     "stream-v2.md": {
         "stages": lambda: stages_list(next(version for version in versions() if version.id == 2)),

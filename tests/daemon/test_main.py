@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ import pytest
 
 from godwit.daemon import lifecycle, main
 from godwit.daemon.device import NetDevice
+from godwit.daemon.house import House
 from godwit.daemon.options import Options
 from godwit.net.config import NetConfig
 from godwit.vhost_user import BaseDevice, FrontendClient
@@ -70,27 +72,31 @@ def test_a_front_end_waits_for_a_descriptor(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(main, "_ACCEPT_AGAIN", 0.01)
     path = str(tmp_path / "s")
 
-    async def run() -> int:
-        loop = asyncio.get_running_loop()
-        accept, refused = loop.sock_accept, 0
+    refused = 0
 
-        async def scarce(listener: socket.socket) -> tuple[socket.socket, object]:
+    class Scarce(socket.socket):
+        def accept(self) -> tuple[socket.socket, object]:
             nonlocal refused
             if not refused:
                 refused += 1
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            return await accept(listener)
+            return super().accept()
 
-        monkeypatch.setattr(loop, "sock_accept", scarce)
+    async def run() -> None:
         device = cast(NetDevice, Device())
-        with lifecycle.listen(path) as listener, socket.socket(socket.AF_UNIX) as front_end:
-            front_end.connect(path)
-            front_end.sendall(b"x")
-            front_end.shutdown(socket.SHUT_WR)
-            await asyncio.wait_for(main._sessions(listener, None, device, Options(one_off=True)), 10)
-        return refused
+        options = Options(one_off=True)
+        async with AsyncExitStack() as names:
+            house = House(options, None, names)
+            with Scarce(fileno=lifecycle.listen(path).detach()) as listener, socket.socket(socket.AF_UNIX) as front_end:
+                listener.setblocking(False)
+                house.listener = listener
+                front_end.connect(path)
+                front_end.sendall(b"x")
+                front_end.shutdown(socket.SHUT_WR)
+                await asyncio.wait_for(main._sessions(house, device, options), 10)
 
-    assert asyncio.run(run()) == 1
+    asyncio.run(run())
+    assert refused == 1
 
 
 def _options(folder: Path) -> Options:

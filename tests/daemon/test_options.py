@@ -55,6 +55,11 @@ CASES: list[tuple[str, str, object]] = [
     ("--runas 107:107", "runas", "107:107"),
     ("--repair-path /run/r", "repair_path", "/run/r"),
     ("--repair-path none", "repair_path", ""),
+    ("", "takeover", None),
+    ("--takeover /run/t", "takeover", "/run/t"),
+    ("", "takeover_path", None),
+    ("--takeover-path /run/t", "takeover_path", "/run/t"),
+    ("--takeover-path none", "takeover_path", ""),
     ("--migrate-version 2", "migrate_version", 2),
     ("--migrate-version native", "migrate_version", 0x80000001),
     ("--migrate-version 0x80000001", "migrate_version", 0x80000001),
@@ -212,13 +217,24 @@ def test_a_bad_option_says_why(text: str, message: str) -> None:
 
 
 def test_a_socket_is_needed() -> None:
-    with pytest.raises(OptionError, match="one of --socket PATH and --fd N is needed"):
+    with pytest.raises(OptionError, match="one of --socket PATH, --fd N and --takeover PATH is needed"):
         parse([], Dialect.GODWIT)
     with pytest.raises(OptionError, match="longer than the 107 bytes"):
         parse(["-s", "/tmp/" + "x" * 103], Dialect.GODWIT)
     assert parse(["-s", "/tmp/" + "x" * 102], Dialect.GODWIT).socket == "/tmp/" + "x" * 102
     # passt has default paths.
     assert parse(["--vhost-user"], Dialect.PASST).socket is None
+
+
+def test_what_is_taken_over() -> None:
+    """The socket, too, unless another is named; an inherited connection is another guest's."""
+    options = parse(["--takeover", "/run/t"], Dialect.GODWIT)
+    assert (options.socket, options.takeover, options.one_off) == (None, "/run/t", False)
+    assert parse(["--takeover", "/run/t", *SOCKET], Dialect.GODWIT).socket is not None
+    with pytest.raises(OptionError, match="--takeover and --fd exclude each other"):
+        parse(["--takeover", "/run/t", "--fd", "3"], Dialect.GODWIT)
+    with pytest.raises(OptionError, match="nothing can be taken over in stream mode"):
+        parse(["--takeover", "/run/t"], Dialect.PASST)
 
 
 def test_fd_implies_one_off() -> None:

@@ -447,7 +447,7 @@ def test_no_descriptors_for_the_card(guest: StreamGuest) -> None:
             with contextlib.suppress(OSError):
                 while True:
                     taken.append(os.dup(0))
-            for _ in range(5):  # regions of memory
+            for _ in range(7):  # regions of memory, which keep theirs, and what the rings are kicked by
                 with pytest.raises(OSError, match="Too many open files"):
                     guest.engine.plug(card)
                 guest.engine.detach()

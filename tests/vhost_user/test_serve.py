@@ -32,6 +32,7 @@ from godwit.vhost_user import (
     VringAddr,
     serve,
 )
+from godwit.vhost_user import aio as backend
 from godwit.vhost_user.frames import HEADER, REPLY, encode
 
 ADDR = VringAddr(0, 1 << 40, (1 << 40) + 4, (1 << 40) + 2)
@@ -515,3 +516,72 @@ def test_debug_log_says_what_happens(caplog: pytest.LogCaptureFixture) -> None:
         assert server.ended() is None
     assert "SET_OWNER" in caplog.text
     assert "SET_FEATURES U64" in caplog.text
+
+
+def test_another_server_goes_on() -> None:
+    """Suspended in the midst of a request, resumed; suspended again, and left to another with another device."""
+
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        loop = asyncio.get_running_loop()
+        old, new = Recorder(), Recorder()
+        server = backend.Server(ours, old)
+        running = asyncio.ensure_future(server.run())
+
+        async def ask(message: bytes) -> bytes:
+            await loop.sock_sendall(theirs, message)
+            return await loop.sock_recv(theirs, 100)
+
+        features = await ask(encode(Request.GET_FEATURES, 0, b""))
+        await loop.sock_sendall(theirs, encode(Request.SET_OWNER, 0, b""))
+        num = encode(Request.SET_VRING_NUM, 0, struct.pack("=II", 1, 64))
+        await loop.sock_sendall(theirs, num[:14])
+        await asyncio.sleep(0.1)
+        saved = await server.suspend()
+        assert saved is not None
+        assert (saved.owned, saved.unread) == (True, num[:14])
+        assert saved.rings == ((False, False, False),) * 2
+        with pytest.raises(RuntimeError, match="suspended already"):
+            await server.suspend()
+        await loop.sock_sendall(theirs, num[14:])
+        await asyncio.sleep(0.1)
+        assert old.calls == []  # it reads no more
+        server.resume()
+        assert await ask(encode(Request.GET_FEATURES, 0, b"")) == features
+        assert old.calls == [("set_vring_num", 1, 64)]
+
+        await loop.sock_sendall(theirs, num[:5])
+        await asyncio.sleep(0.1)
+        saved = await server.suspend()
+        assert saved is not None
+        assert saved.rings == ((False, False, False), (True, False, False))
+        duplicate = socket.socket(fileno=os.dup(ours.fileno()))
+        for wrong in ({"features": 1 << 63}, {"rings": saved.rings[:1]}, {"protocol_features": 1 << 60}):
+            with pytest.raises(ProtocolError):
+                backend.Server(duplicate, new, saved._replace(**wrong))
+        successor = backend.Server(duplicate, new, saved)
+        server.leave()
+        assert await running is None
+        assert old.calls == [("set_vring_num", 1, 64)]  # and no word of an end
+        going_on = asyncio.ensure_future(successor.run())
+        await loop.sock_sendall(theirs, num[5:])
+        assert await ask(encode(Request.GET_FEATURES, 0, b"")) == features
+        theirs.close()
+        assert await going_on is None
+        assert new.calls == [("set_vring_num", 1, 64), ("disconnected",)]
+
+    asyncio.run(run())
+
+
+def test_a_session_that_is_over_cannot_be_suspended() -> None:
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        server = backend.Server(ours, Recorder())
+        running = asyncio.ensure_future(server.run())
+        theirs.close()
+        assert await running is None
+        saved = await asyncio.wait_for(server.suspend(), 10)
+        assert saved is None
+
+    asyncio.run(run())

@@ -12,11 +12,13 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from ipaddress import IPv6Address
 
 from godwit.daemon.errors import StartError, reason
 from godwit.daemon.forwards import open_forwards
+from godwit.daemon.inherit import collect, inherit
 from godwit.daemon.lifecycle import User
 from godwit.daemon.linger import LINGER_SECONDS, Linger
 from godwit.daemon.mover import Left, Mover
@@ -24,11 +26,12 @@ from godwit.daemon.options import Options, VirtioFeatures
 from godwit.daemon.probe import AddressProbe
 from godwit.daemon.record import Recording
 from godwit.daemon.stats import Statistics
-from godwit.dataplane import Engine, StreamCard
+from godwit.dataplane import Engine, StreamCard, handover
 from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State, StateError, Transfers
 from godwit.net.change import WITHDRAWN_SECONDS, facts_elsewhere, take_back, told
 from godwit.net.config import IPAddress, NetConfig, Withdrawn, packed16
+from godwit.net.handover import Handed, Process
 from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS, is_about_addresses, questions
 from godwit.net.records import MAX_FLOWS
 from godwit.net.responder import Responder
@@ -67,6 +70,20 @@ _FEATURES_FULL = (
 def _packed(address: IPAddress | None) -> bytes:
     """16 bytes, zeros for none."""
     return bytes(16) if address is None else packed16(address)
+
+
+def _open_capture(path: str, flag: int) -> int:
+    """Open a file for frames. As whoever we are now: later we may not be allowed to."""
+    try:
+        # Without waiting, should it be a pipe that nobody has opened for reading.
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | flag, 0o600)
+    except OSError as error:
+        raise StartError(_no_capture(path, error)) from error
+
+
+def _no_capture(path: str, error: OSError) -> str:
+    nobody = " (nobody reads this pipe)" if error.errno == errno.ENXIO else ""
+    return f"--pcap: cannot write to {path}: {reason(error, path)}{nobody}"
 
 
 @contextlib.contextmanager
@@ -137,6 +154,9 @@ class NetDevice(BaseDevice):
         self.moved_away = False  # a guest that was here: its front-end took its state along
         self._lingers: list[Linger] = []  # the sockets of guests that were here
         self._rescuing = False
+        self._began_at = 0  # CLOCK_MONOTONIC, ns
+        self._handed_over = False
+        self._capture_next = -1  # for the frames from the moment on in which this process takes over
 
     # ---- life
 
@@ -147,13 +167,97 @@ class NetDevice(BaseDevice):
         if self._options.pcap is not None:
             self._capture(self._options.pcap)
         self._descriptors = open_forwards(self._engine, self._options)
+        self._begin()
+
+    def _begin(self) -> None:
+        assert self._loop is not None  # since start()
         self._limit_flows()
         self._engine.start()
+        self._began_at = time.monotonic_ns()
         self._loop.add_reader(self._engine.rare_fileno(), self._data_plane_calls)
         if self._options.stats:
             self._statistics = Statistics(self._engine, self._options.stats)
         if self._repair is not None:
             self._loop.add_reader(self._repair, self._helper_connects)
+
+    # ---- the same guest in another process
+
+    def why_not(self) -> str:
+        """What speaks against another process's going on with the guest right now; empty: nothing."""
+        if self._transfers.current is not None or handover.is_logged(self._engine):
+            return "a migration is under way"
+        if self._rescuing or self._engine.has_found() or not self._mover.settled:
+            return "connections stand still, for want of a repair helper or of their address"
+        return ""
+
+    def hand_over(self) -> Handed:
+        """All that another process needs to go on. Everything stands still until ``take_back`` or ``let_go``."""
+        self._engine.park()
+        parked_at = time.monotonic_ns()
+        try:
+            self._answer_rare()
+            handed = collect(self._engine)
+        except BaseException:
+            self._engine.unpark()
+            raise
+        handed.facts = self._facts()
+        handed.told = self._mover.guest_told()
+        handed.process = Process(
+            handover.hash_key(self._engine),
+            parked_at,
+            os.getpid(),
+            int(self._stands_still),
+            int(self._moved_in),
+            int(self._advertising is not None),
+            int(self._mover.listeners_frozen),
+        )
+        return handed
+
+    def take_back(self) -> None:
+        """Nobody else goes on: go on."""
+        self._engine.unpark()
+
+    def let_go(self) -> None:
+        """Another process goes on: nothing of the guest's is touched any more."""
+        self._handed_over = True
+
+    def prepare(self, handed: Handed) -> None:
+        """In place of ``start``: load what another process has handed over, and touch nothing of it.
+
+        Raises ``ValueError``, ``OSError`` or ``ForwardError`` where this process could not go on with it.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._configure()
+        self._descriptors = inherit(self._engine, self._options, handed)
+        if self._options.pcap is not None:
+            self._capture_next = _open_capture(self._options.pcap, os.O_APPEND)
+
+    def take_over(self, handed: Handed) -> float:
+        """The guest is this process's: go on, at once. Gives for how many seconds its network stood still."""
+        if self._capture_next >= 0:
+            self._begin_capture(self._capture_next)
+        handover.look_at_once(self._engine)
+        self._begin()
+        process = handed.process
+        still = (self._began_at - process.parked_at) / 1e9
+        self._stands_still, self._moved_in = bool(process.stands_still), bool(process.moved_in)
+        self._mover.take_over(listeners_frozen=bool(process.listeners_frozen))
+        for frame in handed.frames:
+            self._engine.inject(frame)
+        if any(handed.observed.mac):
+            self._config.guest_mac = handed.observed.mac
+        if process.guest_runs:
+            self._advertising = self._loop_now.call_later(ADVERTISE_INTERVAL, self._advertise)
+            self._probe.start()
+        self._mover.compare(handed.facts)
+        self._remember(handed.told)
+        self._follow_now()
+        return still
+
+    @property
+    def _loop_now(self) -> asyncio.AbstractEventLoop:
+        assert self._loop is not None  # since start()
+        return self._loop
 
     def _configure(self) -> None:
         """Tell the data plane of the guest's network."""
@@ -187,7 +291,8 @@ class NetDevice(BaseDevice):
     async def close(self) -> None:
         """Stop. Connections of the guest are reset, but those that moved away are left in silence, for their time."""
         loop = asyncio.get_running_loop()
-        await self.disconnected()
+        if not self._handed_over:
+            await self.disconnected()
         loop.remove_reader(self._engine.rare_fileno())
         if self._repair is not None and self._repair.fileno() >= 0:
             loop.remove_reader(self._repair)
@@ -227,15 +332,23 @@ class NetDevice(BaseDevice):
         self._loop.call_soon_threadsafe(begin)
 
     def _capture(self, path: str) -> None:
-        """Write all frames to a file. As whoever we are now: later we may not be allowed to open it."""
+        """Write all frames to a file."""
+        fd = _open_capture(path, os.O_TRUNC)
         try:
-            # Without waiting, should it be a pipe that nobody has opened for reading.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
-            self._engine.capture(os.open(path, flags, 0o600))
+            self._engine.capture(fd)
         except OSError as error:
-            nobody = " (nobody reads this pipe)" if error.errno == errno.ENXIO else ""
-            raise StartError(f"--pcap: cannot write to {path}: {reason(error, path)}{nobody}") from error
+            raise StartError(_no_capture(path, error)) from error
         self._capturing = True
+
+    def _begin_capture(self, fd: int) -> None:
+        """Begin anew in a file that was another process's until now. The guest goes on, whatever comes of it."""
+        try:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)  # which a pipe refuses
+            self._engine.capture(fd)
+            self._capturing = True
+        except OSError as error:
+            log.error("%s", _no_capture(str(self._options.pcap), error))
 
     def _data_plane_calls(self) -> None:
         self._answer_rare()

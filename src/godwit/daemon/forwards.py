@@ -13,11 +13,13 @@ import logging
 import os
 import resource
 import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from godwit.daemon.options import Options
 from godwit.dataplane import Engine
 from godwit.net.config import packed16
-from godwit.net.forward import Listener, open_listeners, share
+from godwit.net.forward import Bound, Listener, open_listeners, share
 from godwit.net.records import MAX_FLOWS
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,20 @@ FLOWS_SHARE = 0.25
 FEW = 1024  # descriptors for these: the log says so where the ports that were named leave no more
 
 
-def open_forwards(engine: Engine, options: Options) -> int:
+@dataclass(frozen=True)
+class Inherited:
+    """Sockets that another process has handed over.
+
+    ``bound``: those of forwarded ports, taken out of there as they are used. ``udp`` puts one of UDP into the data
+    plane. ``open``: how many descriptors flows and forwarded ports have already.
+    """
+
+    bound: dict[Bound, int]
+    udp: Callable[[Listener], None]
+    open: int
+
+
+def open_forwards(engine: Engine, options: Options, inherited: Inherited | None = None) -> int:
     """Open the forwarded ports for both IP versions; returns how many descriptors are left for flows.
 
     Raises `ForwardError` for a port that cannot be had.
@@ -39,10 +54,11 @@ def open_forwards(engine: Engine, options: Options) -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = MAX_FLOWS + tcp.ports + udp.ports
     if limit != resource.RLIM_INFINITY:
-        free = limit - len(os.listdir("/proc/self/fd")) - KEPT
+        free = limit - len(os.listdir("/proc/self/fd")) - KEPT + (0 if inherited is None else inherited.open)
     most = max(0, free - int(free * FLOWS_SHARE))
     opened = 0
     left_out: dict[str, int] = {}
+    there = set() if inherited is None else set(inherited.bound.values())
     for name, forwards, kind in (("TCP", tcp, socket.SOCK_STREAM), ("UDP", udp, socket.SOCK_DGRAM)):
         # Both versions, whatever the host has by now: later we may not be allowed to.
         listeners = open_listeners(
@@ -52,11 +68,18 @@ def open_forwards(engine: Engine, options: Options) -> int:
             ipv6=options.net.ipv6,
             freebind=options.freebind,
             most=share(tcp, udp, most) if kind == socket.SOCK_STREAM else most - opened,
+            inherited=None if inherited is None else inherited.bound,
         )
         opened += len(listeners)
         if listeners.left_out:
             left_out[name] = listeners.left_out
-        engine.listen_many((one.fd, one.to_port, _target(one)) for one in listeners)
+        made: list[Listener] = []
+        for one in listeners:
+            if inherited is not None and kind == socket.SOCK_DGRAM and one.fd in there:
+                inherited.udp(one)
+            else:
+                made.append(one)
+        engine.listen_many((one.fd, one.to_port, target(one)) for one in made)
     left = max(1, free - opened)
     if left_out:
         log.warning(
@@ -78,5 +101,6 @@ def open_forwards(engine: Engine, options: Options) -> int:
     return min(MAX_FLOWS, left)
 
 
-def _target(listener: Listener) -> bytes | None:
+def target(listener: Listener) -> bytes | None:
+    """The address behind the guest's MAC address that the port leads to, 16 bytes; None: the guest's own."""
     return None if listener.to_address is None else packed16(listener.to_address)

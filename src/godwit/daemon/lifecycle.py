@@ -135,13 +135,16 @@ def is_probe(address: object) -> bool:
     return isinstance(address, bytes) and address.startswith(_PROBE)
 
 
-def listen(path: str) -> socket.socket:
+def listen(path: str, kind: socket.SocketKind = socket.SOCK_STREAM, mode: int | None = None) -> socket.socket:
     """Listen on ``path``; a socket that a dead process left there is taken over.
 
+    ``mode``: who may connect, from the start (Linux makes the file with the mode of the socket).
     Raises `SocketInUseError` if the process is alive, `StartError` for all else.
     """
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    made = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
     try:
+        if mode is not None:
+            os.fchmod(made.fileno(), mode)
         try:
             made.bind(path)
         except OSError as error:
@@ -245,6 +248,11 @@ class PidFile:
         """Write the process id."""
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+        return self._path
 
     def close(self) -> None:
         """Remove the file, unless another process's id is in it; where that is not allowed, leave it empty."""

@@ -33,36 +33,37 @@ FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 class BoundedFileHandler(logging.Handler):
-    """Appends to a file, and drops its older half when it reaches ``limit`` bytes."""
+    """Appends to a file, and drops its older half when it reaches ``limit`` bytes.
+
+    Another process may do the same: one that takes over, or hands over.
+    """
 
     def __init__(self, path: str, limit: int) -> None:
         super().__init__()
         self._limit = limit
         self._file: BinaryIO = open(  # noqa: SIM115  # open as long as the handler
-            os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0
+            os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o600), "r+b", buffering=0
         )
-        self._size = self._file.seek(0, os.SEEK_END)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record as one line."""
         try:
             line = self.format(record).encode(errors="backslashreplace") + b"\n"
-            if self._size + len(line) > self._limit:
-                self._halve()
-            self._size += self._file.write(line)
+            size = self._file.seek(0, os.SEEK_END)
+            if size + len(line) > self._limit:
+                self._halve(size)
+            self._file.write(line)
         except Exception:
             self.handleError(record)
 
-    def _halve(self) -> None:
+    def _halve(self, size: int) -> None:
         """Keep the last half of the limit, from the start of a line."""
         keep = self._limit // 2
-        self._file.seek(max(0, self._size - keep))
+        self._file.seek(max(0, size - keep))
         kept = self._file.read(keep)
         kept = kept[kept.find(b"\n") + 1 :]
-        self._file.seek(0)
+        self._file.truncate(0)
         self._file.write(kept)
-        self._file.truncate(len(kept))
-        self._size = len(kept)
 
     def close(self) -> None:
         """Close the file."""

@@ -11,6 +11,7 @@ long as its guest does: there only such a look by one of us is told from it, by 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -21,17 +22,18 @@ from contextlib import AsyncExitStack, closing
 from godwit import __version__
 from godwit.daemon import lifecycle
 from godwit.daemon.device import NetDevice
-from godwit.daemon.errors import DaemonError, StartError, reason
+from godwit.daemon.errors import DaemonError, StartError
 from godwit.daemon.hostwatch import HostWatch
+from godwit.daemon.house import House, take_over
 from godwit.daemon.lifecycle import Readiness
 from godwit.daemon.log import Log
 from godwit.daemon.options import Dialect, Options
 from godwit.daemon.stream import serve_stream
+from godwit.daemon.takeover import Predecessor
 from godwit.net.change import facts
 from godwit.net.config import NetConfigError
 from godwit.net.forward import ForwardError
-from godwit.repair.client import RepairListener
-from godwit.vhost_user.aio import serve
+from godwit.vhost_user.aio import Server
 
 logger = logging.getLogger(__name__)
 
@@ -84,40 +86,32 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         pid = lifecycle.PidFile(options.pid) if options.pid else None
         if pid is not None:
             names.callback(pid.close)
-
-        listener: socket.socket | None = None
-        connection: socket.socket | None = None
-        path = options.socket
-        if options.fd is not None:
-            connection = lifecycle.connected(options.fd)
-            stack.callback(connection.close)
-        else:
-            if path is None:
-                listener, path = lifecycle.listen_on_first(lifecycle.PASST_SOCKETS)
-            else:
-                listener = lifecycle.listen(path)
-            names.callback(listener.close)
-            names.callback(lifecycle.remove, path)  # before that: once it is closed, the next daemon may make it anew
-
-        repair_path = _repair_path(options, path)
-        repair = None if repair_path is None else _listen_for_helper(repair_path)
-        if repair is not None:
-            names.callback(repair.close)
-            names.callback(asyncio.get_running_loop().remove_reader, repair)  # the device watches it
-
         watch = HostWatch(options.net)
-        config = await asyncio.to_thread(watch.read)
-        device = NetDevice(config, options, repair, watch.glance)
-        stack.push_async_callback(device.close)
-        await device.start()
-        stack.callback(watch.close)
-
-        if user is not None:
-            for owned in (path if listener is not None else None, repair_path):
-                if owned is not None:
+        if options.takeover is None:
+            house = House(options, pid, names)
+            house.open()
+            stack.callback(house.close)
+            config = await asyncio.to_thread(watch.read)
+            device = NetDevice(config, options, house.repair, watch.glance)
+            stack.push_async_callback(device.close)
+            await device.start()
+            if user is not None:
+                for owned in house.paths():
                     user.own(owned)
-            device.own(user)
-            user.assume()
+                device.own(user)
+                user.assume()
+        else:
+            config = await asyncio.to_thread(watch.read)
+            before = Predecessor(options.takeover)
+            if user is not None:
+                user.assume()
+            house, device = take_over(
+                before, options, pid, names, lambda repair: NetDevice(config, options, repair, watch.glance)
+            )
+            stack.callback(house.close)
+            stack.push_async_callback(device.close)
+        house.device = device
+        stack.callback(watch.close)
         watch.start(device.follow)
         if options.icmp and (why := lifecycle.no_ping()) is not None:
             logger.warning("%s", why)
@@ -129,25 +123,36 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
 
-        where = path if connection is None else f"descriptor {options.fd}"
-        logger.info("godwit %s is ready on %s, repair helper on %s", __version__, where, repair_path or "no socket")
+        logger.info(
+            "godwit %s is ready on %s, repair helper on %s",
+            __version__,
+            house.where,
+            house.repair.path if house.repair is not None else "no socket",
+        )
         logger.info("the guest is told: %s", ", ".join(f"{name} {value}" for name, value in facts(config).items()))
-        if options.socket is None and listener is not None and not (options.foreground or options.quiet):
-            print(f"{options.dialect.value}: listens on {path}", file=sys.stderr)  # noqa: T201  # the log may be nowhere
+        if options.socket is None and house.listener is not None and not (options.foreground or options.quiet):
+            print(f"{options.dialect.value}: listens on {house.path}", file=sys.stderr)  # noqa: T201  # the log may be nowhere
         log.ready()
         readiness.declare()
+        house.watch(stop.set)
 
-        await _until(stop, _sessions(listener, connection, device, options))
-        stopped = stop.is_set()
-        logger.info("ends: %s", "stopped by a signal" if stopped else "the front-end has disconnected")
-        await names.aclose()
-        if device.lingering:
-            # Closed now, the connections that moved away would be reset by the next packet that still comes here.
-            # Stopped before that, it leaves a process behind that does nothing else.
-            logger.info("connections have moved away: stays silent for %.0f s more, or until stopped", device.lingering)
-            if stopped:
-                stop.clear()  # the next signal is another one
-            await _until(stop, asyncio.sleep(device.lingering))
+        await _until(stop, _sessions(house, device, options))
+        if house.successor:
+            logger.info("ends: another godwit goes on with the guest")
+            house.bequeath()
+        else:
+            stopped = stop.is_set()
+            logger.info("ends: %s", "stopped by a signal" if stopped else "the front-end has disconnected")
+            await names.aclose()
+            if device.lingering:
+                # Closed now, the connections that moved away would be reset by the next packet that still comes here.
+                # Stopped before that, it leaves a process behind that does nothing else.
+                logger.info(
+                    "connections have moved away: stays silent for %.0f s more, or until stopped", device.lingering
+                )
+                if stopped:
+                    stop.clear()  # the next signal is another one
+                await _until(stop, asyncio.sleep(device.lingering))
 
 
 async def _until(stop: asyncio.Event, work: Coroutine[object, object, None]) -> None:
@@ -161,86 +166,98 @@ async def _until(stop: asyncio.Event, work: Coroutine[object, object, None]) -> 
         task.result()
 
 
-def _listen_for_helper(path: str) -> RepairListener:
-    try:
-        return RepairListener(path)
-    except OSError as error:
-        raise StartError(f"cannot listen on {path}: {reason(error, path)}") from error
-
-
-def _repair_path(options: Options, path: str | None) -> str | None:
-    """Where the repair helper connects; None for nowhere."""
-    if options.stream:
-        for option, given in (("--repair-path", options.repair_path), ("--migrate-exit", options.migrate_exit)):
-            if given:
-                logger.warning("%s has no effect in stream mode: nothing migrates in it", option)
-        return None
-    if options.repair_path is not None:
-        return options.repair_path or None
-    return f"{path}.repair" if path is not None else None
-
-
-async def _sessions(
-    listener: socket.socket | None, connection: socket.socket | None, device: NetDevice, options: Options
-) -> None:
+async def _sessions(house: House, device: NetDevice, options: Options) -> None:
     """Serve front-ends, one after the other; returns after the first with ``--one-off`` or ``--fd``.
 
     With ``--migrate-exit`` it returns after one whose guest has moved away.
     """
-    if connection is not None:
-        await _session(connection, device, options)
-        return
-    assert listener is not None  # one of the two is there
-    with closing(_Door(listener)) as door:
+    with closing(_Door(house)) as door:
         while True:
-            with await door.next() as accepted:
-                first = None if options.stream else await _first_byte(accepted)
-                if first == b"":
+            if house.server is None and house.connection is None:
+                house.connection = await _next_front_end(door, house, options)
+                if house.connection is None:
                     continue
-                door.watch()
-                if first == _FRAME:
-                    logger.error(
-                        "this front-end sends Ethernet frames, and vhost-user is what is spoken here: %s",
-                        "leave out --vhost-user" if options.dialect is Dialect.PASST else "start with --stream",
-                    )
-                else:
-                    await _session(accepted, device, options)
-            if options.one_off or (options.migrate_exit and device.moved_away):
+            with house.connection or contextlib.nullcontext():
+                if house.listener is not None:
+                    door.watch()
+                await _session(house, device, options)
+            if house.listener is None or house.successor or options.one_off:
                 return
+            if options.migrate_exit and device.moved_away:
+                return
+
+
+async def _next_front_end(door: _Door, house: House, options: Options) -> socket.socket | None:
+    """Who connects next, and has something to say that a session can be made of; None if that was nobody."""
+    house.waiting = accepted = await door.next()
+    first = None if options.stream else await _first_byte(accepted)
+    house.waiting = None
+    if first not in (b"", _FRAME):
+        return accepted
+    if first:
+        logger.error(
+            "this front-end sends Ethernet frames, and vhost-user is what is spoken here: %s",
+            "leave out --vhost-user" if options.dialect is Dialect.PASST else "start with --stream",
+        )
+    accepted.close()
+    return None
 
 
 class _Door:
     """Where front-ends come in, one after the other, and who only looks whether somebody is there goes out again."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
+    def __init__(self, house: House) -> None:
+        self._house = house
         self._loop = asyncio.get_running_loop()
-        self._waiting: socket.socket | None = None
+
+    @property
+    def _listener(self) -> socket.socket:
+        assert self._house.listener is not None  # or nobody would come
+        return self._house.listener
 
     async def next(self) -> socket.socket:
         """Whoever waits, or comes next."""
         self._loop.remove_reader(self._listener)
-        if self._waiting is not None:
-            accepted, self._waiting = self._waiting, None
+        if self._house.waiting is not None:
+            accepted, self._house.waiting = self._house.waiting, None
             self._loop.remove_reader(accepted)
             return accepted
         while True:
+            await self._come()
             try:
-                accepted, address = await self._loop.sock_accept(self._listener)
+                accepted, address = self._listener.accept()
+            except BlockingIOError:
+                continue
             except OSError as error:
                 # Mostly for want of descriptors, which come back: the front-end waits in the backlog.
                 logger.warning("a front-end cannot be accepted yet: %s", error.strerror)
                 await asyncio.sleep(_ACCEPT_AGAIN)
                 continue
             if not lifecycle.is_probe(address):
+                accepted.setblocking(False)
                 return accepted
             accepted.close()
 
+    async def _come(self) -> None:
+        """Somebody has connected, and is this process's to accept."""
+        come = asyncio.Event()
+        self._loop.add_reader(self._listener, come.set)
+        try:
+            await come.wait()
+        finally:
+            self._loop.remove_reader(self._listener)
+        if self._house.successor:
+            await asyncio.Event().wait()  # the end of this process is near
+
     def watch(self) -> None:
         """While one is served, log it once if another comes and has something to say."""
+        if self._house.waiting is not None:
+            return
         self._loop.add_reader(self._listener, self._another)
 
     def _another(self) -> None:
+        if self._house.successor:
+            return
         try:
             accepted, address = self._listener.accept()
         except BlockingIOError:
@@ -252,7 +269,7 @@ class _Door:
             accepted.close()
             return
         accepted.setblocking(False)
-        self._waiting = accepted
+        self._house.waiting = accepted
         self._loop.remove_reader(self._listener)
         self._loop.add_reader(accepted, self._speaks, accepted)
 
@@ -262,22 +279,35 @@ class _Door:
             logger.warning("another front-end has connected, and waits: one is served at a time")
             return
         accepted.close()  # it only looked
-        self._waiting = None
+        self._house.waiting = None
         self.watch()
 
     def close(self) -> None:
         """Let nobody in any more, and send away who waits."""
+        if self._house.listener is None:
+            return
         self._loop.remove_reader(self._listener)
-        if self._waiting is not None:
-            self._loop.remove_reader(self._waiting)
-            self._waiting.close()
+        if self._house.waiting is not None:
+            self._loop.remove_reader(self._house.waiting)
+            self._house.waiting.close()
 
 
-async def _session(connection: socket.socket, device: NetDevice, options: Options) -> None:
+async def _session(house: House, device: NetDevice, options: Options) -> None:
     """One front-end, to its end. Its errors end the session, never the process."""
-    logger.info("a front-end has connected")
-    device.guest_comes()
-    if await (serve_stream if options.stream else serve)(connection, device) is None:
+    connection, house.connection = house.connection, None
+    if connection is not None:
+        logger.info("a front-end has connected")
+        device.guest_comes()
+        if not options.stream:
+            house.server = Server(connection, device)
+    error: Exception | str | None
+    if house.server is not None:
+        error = await house.server.run()
+        house.server = None
+    else:
+        assert connection is not None  # one of the two is there
+        error = await serve_stream(connection, device)
+    if error is None and not house.successor:
         logger.info("the front-end has disconnected")
 
 

@@ -228,6 +228,26 @@ class Mover:
         self._room = 0  # target: bytes that queues may still take in our memory
         self._told_elsewhere = Withdrawn()  # target: where the guest comes from
 
+    # ---- another process on this host goes on
+
+    @property
+    def settled(self) -> bool:
+        """Nothing moves, and no connection waits for a helper, or for its address."""
+        with self._lock:
+            waits = self._rescue.held() or self._awaited.waits
+            return not (self._parked or self._frozen or self._arrivals or waits)
+
+    @property
+    def listeners_frozen(self) -> bool:
+        """A guest has moved away, and none has come: who asks for a forwarded port gets no answer."""
+        return bool(self._frozen_listeners)
+
+    def take_over(self, *, listeners_frozen: bool) -> None:
+        """Go on where another process's was; flows and listeners are in the engine."""
+        if listeners_frozen:
+            self._frozen_listeners = list(self._engine.listeners())
+        self._schedule(HURRY_SECONDS, self._engine.calm)
+
     # ---- both sides
 
     def observed(self) -> Observed:

@@ -64,8 +64,8 @@ class VirtioFeatures(enum.Enum):
 class Options:
     """What the command line says, checked. Paths are absolute.
 
-    ``net`` is what the guest is told, and ``repair_path`` is None for the default
-    beside the socket, and empty for no repair. ``socket`` is None for passt's
+    ``net`` is what the guest is told. ``repair_path`` and ``takeover_path`` are None for the default
+    beside the socket, and empty for none. ``socket`` is None for passt's
     default path, with ``PASST`` and without ``fd`` only.
     """
 
@@ -86,6 +86,8 @@ class Options:
     pcap: str | None = None
     stats: int = 0  # seconds between two reports at least; 0 for none
     repair_path: str | None = None
+    takeover: str | None = None  # where the godwit listens whose guest this one is to go on with
+    takeover_path: str | None = None
     migrate_version: int = 2
     record: str | None = None
     migrate_exit: bool = False
@@ -149,8 +151,8 @@ def _socket_path(text: str) -> str:
     return path
 
 
-def _repair_path(text: str) -> str:
-    """A path; empty for the word that turns repair off."""
+def _path_or_none(text: str) -> str:
+    """A path; empty for the word that says: nowhere."""
     return "" if text == "none" else _socket_path(text)
 
 
@@ -298,8 +300,24 @@ TABLE: tuple[Row, ...] = (
         Kind.VALUE,
         "repair_path",
         "PATH",
-        _repair_path,
+        _path_or_none,
         "the repair helper's socket (the front-end's with .repair behind it), or none",
+    ),
+    Row(
+        ("--takeover",),
+        Kind.VALUE,
+        "takeover",
+        "PATH",
+        _path,
+        "go on with the guest of the godwit that listens there, which ends; without --socket, at the same path",
+    ),
+    Row(
+        ("--takeover-path",),
+        Kind.VALUE,
+        "takeover_path",
+        "PATH",
+        _path_or_none,
+        "where the next godwit may take over (the front-end's with .takeover behind it), or none",
     ),
     Row(
         ("--migrate-version",),
@@ -539,8 +557,12 @@ def _cross_check(options: Options) -> None:
         raise OptionError("--vhost-user and --stream exclude each other")
     if options.socket and options.fd is not None:
         raise OptionError("--socket and --fd exclude each other")
-    if options.dialect is Dialect.GODWIT and not options.socket and options.fd is None:
-        raise OptionError("one of --socket PATH and --fd N is needed")
+    if options.takeover and options.fd is not None:
+        raise OptionError("--takeover and --fd exclude each other: the connection is taken over, too")
+    if options.takeover and options.stream:
+        raise OptionError("--takeover: nothing can be taken over in stream mode, start with --vhost-user")
+    if options.dialect is Dialect.GODWIT and not options.socket and options.fd is None and not options.takeover:
+        raise OptionError("one of --socket PATH, --fd N and --takeover PATH is needed")
     for protocol, on in (("tcp", options.tcp), ("udp", options.udp)):
         if not on and getattr(options, f"{protocol}_ports"):
             raise OptionError(f"--{protocol}-ports and --no-{protocol} exclude each other")

@@ -353,28 +353,30 @@ cdef class EngineBase:
     def set_memory(self, regions):
         """Replace all regions: (guest address, size, user address, offset, descriptor) each."""
         regions = list(regions)
-        try:
-            with self.parked():
+        kept = 0
+        with self.parked():
+            memory_clear(&self.p.mem)
+            try:
+                for guest_addr, size, user_addr, offset, fd in regions:
+                    check(memory_add(&self.p.mem, guest_addr, size, user_addr, offset, fd),
+                          f"memory region at {guest_addr:#x}, {size:#x} bytes")
+                    kept += 1
+            except BaseException:
                 memory_clear(&self.p.mem)
-                try:
-                    for guest_addr, size, user_addr, offset, fd in regions:
-                        check(memory_add(&self.p.mem, guest_addr, size, user_addr, offset, fd),
-                              f"memory region at {guest_addr:#x}, {size:#x} bytes")
-                finally:
-                    self._remap()
-        finally:
-            for region in regions:
-                os.close(region[4])
+                for region in regions[kept:]:
+                    os.close(region[4])
+                raise
+            finally:
+                self._remap()
 
     def add_region(self, uint64_t guest_addr, uint64_t size, uint64_t user_addr, uint64_t offset, int fd):
         """Add one region."""
-        try:
-            with self.parked():
-                check(memory_add(&self.p.mem, guest_addr, size, user_addr, offset, fd),
-                      f"memory region at {guest_addr:#x}, {size:#x} bytes")
-                self._remap()
-        finally:
-            os.close(fd)
+        with self.parked():
+            rc = memory_add(&self.p.mem, guest_addr, size, user_addr, offset, fd)
+            if rc != 0:
+                os.close(fd)
+            check(rc, f"memory region at {guest_addr:#x}, {size:#x} bytes")
+            self._remap()
 
     def remove_region(self, uint64_t guest_addr, uint64_t size, uint64_t user_addr):
         """Remove one region; rings that lay in it stop."""

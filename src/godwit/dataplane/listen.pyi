@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from array import array
+from collections.abc import Iterable
 
 def open_ports(
     family: int,
@@ -13,3 +14,4 @@ def open_ports(
     last: int,
     most: int,
 ) -> array[int]: ...
+def sockets(fds: Iterable[int]) -> list[tuple[int, int, bool, bytes, int, int, bytes]]: ...

@@ -8,6 +8,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from godwit.dataplane.sys cimport (
+    AF_INET,
     AF_INET6,
     EMFILE,
     ENFILE,
@@ -24,9 +25,14 @@ from godwit.dataplane.sys cimport (
     SOL_SOCKET,
     SO_BINDTODEVICE,
     SO_REUSEADDR,
+    SO_TYPE,
+    be16,
     bind,
     close,
     errno,
+    fcntl,
+    getsockname,
+    getsockopt,
     listen,
     put16,
     set_option,
@@ -38,6 +44,11 @@ from godwit.dataplane.sys cimport (
     socket,
     socklen_t,
 )
+
+cdef extern from "<fcntl.h>" nogil:
+    enum:
+        F_GETFL
+        O_NONBLOCK
 
 cdef enum:
     BACKLOG = 1024
@@ -156,3 +167,43 @@ def open_ports(int family, int kind, bytes address, uint32_t scope, bytes device
         return array("i", (<char *>out)[:tried * sizeof(int)])
     finally:
         free(out)
+
+
+def sockets(fds):
+    """For each descriptor (kind, family, whether IPv6 alone, address, its scope, port, name of its device).
+
+    As they are bound; the address has 4 or 16 bytes. Tens of thousands, in a
+    moment. Raises OSError for what is no socket, ValueError for one that is not
+    of IP, or blocks.
+    """
+    cdef sockaddr_storage addr
+    cdef sockaddr_in6 *a6 = <sockaddr_in6 *>&addr
+    cdef sockaddr_in *a4 = <sockaddr_in *>&addr
+    cdef socklen_t n
+    cdef int kind, only, flags
+    cdef char device[MAX_DEVICE]
+    found = []
+    for fd in fds:
+        n = sizeof(addr)
+        if getsockname(fd, <sockaddr *>&addr, &n) != 0:
+            raise OSError(errno, "socket")
+        n = sizeof(kind)
+        if getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &n) != 0:
+            raise OSError(errno, "socket")
+        flags = fcntl(fd, F_GETFL)
+        if addr.ss_family not in (AF_INET, AF_INET6) or flags < 0 or not flags & O_NONBLOCK:
+            raise ValueError(f"a socket of the family {addr.ss_family} and the kind {kind}, or one that blocks")
+        n = MAX_DEVICE
+        if getsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, device, &n) != 0 or n == 0:
+            n = 1
+        only = 0
+        name = device[:n - 1] if n > 1 else b""
+        if addr.ss_family == AF_INET6:
+            n = sizeof(only)
+            getsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &n)
+            found.append((kind, AF_INET6, bool(only), (<char *>&a6.sin6_addr)[:16], a6.sin6_scope_id,
+                          be16(<unsigned char *>&a6.sin6_port), name))
+        else:
+            found.append((kind, AF_INET, False, (<char *>&a4.sin_addr)[:4], 0,
+                          be16(<unsigned char *>&a4.sin_port), name))
+    return found

@@ -18,6 +18,7 @@ cdef struct Region:
     uint8_t *base          # and in ours
     void *mapping
     size_t mapping_size
+    int fd                 # what is mapped; kept for who takes this over (handover.pyx)
 
 cdef struct Memory:
     Region regions[MAX_REGIONS]
@@ -36,6 +37,7 @@ cdef uint8_t *translate(Memory *m, uint64_t addr, uint64_t want, uint64_t *got) 
 cdef uint8_t *translate_user(Memory *m, uint64_t addr, uint64_t want, uint64_t *guest_addr) noexcept nogil
 cdef void log_write(Memory *m, uint64_t addr, uint64_t size) noexcept nogil
 
+# Map a region. Its descriptor is the memory's from then on; if this fails it stays the caller's.
 cdef int memory_add(Memory *m, uint64_t guest_addr, uint64_t size, uint64_t user_addr,
                     uint64_t offset, int fd) noexcept nogil
 cdef int memory_remove(Memory *m, uint64_t guest_addr, uint64_t size, uint64_t user_addr) noexcept nogil

@@ -9,6 +9,7 @@ from godwit.dataplane.sys cimport (
     MAP_SHARED,
     PROT_READ,
     PROT_WRITE,
+    close,
     errno,
     fstat,
     mmap,
@@ -99,8 +100,14 @@ cdef int memory_add(Memory *m, uint64_t guest_addr, uint64_t size, uint64_t user
     r.guest_addr = guest_addr
     r.user_addr = user_addr
     r.size = size
+    r.fd = fd
     m.count += 1
     return 0
+
+
+cdef void unmap(Region *r) noexcept nogil:
+    munmap(r.mapping, r.mapping_size)
+    close(r.fd)
 
 
 cdef int memory_remove(Memory *m, uint64_t guest_addr, uint64_t size, uint64_t user_addr) noexcept nogil:
@@ -109,7 +116,7 @@ cdef int memory_remove(Memory *m, uint64_t guest_addr, uint64_t size, uint64_t u
     for i in range(m.count):
         r = &m.regions[i]
         if r.guest_addr == guest_addr and r.size == size and r.user_addr == user_addr:
-            munmap(r.mapping, r.mapping_size)
+            unmap(r)
             m.count -= 1
             m.regions[i] = m.regions[m.count]
             return 0
@@ -119,7 +126,7 @@ cdef int memory_remove(Memory *m, uint64_t guest_addr, uint64_t size, uint64_t u
 cdef void memory_clear(Memory *m) noexcept nogil:
     cdef int i
     for i in range(m.count):
-        munmap(m.regions[i].mapping, m.regions[i].mapping_size)
+        unmap(&m.regions[i])
     m.count = 0
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from godwit.lab.netns import Namespace, wait_until
 KINDS = ("godwit", "passt")
 # The command as it is installed: nothing here may import it.
 _GODWIT = [sys.executable, os.path.join(sysconfig.get_path("scripts"), "godwit")]
+
+_STOOD_STILL = re.compile(r"has taken over from .* the guest stood still for ([0-9.]+) ms")
 
 _numbers = itertools.count()
 
@@ -76,6 +79,8 @@ class Backend:
             words = peer.fetch().command(*common)
         else:
             raise LabError(f"no such back-end: {kind}")
+        self._common = ["-f", *(["--no-map-gw"] if not map_gw else [])]
+        self._arguments = list(arguments)
         if descriptors is not None:
             words = ["prlimit", f"--nofile={descriptors}:{descriptors}", *words]
         with open(self.log, "wb"):
@@ -97,6 +102,37 @@ class Backend:
             return self._listens_at <= _listening(self.pid)
 
         wait_until(listening, f"{self.name} to listen", 20.0)
+
+    def successor(self, arguments: Sequence[str] | None = None, wrapper: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """Start a godwit that is to take over from this one; it writes into the same log.
+
+        ``arguments``: its own, instead of this one's; ``wrapper``: what runs its command line, in its own process.
+        """
+        own = self._arguments if arguments is None else arguments
+        words = [*_GODWIT, "serve", *self._common, "--takeover", f"{self.socket}.takeover", *own]
+        with open(self.log, "ab") as log:
+            return self.space.popen([*wrapper, *words], stdout=log, stderr=log)
+
+    def hand_over(self, arguments: Sequence[str] | None = None) -> float:
+        """Have another process take over; it is the back-end from then on. Returns how long the guest stood still.
+
+        In seconds, as the new one has measured it. :class:`LabError` if the old one goes on.
+        """
+        before = len(_STOOD_STILL.findall(self.messages()))
+        process = self.successor(arguments)
+
+        def over() -> bool:
+            if process.poll() is not None:
+                raise LabError(f"{self.name} was not taken over: {self.messages()[-2000:]}")
+            return not self.running and len(_STOOD_STILL.findall(self.messages())) > before
+
+        wait_until(over, f"{self.name} to be taken over", 20.0)
+        if self._process.returncode != 0:
+            raise LabError(f"{self.name} ended with {self._process.returncode}: {self.messages()[-2000:]}")
+        self._process = process
+        if arguments is not None:
+            self._arguments = list(arguments)
+        return float(_STOOD_STILL.findall(self.messages())[-1]) / 1000
 
     def start_helper(self, *arguments: str) -> None:
         """Start a repair helper, with more options if it is godwit's; it has connected when this returns."""
@@ -186,7 +222,7 @@ class Backend:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout)
             self.kill()
-        for path in (self.socket, f"{self.socket}.repair"):
+        for path in (self.socket, f"{self.socket}.repair", f"{self.socket}.takeover"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 

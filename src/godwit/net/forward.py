@@ -21,17 +21,18 @@ Forwards are kept as ranges, never port by port.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import resource
 import socket
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
-from godwit.dataplane.listen import open_ports
+from godwit.dataplane.listen import open_ports, sockets
 
 IPAddress = IPv4Address | IPv6Address
 
@@ -297,6 +298,23 @@ def ephemeral_ports() -> tuple[int, int]:
     return first, last
 
 
+class Bound(NamedTuple):
+    """Where a socket listens: what tells it from all others that there may be."""
+
+    kind: int
+    family: int
+    v6only: bool
+    address: bytes
+    scope: int
+    port: int
+    device: bytes
+
+
+def bound(fds: Iterable[int]) -> list[Bound]:
+    """Where these sockets listen. Raises OSError or ValueError if one of them is none of IP, or blocks."""
+    return [Bound._make(each) for each in sockets(fds)]
+
+
 class Listeners:
     """The sockets of the forwards of one protocol. Whoever has it owns the descriptors."""
 
@@ -331,6 +349,7 @@ def open_listeners(
     ipv6: bool = True,
     freebind: bool = False,
     most: int = MAX_PORT,
+    inherited: dict[Bound, int] | None = None,
 ) -> Listeners:
     """Open the sockets of ``forwards``: SOCK_STREAM ones listen, SOCK_DGRAM ones are bound.
 
@@ -339,13 +358,16 @@ def open_listeners(
     are non-blocking. Raises ForwardError, with nothing left open, for a port
     that cannot be had, or where not one port of a weak forward can. Weak forwards
     open no more sockets than there are ``most`` in all, the lowest ports first.
+    Sockets that another process has ``inherited`` to this one are taken instead
+    of new ones, and taken out of there, whatever ``most`` says.
     """
     opened: list[tuple[Forward, array[int]]] = []
     count = left_out = 0
     weak: dict[Place, tuple[int, int]] = {}  # ports open or left out, and an error
     try:
         for one in forwards.ranges:
-            fds = _open(one, kind, ipv4, ipv6, freebind, max(0, most - count) if one.weak else MAX_PORT)
+            room = max(0, most - count) if one.weak else MAX_PORT
+            fds = _open(one, kind, ipv4, ipv6, freebind, room, {} if inherited is None else inherited)
             opened.append((one, fds))
             got = sum(1 for fd in fds if fd >= 0)
             count += got
@@ -369,22 +391,37 @@ def open_listeners(
     return Listeners(opened, left_out)
 
 
-def _open(one: Forward, kind: socket.SocketKind, ipv4: bool, ipv6: bool, freebind: bool, most: int) -> array[int]:
+def _open(
+    one: Forward,
+    kind: socket.SocketKind,
+    ipv4: bool,
+    ipv6: bool,
+    freebind: bool,
+    most: int,
+    inherited: dict[Bound, int],
+) -> array[int]:
     """A descriptor or a negative error number for each port of a range, as `open_ports` has it."""
     version = _version(one) or (6 if ipv6 else 4)
     if not (ipv6 if version == 6 else ipv4):
         what = one.place.address or one.to_address or "it"
         raise ForwardError(f"cannot listen on port {one.first}: IPv{version} is off, and {what} needs it")
     both = _version(one) is None and ipv4
-    fds = _open_as(version, one, kind, both=both, freebind=freebind, most=most)
+    fds = _open_as(version, one, kind, both=both, freebind=freebind, most=most, inherited=inherited)
     # A kernel without IPv6: IPv4 alone is what "every address" then means.
     if both and version == 6 and fds and fds[0] == -errno.EAFNOSUPPORT:
-        return _open_as(4, one, kind, both=False, freebind=freebind, most=most)
+        return _open_as(4, one, kind, both=False, freebind=freebind, most=most, inherited=inherited)
     return fds
 
 
 def _open_as(
-    version: int, one: Forward, kind: socket.SocketKind, *, both: bool, freebind: bool, most: int
+    version: int,
+    one: Forward,
+    kind: socket.SocketKind,
+    *,
+    both: bool,
+    freebind: bool,
+    most: int,
+    inherited: dict[Bound, int],
 ) -> array[int]:
     address, device = one.place
     scope = 0
@@ -393,18 +430,38 @@ def _open_as(
             scope = socket.if_nametoindex(device)
         except OSError:
             raise ForwardError(_reason(one.place, one.first, errno.ENODEV, 0)) from None
-    return open_ports(
-        socket.AF_INET6 if version == 6 else socket.AF_INET,
-        kind,
-        address.packed if address is not None else bytes(16 if version == 6 else 4),
-        scope,
-        (device or "").encode(),
-        not both,
-        freebind,
-        one.first,
-        one.last,
-        most,
-    )
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    packed = address.packed if address is not None else bytes(16 if version == 6 else 4)
+    name = (device or "").encode()
+
+    def open_new(first: int, last: int, most: int) -> array[int]:
+        return open_ports(family, kind, packed, scope, name, not both, freebind, first, last, most)
+
+    if not inherited:
+        return open_new(one.first, one.last, most)
+    only = version == 6 and not both
+    there = [
+        inherited.pop(Bound(int(kind), int(family), only, packed, scope, port, name), -1)
+        for port in range(one.first, one.last + 1)
+    ]
+    return _fill(there, one.first, most, open_new)
+
+
+def _fill(there: list[int], first: int, most: int, open_new: Callable[[int, int, int], array[int]]) -> array[int]:
+    """A descriptor, or the error, for each port from ``first`` on: those that are there, and new ones between them."""
+    fds: array[int] = array("i")
+    most -= sum(1 for fd in there if fd >= 0)
+    for missing, run in itertools.groupby(there, lambda fd: fd < 0):
+        some = list(run)
+        if not missing:
+            fds.extend(some)
+            continue
+        start = first + len(fds)
+        opened = open_new(start, start + len(some) - 1, max(0, most)) if most > 0 else array("i")
+        most -= sum(1 for fd in opened if fd >= 0)
+        # One that was not tried counts as one for which there was no descriptor.
+        fds.extend([*opened, *[-errno.EMFILE] * (len(some) - len(opened))])
+    return fds
 
 
 def _reason(place: Place, port: int, error: int, ports: int) -> str:

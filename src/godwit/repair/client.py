@@ -24,7 +24,7 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Self
 
 from godwit.repair.protocol import (
     GUARD_NAME,
@@ -70,6 +70,10 @@ class RepairClient:
         pid, uid = peer_of(sock)
         #: For the log: process id and user.
         self.peer = f"pid {pid}, uid {uid}"
+
+    def fileno(self) -> int:
+        """The connection."""
+        return self._sock.fileno()
 
     @property
     def alive(self) -> bool:
@@ -222,6 +226,30 @@ class RepairListener:
             self._sock.close()
             raise
         self._made = made.st_dev, made.st_ino
+
+    @classmethod
+    def adopt(cls, path: str, fd: int, client: int = -1, timeout: float = TIMEOUT) -> Self:
+        """What another process has listened with, and its helper's connection (-1: none): this one's from now on."""
+        made = cls.__new__(cls)
+        made.path = path
+        made._timeout = timeout
+        made._lock = threading.Lock()
+        made._sock = socket.socket(fileno=fd)
+        made._client = None if client < 0 else RepairClient(socket.socket(fileno=client), timeout)
+        made.hung_at = None
+        made.ever_connected = client >= 0
+        try:
+            there = os.stat(path, follow_symlinks=False)
+            made._made = there.st_dev, there.st_ino
+        except OSError:
+            made._made = 0, 0  # nobody finds it there: nothing to remove
+        return made
+
+    def descriptors(self) -> tuple[int, int]:
+        """Those of the socket and of the helper's connection (-1: no helper is there); they stay the listener's."""
+        with self._lock:
+            client = self._client
+            return self._sock.fileno(), -1 if client is None or not client.alive else client.fileno()
 
     def fileno(self) -> int:
         """The listening socket, for an event loop to watch."""

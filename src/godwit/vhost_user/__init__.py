@@ -7,7 +7,7 @@ do no I/O of their own, ``BackendSession`` and ``FrontendSession``, over one
 table of requests, ``TABLE``.
 """
 
-from godwit.vhost_user.aio import serve
+from godwit.vhost_user.aio import Server, serve
 from godwit.vhost_user.backend import (
     BackendSession,
     RequestReceived,
@@ -28,6 +28,7 @@ from godwit.vhost_user.frames import Outgoing
 from godwit.vhost_user.frontend import FrontendSession, Reply
 from godwit.vhost_user.messages import TABLE, Request, Row, When
 from godwit.vhost_user.payloads import Direction, MemoryRegion, Phase, VringAddr, VringFlag
+from godwit.vhost_user.state import SavedSession
 
 __all__ = [
     "TABLE",
@@ -51,6 +52,8 @@ __all__ = [
     "RequestReceived",
     "RequestRefused",
     "Row",
+    "SavedSession",
+    "Server",
     "SessionEnded",
     "VhostUserError",
     "VringAddr",

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A back-end session under asyncio: ``serve`` joins a socket, a session and a device."""
+"""A back-end session under asyncio: ``serve`` joins a socket, a session and a device.
+
+``Server`` is the same as an object, for a device that another process is to go
+on with while the front-end notices nothing: ``suspend`` brings the session to
+a stop between two requests and says how it stands. The other process builds a
+``Server`` from that and from duplicates of the descriptors; this one then
+either goes on as if nothing had been (``resume``) or lets go (``leave``).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +20,7 @@ from godwit.vhost_user.backend import BackendSession, RequestReceived, RequestRe
 from godwit.vhost_user.device import Device
 from godwit.vhost_user.errors import DeviceError, ProtocolError, VhostUserError
 from godwit.vhost_user.messages import Request
+from godwit.vhost_user.state import SavedSession
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +37,7 @@ async def serve(sock: socket.socket, device: Device) -> VhostUserError | None:
     ``disconnected``, also after cancellation, and that one to its end. The
     socket is closed.
     """
-    server = _Server(sock, device)
-    try:
-        return await server.run()
-    finally:
-        server.close()
-        await disconnect(device)
+    return await Server(sock, device).run()
 
 
 async def disconnect(device: Device) -> None:
@@ -62,10 +65,14 @@ async def _to_the_end(work: Coroutine[object, object, None]) -> None:
         raise cancelled
 
 
-class _Server:
-    """The life of one session."""
+class Server:
+    """The life of one session. ``saved``: it goes on with what another process's ``suspend`` gave, and the device is
+    already as the other's was; raises ``ProtocolError`` if this one could not have come to be so.
 
-    def __init__(self, sock: socket.socket, device: Device) -> None:
+    Nothing is read or sent before ``run``.
+    """
+
+    def __init__(self, sock: socket.socket, device: Device, saved: SavedSession | None = None) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._device = device
@@ -75,14 +82,58 @@ class _Server:
             queues=device.queues,
             queue_num=device.queue_num,
             max_mem_slots=device.max_mem_slots,
+            saved=saved,
         )
         self._sender = transport.Sender(sock)
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._gone = asyncio.Event()
         self._reading = False
+        self._suspended: asyncio.Future[SavedSession | None] | None = None
+        self._resumed = asyncio.Event()
+        self._left = self._over = False
 
     async def run(self) -> VhostUserError | None:
+        """Serve to the end, as ``serve`` does; after ``leave`` the device is told nothing, and it returns None."""
+        try:
+            return await self._run()
+        finally:
+            self.close()
+            if not self._left:
+                await disconnect(self._device)
+
+    async def suspend(self) -> SavedSession | None:
+        """Read no more, have what has been read worked off, and stop before the next request.
+
+        Gives how the session stands, or None if it is over; ``DeviceError`` in
+        the midst of a transfer of the device's state. To be followed by
+        ``resume`` or ``leave``, also when it is cancelled.
+        """
+        if self._suspended is not None:
+            raise RuntimeError("the session is suspended already")
+        if self._over:
+            return None
+        self._suspended = self._loop.create_future()
+        self._resumed.clear()
+        self._stop_reading()
+        self._arrived.set()
+        return await self._suspended
+
+    def fileno(self) -> int:
+        """The connection with the front-end."""
+        return self._sock.fileno()
+
+    def resume(self) -> None:
+        """Go on as if ``suspend`` had not been called."""
+        self._suspended = None
+        self._resumed.set()
+
+    def leave(self) -> None:
+        """Another process goes on: ``run`` returns, with not a word to the front-end or to the device."""
+        self._left = True
+        self._resumed.set()
+
+    async def _run(self) -> VhostUserError | None:
         while True:
             self._arrived.clear()
             event = self._session.next_event()
@@ -96,10 +147,26 @@ class _Server:
                 log.warning("refused: %s", event.error)
             elif isinstance(event, RequestReceived):
                 await self._carry_out(event)
+            elif self._suspended is not None:
+                if not self._suspended.done():
+                    self._tell_suspended(self._suspended)
+                await self._resumed.wait()
+                if self._left:
+                    return None
             else:
                 await self._arrived.wait()
 
+    def _tell_suspended(self, suspended: asyncio.Future[SavedSession | None]) -> None:
+        try:
+            suspended.set_result(self._session.save())
+        except RuntimeError as error:
+            suspended.set_exception(DeviceError(str(error)))
+
     def close(self) -> None:
+        """Close the socket and whatever else is held; ``run`` does it."""
+        self._over = True
+        if self._suspended is not None and not self._suspended.done():
+            self._suspended.set_result(None)
         self._stop_reading()
         self._loop.remove_writer(self._sock)
         self._sender.close()
@@ -146,7 +213,9 @@ class _Server:
                 await asyncio.wait((task,))
 
     def _read_on(self) -> None:
-        if not self._reading and self._session.wanted and self._session.backlog < MAX_BACKLOG:
+        if self._reading or self._suspended is not None:
+            return
+        if self._session.wanted and self._session.backlog < MAX_BACKLOG:
             self._loop.add_reader(self._sock, self._readable)
             self._reading = True
 

@@ -25,7 +25,7 @@ from godwit.vhost_user.errors import DeviceError, ProtocolError, VhostUserError
 from godwit.vhost_user.frames import NEED_REPLY, REPLY, Frame, FrameReader, Outgoing, close_fds, encode
 from godwit.vhost_user.messages import TABLE, Request, Row
 from godwit.vhost_user.payloads import U64, LogReply, Payload, StateReply, VringIndex, VringState, decode
-from godwit.vhost_user.state import SessionState
+from godwit.vhost_user.state import SavedSession, SessionState
 
 
 @dataclass(slots=True)
@@ -72,7 +72,9 @@ class BackendSession:
     """One session with a front-end.
 
     ``features`` and ``protocol_features`` are those offered, ``queues`` is the
-    number of vrings, ``queue_num`` the answer to GET_QUEUE_NUM.
+    number of vrings, ``queue_num`` the answer to GET_QUEUE_NUM. ``saved``: go on
+    with what ``save`` gave in another process; ``ProtocolError`` if that cannot
+    be, and its descriptors stay the caller's then.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class BackendSession:
         queues: int = 2,
         queue_num: int = 1,
         max_mem_slots: int = 8,
+        saved: SavedSession | None = None,
     ) -> None:
         self.state = SessionState(features, protocol_features, queues, max_mem_slots)
         self._answers = {
@@ -92,6 +95,10 @@ class BackendSession:
             Request.GET_MAX_MEM_SLOTS: max_mem_slots,
         }
         self._reader = FrameReader()
+        if saved is not None:
+            self.state.restore(saved)
+            if saved.unread:
+                self._reader.feed(saved.unread, saved.fds)
         self._outgoing: list[Outgoing] = []
         self._current: RequestReceived | None = None
         self._ended: SessionEnded | None = None
@@ -159,6 +166,17 @@ class BackendSession:
             return True
         self._end(error)
         return False
+
+    def save(self) -> SavedSession:
+        """The session between two requests, for another process. It is left as it is, and its descriptors with it.
+
+        Raises ``RuntimeError`` while there is something to do, to send or to check: work off what ``next_event``
+        gives first.
+        """
+        if self._current is not None or self._outgoing or self._ended or self.state.transfer or self._reader.backlog:
+            raise RuntimeError("the session is in the midst of something")
+        unread, fds = self._reader.unread()
+        return self.state.save()._replace(unread=unread, fds=fds)
 
     def outgoing(self) -> list[Outgoing]:
         """What is to be sent now, in this order. Owned descriptors are the caller's to close."""

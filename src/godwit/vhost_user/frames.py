@@ -141,6 +141,10 @@ class FrameReader:
             raise self._error
         return None
 
+    def unread(self) -> tuple[bytes, tuple[int, ...]]:
+        """The part of a message that has come, and its descriptors, which stay the reader's. No frame is left."""
+        return bytes(self._buffer), tuple(self._fds)
+
     def close(self) -> None:
         """Close all descriptors still held, and take nothing more."""
         self._eof = True

@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from godwit.vhost_user.errors import ProtocolError
 from godwit.vhost_user.features import Feature, ProtocolFeature
@@ -58,8 +59,25 @@ class Ring:
     started: bool = False
 
 
+class SavedSession(NamedTuple):
+    """A session between two requests, for another process to go on with (``BackendSession.save``).
+
+    ``rings`` has for each ring whether it has a size, whether it has addresses, and whether it is started;
+    ``regions`` are without descriptors. ``unread`` are the bytes of a message that has come in part, and ``fds`` the
+    descriptors that came with them.
+    """
+
+    features: int
+    protocol_features: int
+    owned: bool
+    rings: tuple[tuple[bool, bool, bool], ...]
+    regions: tuple[MemoryRegion, ...]
+    unread: bytes = b""
+    fds: tuple[int, ...] = ()
+
+
 class SessionState:
-    """The state of one back-end session. Read what you like; only ``apply`` changes it."""
+    """The state of one back-end session. Read what you like; only ``apply`` and ``restore`` change it."""
 
     def __init__(self, features: int, protocol_features: int, queues: int, max_mem_slots: int) -> None:
         # Plain numbers: the complement of an IntFlag may have the bits that the class knows, and no others.
@@ -82,6 +100,30 @@ class SessionState:
     def reply_ack(self) -> bool:
         """REPLY_ACK is negotiated."""
         return bool(self.protocol & ProtocolFeature.REPLY_ACK)
+
+    def save(self) -> SavedSession:
+        """All of it, with nothing unread. There is no transfer."""
+        rings = tuple((ring.has_num, ring.has_addr, ring.started) for ring in self.rings)
+        regions = tuple(region._replace(fd=-1) for region in self.regions)
+        return SavedSession(self.features, self.protocol, self.owned, rings, regions)
+
+    def restore(self, saved: SavedSession) -> None:
+        """Be what another process's was. Raise ``ProtocolError`` if this back-end could not have come to be so."""
+        for what, used, offered in (
+            ("features", saved.features, self.offered),
+            ("protocol features", saved.protocol_features, self.protocol_offered),
+        ):
+            if used & ~offered:
+                raise ProtocolError(f"the session uses {what} {used & ~offered:#x}, which are not offered here")
+        if len(saved.rings) != len(self.rings):
+            raise ProtocolError(f"the session has {len(saved.rings)} rings, and there are {len(self.rings)} here")
+        if len(saved.regions) > self.max_mem_slots:
+            raise ProtocolError(f"the session has {len(saved.regions)} memory regions: {self.max_mem_slots} at most")
+        for number, region in enumerate(saved.regions):
+            _check_overlap(region, saved.regions[:number])
+        self.features, self.protocol, self.owned = saved.features, saved.protocol_features, saved.owned
+        self.rings = [Ring(*ring) for ring in saved.rings]
+        self.regions = list(saved.regions)
 
     def check(self, row: Row, payload: Payload) -> None:
         """Raise ``ProtocolError`` if the request is not legal now."""
