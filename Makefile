@@ -6,6 +6,7 @@ CC ?= cc
 VENV ?= .venv
 PYTEST_ARGS ?=
 TIME ?= 60
+MOVES ?= 200
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -17,10 +18,10 @@ VARIANT = $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)
 export CC PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo bench test test-vm vm-tools fuzz fuzz-keep lint debug asan annotate check clean
+.PHONY: help venv build demo bench test test-vm vm-tools fuzz fuzz-keep outcomes faults endurance endurance-vm lint debug asan annotate check clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## the virtual environment, .venv, with all tools
 
@@ -62,6 +63,18 @@ $(VENV)/fuzz: pyproject.toml | venv
 
 fuzz-keep: build ## of what make fuzz has found, keep the least that reaches all of it
 	$(PY) -m tests.fuzz.keep
+
+outcomes: build prerequisites-lab ## what becomes of connections in every migration there is, into docs/outcomes.md
+	$(PY) tools/outcomes.py
+
+faults: build prerequisites-lab ## a fault in every place of a migration, into docs/faults.md
+	$(PY) tools/faults.py
+
+endurance: build prerequisites-lab ## one guest moves MOVES times under load: nothing may be lost, nothing may grow
+	$(PY) -m godwit.lab.endurance --moves $(MOVES)
+
+endurance-vm: build prerequisites-lab vm-tools ## the same with a QEMU guest
+	$(PY) -m godwit.lab.endurance --moves $(MOVES) --qemu
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .

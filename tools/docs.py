@@ -66,11 +66,16 @@ PART = re.compile(r"(<!-- generated: (?P<name>[^>]*?) -->\n).*?(<!-- end -->)", 
 
 
 def renew(page: str, text: str) -> str:
-    """The text of a page with every generated part made anew.
+    """The text of a page with every generated part made anew."""
+    return replace(page, text, PARTS[page])
+
+
+def replace(page: str, text: str, parts: dict[str, Callable[[], str]]) -> str:
+    """The text of a page with these parts made anew.
 
     :raises KeyError: a part that nothing generates, or one that the page lacks.
     """
-    makers = dict(PARTS[page])
+    makers = dict(parts)
     renewed = PART.sub(lambda match: f"{match[1]}{makers.pop(match['name'])()}\n{match[3]}", text)
     if makers:
         raise KeyError(f"{page} has no part for {', '.join(makers)}")

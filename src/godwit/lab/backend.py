@@ -47,7 +47,8 @@ class Backend:
     leads to the host's loopback, as it does by default outside of the laboratory,
     where the gateway is the server too. With ``stream`` it speaks no vhost-user,
     but the protocol of QEMU's ``-netdev stream``; nothing migrates then, and there
-    is no helper.
+    is no helper. ``breakpoints``: the socket of ``godwit.lab.breakpoints`` at which
+    a godwit asks what is to fail.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Backend:
         wrapper: Sequence[str] = (),
         map_gw: bool = False,
         stream: bool = False,
+        breakpoints: str | None = None,
     ) -> None:
         self.space = space
         self.kind = kind
@@ -74,7 +76,10 @@ class Backend:
         common = ["-f", *(() if stream else ("--vhost-user",)), "-s", self.socket]
         common += [*([] if map_gw else ["--no-map-gw"]), *arguments]
         if kind == "godwit":
-            words = [*_GODWIT, "serve", *(("--stream",) if stream else ()), *common]
+            program = [*_GODWIT, "serve"]
+            if breakpoints is not None:
+                program = [sys.executable, "-m", "godwit.lab.breakpoints", breakpoints]
+            words = [*program, *(("--stream",) if stream else ()), *common]
         elif kind == "passt":
             words = peer.fetch().command(*common)
         else:

@@ -191,9 +191,9 @@ class Scenario:
 
     ``backends``: the program on host ``a`` and the one on ``b`` (``godwit`` or
     ``passt``); ``helpers``: whose repair helper each of them has (``own``, the
-    other program's name, or None). ``godwit_arguments``: more options for
-    ``godwit serve``. ``descriptors``: how many each back-end may have open;
-    may be changed for the next one.
+    other program's name, or None). ``arguments``: more options for either program,
+    ``godwit_arguments`` for ``godwit serve``. ``descriptors``: how many each back-end may have open;
+    may be changed for the next one. ``breakpoints``: see :class:`Backend`.
     ``make_guest`` makes another guest than an
     embedded one, from the socket of its back-end. ``step`` is told what is done.
     """
@@ -203,8 +203,10 @@ class Scenario:
         *,
         backends: tuple[str, str] = ("godwit", "godwit"),
         helpers: tuple[str | None, str | None] = ("own", "own"),
+        arguments: Sequence[str] = (),
         godwit_arguments: Sequence[str] = (),
         descriptors: int | None = None,
+        breakpoints: str | None = None,
         make_guest: Callable[[str], Guest] | None = None,
         mtu: int = 1500,
         ipv6: bool = False,
@@ -218,8 +220,9 @@ class Scenario:
         self._helpers = dict(zip("ab", helpers, strict=True))
         if not _nobody_exists():
             godwit_arguments = ["--runas", "0", *godwit_arguments]
-        self._arguments = {"godwit": tuple(godwit_arguments), "passt": ()}
+        self._arguments = {"godwit": (*arguments, *godwit_arguments), "passt": tuple(arguments)}
         self.descriptors = descriptors
+        self._breakpoints = breakpoints
         self._mtu = mtu
         self._cleanup = contextlib.ExitStack()
         self.backends: dict[str, Backend] = {}
@@ -262,6 +265,7 @@ class Scenario:
             helper=self._helpers[name],
             arguments=(*self._arguments[self._kinds[name]], *arguments),
             descriptors=self.descriptors,
+            breakpoints=self._breakpoints,
         )
         # A godwit that has let connections go lingers for their sake: not for nobody's.
         self._cleanup.callback(backend.close, 0.5)
@@ -282,8 +286,8 @@ class Scenario:
     def move(self, *, switch_delay: float | None = None) -> Move:
         """Migrate to the other host, and switch the network ``switch_delay`` seconds after that.
 
-        None: while the guest stands still. The back-end that was left lingers
-        until the network has been switched. A passt is cut off before it saves,
+        None: while the guest stands still; negative: so long before the migration begins.
+        The back-end that was left lingers until the network has been switched. A passt is cut off before it saves,
         since it acknowledges what arrives after that, and nobody has it then,
         and ended when it has been left.
         Returns when all streams go on.
@@ -296,7 +300,10 @@ class Scenario:
         if self.load is not None:
             self.load.rewind()
         self._step(f"migrating from host {source} to host {target}")
-        if self._kinds[source] == "passt":
+        if switch_delay is not None and switch_delay < 0:
+            self._switch(target)
+            time.sleep(-switch_delay)
+        elif self._kinds[source] == "passt":
             self.network.switch(None)
         try:
             report = self.guest.migrate(
@@ -310,7 +317,7 @@ class Scenario:
             raise LabError(f"{error}\n{self.messages()}") from error
         self.where = target
         self._step(f"the guest runs on host {target}")
-        if switch_delay is not None:
+        if switch_delay is not None and switch_delay >= 0:
             time.sleep(switch_delay)
             self._switch(target)
         self.guest.retire()
