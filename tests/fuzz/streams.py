@@ -8,6 +8,7 @@ All is drawn from a ``random.Random``, which whoever asks has seeded.
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from godwit.dataplane.state import FlowState, SocketState
 from godwit.migration import MAGIC, BadRecordError, Header, Kind, Part, Reader, Record, UnsoundError
 from godwit.migration.entries import END, HEAD, REQUIRED
 from godwit.migration.layout import Data, Many, Number, One, Text
-from godwit.migration.section import Leaf
+from godwit.migration.section import MAX_RECORD, Leaf
 from godwit.net import native
 from godwit.net.records import FLOW, LOST, OBSERVED, SOCKET, STATE_LOST, V4_MAPPED
 from godwit.net.versions import versions
@@ -232,7 +233,12 @@ def leaves(part: bytes, record: Record[Any], at: int) -> Iterator[tuple[int, Lea
             yield at + leaf.offset, leaf
 
 
-U16, U32 = Leaf("", 0, 2, "H", False, None, ""), Leaf("", 0, 4, "I", False, None, "")
+def _number(code: str, values: range | None = None) -> Leaf:
+    """A place that is no field's."""
+    return Leaf("", 0, struct.calcsize(">" + code), code, False, values, "")
+
+
+U16, U32 = _number("H"), _number("I")
 
 
 def places(part: bytes) -> list[tuple[int, Leaf]]:
@@ -246,10 +252,11 @@ def places(part: bytes) -> list[tuple[int, Leaf]]:
                 found.append((at, U32))
                 at += 4
             case One(record):
-                found += [(at, U16), *leaves(part, record, at + 2)]
+                found += [(at, _number("H", range(record.size, MAX_RECORD + 1))), *leaves(part, record, at + 2)]
                 at += 2 + int.from_bytes(part[at : at + 2], "big")
-            case Many(record, _):
-                found += [(at, U16), (at + 2, U32)]
+            case Many(record, most):
+                found.append((at, _number("H", range(record.size, MAX_RECORD + 1))))
+                found.append((at + 2, _number("I", range(most + 1))))
                 size = int.from_bytes(part[at : at + 2], "big")
                 for first in range(at + 6, len(part), max(1, size))[:4]:
                     found += leaves(part, record, first)
@@ -281,10 +288,21 @@ def change_field(rng: Random, stream: Stream, _other: Stream) -> None:
     spots = places(part) if stream.native else list(leaves(part, record, 0))
     if spots:
         at, leaf = rng.choice(spots)
-        part = put(part, at, anything(rng, leaf))
-    if stream.native and not rng.randrange(6):
-        part = put(part, 4, b"\x7f\xff\xff\xff")  # which announces all that a field may say
-    section[number] = part
+        section[number] = put(part, at, anything(rng, leaf))
+
+
+def announce(rng: Random, stream: Stream, _other: Stream) -> None:
+    """Something says that the most follows that may follow."""
+    if not stream.parts:
+        return
+    number = rng.randrange(len(stream.parts))
+    part = stream.parts[number]
+    if stream.native:
+        part = put(part, 4, b"\x7f\xff\xff\xff")
+    for at, leaf in places(part) if stream.native else leaves(part, SOCKET, 0):
+        if isinstance(leaf.allowed, range) and rng.randrange(2):
+            part = put(part, at, int(leaf.allowed[-1]).to_bytes(leaf.size, "big"))
+    stream.parts[number] = part
 
 
 def change_bytes(rng: Random, stream: Stream, _other: Stream) -> None:
@@ -347,6 +365,7 @@ CHANGES: Final[Sequence[Callable[[Random, Stream, Stream], None]]] = (
     change_field,
     change_field,
     change_bytes,
+    announce,
     move_parts,
     move_parts,
     add_part,
