@@ -54,7 +54,8 @@ def descriptors() -> dict[str, str]:
 class Rig:
     """A mover that loads, on an engine of a few places; the repair helper is this process."""
 
-    def __init__(self, folder: object) -> None:
+    def __init__(self, space: Namespace, folder: object) -> None:
+        self.space = space
         self.engine = Engine(PLACES)
         self.engine.start()
         self.listener = RepairListener(f"{folder}/r")
@@ -114,7 +115,7 @@ def rig(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
             "route add default dev d0",
         )
         gc.collect()  # the engines of the tests before have descriptors
-        made = Rig(tmp_path)
+        made = Rig(space, tmp_path)
         monkeypatch.setattr(made.mover, "_set_mode", made.set_mode)  # in place of a helper's process
         yield made
         made.close()
@@ -244,8 +245,7 @@ def test_what_finds_no_room_in_the_kernel_is_not_kept_without_end(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Receive queues of 1 MiB each, of which 2 MiB in all may be kept: the third is one too many."""
-    with open("/proc/sys/net/ipv4/tcp_rmem", "w") as limits:  # of this network namespace
-        limits.write("4096 65536 65536")
+    rig.space.sysctl("net/ipv4/tcp_rmem", "4096 65536 65536")
     monkeypatch.setattr("godwit.daemon.mover.QUEUES_SHARE", (2 << 20) / (PAGE * os.sysconf("SC_PHYS_PAGES")))
     queue = bytes(range(256)) * 4096
     device = Device()
