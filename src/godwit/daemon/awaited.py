@@ -62,7 +62,11 @@ def _named(address: bytes, port: int, scope: int) -> tuple[str, int] | tuple[str
 
 def is_here(address: bytes, scope: int) -> bool:
     """Whether this host has the address (16 bytes, IPv4 as v4-mapped), so that a socket can be bound to it."""
-    with socket.socket(_family(address), socket.SOCK_DGRAM) as sock:
+    try:
+        probe = socket.socket(_family(address), socket.SOCK_DGRAM)
+    except OSError:
+        return False  # descriptors are short, which is no reason to fail: it may be seen later
+    with probe as sock:
         try:
             sock.bind(_named(address, 0, scope))
         except OSError as error:
