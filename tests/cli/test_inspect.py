@@ -318,10 +318,31 @@ def test_what_looks_like_a_stream_all_over_is_read_once() -> None:
         open_streams(file, versions())
     assert file.taken < 5 * len(file.getvalue())  # of each place besides, the length and the header
     file = Counting(b"QEVM" + (bytes(2) + b"\1\0" + word + b"\1" * 8 + bytes(36)) * 1000)
-    streams, passed_over = open_streams(file, versions())  # too many to be judged: all are given
+    streams, passed_over = open_streams(file, versions(), everything=True)
     assert [at for at, _ in streams] == list(range(8, 56_000, 56))
     assert passed_over == 0
     assert file.taken < 5 * len(file.getvalue())
+
+
+def test_what_looks_like_streams_to_the_end_of_the_file_is_not_read_without_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Each begins in the one before, with an entry that is passed over. A good one behind them is found."""
+    version = (0x80000001).to_bytes(4, "big") * 2
+    unit = (24).to_bytes(4, "big") + MAGIC.to_bytes(8, "big") + version + HEAD.pack(99, 0, 0x7F000000)
+    path = in_qemus_file(tmp_path, IDLE.read_bytes())
+    good = path.read_bytes()
+    path.write_bytes(b"QEVM" + unit * 4000)
+    status, _, errors = run(capsys, "--json", path)
+    *broken, last = sorted(errors.splitlines(), key=lambda line: "places that look like" in line)
+    assert status == 2
+    assert 100 < len(broken) < 1000
+    assert all("state: stream ended at offset" in error for error in broken)
+    assert f": {4000 - len(broken)} places that look like a device state and are no whole one were passed over" in last
+    path.write_bytes(b"QEVM" + unit * 4000 + good)
+    status, lines, _ = run(capsys, "--json", path)
+    assert status == 0
+    assert [json.loads(line)["name"] for line in lines][-1] == "end"
 
 
 def test_a_file_of_qemus_that_ends_in_its_first_piece(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

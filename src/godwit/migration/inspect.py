@@ -24,7 +24,7 @@ from godwit.migration.version import Item, Version, negotiate
 
 MAX_PIECE = 1 << 24  # bytes; QEMU's are at most 1 MiB
 SEARCHED = 1 << 20  # bytes at once
-JUDGED = 500  # places in a file; each costs the reading of what may be a whole stream
+READ_AGAIN = 16  # times the length of a file: what is read of what may be streams in it, to judge them
 
 
 def inspect(file: BinaryIO, versions: Sequence[Version[Any]], *, magic: int = MAGIC) -> Iterator[Item]:
@@ -54,8 +54,12 @@ def open_streams(
     In QEMU's, the guest's memory may have what looks like one, even all of one,
     but for the pieces that QEMU's are in: so those are given that are whole and
     end where their last piece does, and beside them the number of those that
-    were passed over. If none is whole, or there are more than ``JUDGED``, or with ``everything``, all are given:
-    each that may be a stream.
+    were passed over. If none is whole, those that were judged are given. With
+    ``everything`` all are given: each that may be a stream.
+
+    They are judged from the end of the file, where QEMU writes the state of
+    devices. A guest may have filled its memory with what goes on to the end of
+    the file, each place of it, so there is an end to the judging.
 
     :raises NotAStreamError: there is none.
     """
@@ -73,10 +77,24 @@ def open_streams(
             f"there is no device state in it: neither at its beginning nor as QEMU writes it into a migration "
             f"(looked for {magic:#x})"
         )
-    judged = not everything and len(places) <= JUDGED
-    whole = [at for at in places if judged and _is_whole(_Pieces(file, at - 4), versions, magic)]
-    chosen = whole or places
+    chosen = places if everything else _judged(file, places, versions, magic)
     return [(at, io.BufferedReader(_Pieces(file, at - 4))) for at in chosen], len(places) - len(chosen)
+
+
+def _judged(file: BinaryIO, places: Sequence[int], versions: Sequence[Version[Any]], magic: int) -> list[int]:
+    """Of the places those that are whole streams, or else all that could be judged."""
+    whole: list[int] = []
+    judged: list[int] = []
+    left = max(READ_AGAIN * file.seek(0, io.SEEK_END), SEARCHED)
+    for at in reversed(places):
+        if left < 0:
+            break
+        pieces = _Pieces(file, at - 4)
+        judged.insert(0, at)
+        if _is_whole(pieces, versions, magic):
+            whole.insert(0, at)
+        left -= pieces.taken
+    return whole or judged
 
 
 def _is_whole(pieces: _Pieces, versions: Sequence[Version[Any]], magic: int) -> bool:
@@ -125,6 +143,7 @@ class _Pieces(io.RawIOBase):
         self._at = at
         self._left = 0
         self._over = False
+        self.taken = 0  # bytes
         self.ended = False  # behind a length of 0, as QEMU ends them
 
     def readable(self) -> bool:
@@ -147,5 +166,6 @@ class _Pieces(io.RawIOBase):
         self._over = not data
         self._at += len(data)
         self._left -= len(data)
+        self.taken += len(data)
         buffer[: len(data)] = data
         return len(data)
