@@ -141,11 +141,6 @@ class Awaited:
             self._looking = True
             self._schedule(LOOK_EVERY, self._look)
 
-    @property
-    def waits(self) -> bool:
-        """Whether there is such a flow."""
-        return any(self.get(flow) for flow in self._waiting)
-
     def get(self, flow: int) -> Waiting | None:
         """What is held of a flow, if it waits."""
         waiting = self._waiting.get(flow)

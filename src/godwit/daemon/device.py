@@ -186,16 +186,21 @@ class NetDevice(BaseDevice):
         """What speaks against another process's going on with the guest right now; empty: nothing."""
         if self._transfers.current is not None or handover.is_logged(self._engine):
             return "a migration is under way"
-        if self._rescuing or self._engine.has_found() or not self._mover.settled:
-            return "connections stand still, for want of a repair helper or of their address"
+        if self._rescuing or handover.is_held(self._engine) or not self._mover.settled:
+            return "connections stand still: they wait for a repair helper, or for their address"
         return ""
 
     def hand_over(self) -> Handed:
-        """All that another process needs to go on. Everything stands still until ``take_back`` or ``let_go``."""
+        """All that another process needs to go on. Everything stands still until ``take_back`` or ``let_go``.
+
+        Raises ``ValueError`` where something speaks against it.
+        """
         self._engine.park()
         parked_at = time.monotonic_ns()
         try:
             self._answer_rare()
+            if why := self.why_not():
+                raise ValueError(why)
             handed = collect(self._engine)
         except BaseException:
             self._engine.unpark()

@@ -204,7 +204,10 @@ class House:
 
     def _hand_over(self, successor: Successor, saved: SavedSession | None) -> None:
         assert self.device is not None  # since watch()
-        handed = self.device.hand_over()
+        try:
+            handed = self.device.hand_over()
+        except ValueError as error:
+            raise TakeoverError(str(error)) from error
         since = handed.process.parked_at / 1e9
         try:
             handed.session = saved

@@ -232,10 +232,9 @@ class Mover:
 
     @property
     def settled(self) -> bool:
-        """Nothing moves, and no connection waits for a helper, or for its address."""
+        """Nothing moves, and no connection waits for a helper."""
         with self._lock:
-            waits = self._rescue.held() or self._awaited.waits
-            return not (self._parked or self._frozen or self._arrivals or waits)
+            return not (self._parked or self._frozen or self._arrivals or self._rescue.held())
 
     @property
     def listeners_frozen(self) -> bool:

@@ -41,7 +41,9 @@ from godwit.dataplane.plane cimport (
     FF_FAST_DONE,
     FF_FIN_KNOWN,
     FF_FORWARD,
+    FF_FOUND,
     FF_FROM_GUEST,
+    FF_HELD,
     FF_HURRY,
     FF_MORE,
     FF_NO_GSO,
@@ -163,6 +165,15 @@ def regions(EngineBase engine not None):
 def is_logged(EngineBase engine not None):
     """Whether what is written is marked in a dirty log: the guest is about to be migrated."""
     return bool(engine.p.mem.log_all and engine.p.mem.log != NULL)
+
+
+def is_held(EngineBase engine not None):
+    """Whether a flow stands still for want of something that only this process knows of."""
+    cdef uint32_t i
+    for i in range(engine.p.used_flows):
+        if engine.p.flows[i].kind == FLOW_TCP and engine.p.flows[i].flags & (FF_HELD | FF_FOUND):
+            return True
+    return False
 
 
 def tcp(EngineBase engine not None):
