@@ -16,19 +16,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 import os
-import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from godwit.daemon.awaited import PATIENCE, Awaited, Waiting, is_here, names
 from godwit.daemon.datagrams import UdpArrivals, silence
+from godwit.daemon.knocks import Knocks
 from godwit.daemon.linger import lingerers, reclaim
 from godwit.daemon.rescue import Rescue
 from godwit.dataplane import (
@@ -73,10 +72,6 @@ HURRY_SECONDS = 8.0
 LOOK_EVERY = 1.0
 LOOK_SECONDS = 60.0
 
-# When the peers of lost connections are told, in seconds after the commit: the
-# network may be switched late, and until then they cannot hear it from here.
-KNOCKS = (0.0, 1.0, 2.0, 5.0)  # each after the one before
-
 # What a source can make the log say at most: characters of what differs, and reasons why connections were lost.
 MAX_DIFFERENCES = 1000
 MAX_REASONS = 20
@@ -112,18 +107,6 @@ def _host_side(state: FlowState) -> Side:
     return state.sides[0] if state.pif[0] == 1 else state.sides[1]
 
 
-@contextlib.contextmanager
-def _shared(listening: Sequence[socket.socket]) -> Iterator[bool]:
-    """For a moment, let another socket of ours have the port of these; whether there are any."""
-    try:
-        for sock in listening:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        yield bool(listening)
-    finally:
-        for sock in listening:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-
-
 def _report(lost: Iterable[tuple[str, FlowState]]) -> None:
     """Say why connections were lost: the most frequent reasons, with one of the connections for each."""
     examples: dict[str, FlowState] = {}
@@ -141,11 +124,6 @@ def _report(lost: Iterable[tuple[str, FlowState]]) -> None:
 def _size(datagrams: Iterable[Datagram]) -> int:
     """Bytes that these take of what can move."""
     return sum(len(one.data) + DATAGRAM_COST for one in datagrams)
-
-
-def _flat(side: Side) -> tuple[bytes, int, bytes, int]:
-    """Our end, then the peer's."""
-    return side.our_addr, side.our_port, side.end_addr, side.end_port
 
 
 def _advice(error: OSError, address: bytes, *, here: bool) -> str:
@@ -203,12 +181,13 @@ class Mover:
             schedule=schedule,
         )
         self._freebind = freebind
+        self._knocks = Knocks(engine, schedule)
         self._awaited = Awaited(
             engine,
             self._lock,
             arrive=self._arrive,
             may=lambda: not self._parked,
-            shared=self._share_port,
+            shared=self._knocks.share,
             schedule=schedule,
         )
         # Source: a helper was there when the migration began, so its absence later is a failure.
@@ -662,16 +641,6 @@ class Mover:
         self._awaited.scope = self.scope
         self._awaited.keep(waiting.ours.our_addr, waiting.ours.our_port)
 
-    @contextlib.contextmanager
-    def _share_port(self, port: int) -> Iterator[bool]:
-        listening = self._listening({port}).get(port, [])
-        try:
-            with _shared(listening) as shared:
-                yield shared
-        finally:
-            for sock in listening:
-                sock.detach()
-
     def _arrive(self, came: Mapping[int, Waiting], late: Mapping[int, Waiting]) -> None:
         """The addresses of some flows that wait are here, others have waited too long. The data plane is parked."""
         try:
@@ -794,45 +763,7 @@ class Mover:
         _report((arrival.lost, arrival.state) for arrival in lost.values())
         if lost and self._repair is not None:
             self._repair.end_guard()  # resets are wanted now
-        self._knock(peers, KNOCKS)
-
-    def _knock(self, peers: Sequence[Side], delays: Sequence[float]) -> None:
-        """Have the peers of lost connections find out that they are connected to nobody."""
-        if peers and delays:
-            self._schedule(delays[0], functools.partial(self._knock_now, peers, delays[1:]))
-
-    def _listening(self, ports: Container[int]) -> dict[int, list[socket.socket]]:
-        """The listening sockets of these ports, by port. To be detached."""
-        found: dict[int, list[socket.socket]] = {}
-        for fd in self._engine.listeners():
-            sock = socket.socket(fileno=fd)
-            port = sock.getsockname()[1]
-            if port in ports:
-                found.setdefault(port, []).append(sock)
-            else:
-                sock.detach()
-        return found
-
-    def _knock_now(self, peers: Sequence[Side], later: Sequence[float]) -> None:
-        again: list[Side] = []
-        failures: Counter[str] = Counter()
-        listening = self._listening({peer.our_port for peer in peers})
-        for peer in peers:
-            try:
-                with _shared(listening.get(peer.our_port, [])) as share:
-                    if not sockstate.knock(*_flat(peer), self.scope, share=share):
-                        again.append(peer)
-            except OSError as error:
-                why = str(error.strerror)
-                if error.errno == errno.EADDRNOTAVAIL:
-                    why = "this host does not have the address that they know, and nobody here can speak for it"
-                failures[why] += 1
-        for sockets in listening.values():
-            for sock in sockets:
-                sock.detach()
-        for why, number in failures.items():
-            log.warning("%d peers of lost connections will learn it only when they next send: %s", number, why)
-        self._knock(again, later)
+        self._knocks.begin(peers, self.scope)
 
     def _complete(self, flow: int) -> None:
         arrival = self._arrivals[flow]
