@@ -146,6 +146,21 @@ def test_an_inherited_connection_and_half_a_request(place: Place, tmp_path: Path
     assert not Path(path).exists()
 
 
+def test_a_capture_begins_anew(place: Place, tmp_path: Path) -> None:
+    """In the same file: it is the old one's until the guest is the new one's."""
+    path = tmp_path / "frames"
+    old = place.start("-p", str(path))
+    head = path.read_bytes()
+    assert len(head) == 24
+    path.write_bytes(head + b"what the old one has seen")
+    nobody = takeover(place, "-p", str(path), "-s", "/dev/null")
+    assert nobody.returncode == 1
+    assert path.read_bytes() == head + b"what the old one has seen"
+    place.start("--takeover", f"{place.socket}.takeover", "-p", str(path), path=False)
+    assert old.wait(10) == 0
+    assert path.read_bytes() == head
+
+
 def test_a_repair_helper_stays_connected(place: Place) -> None:
     old = place.start()
     with socket.socket(socket.AF_UNIX) as helper:

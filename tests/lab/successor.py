@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 
-from godwit.daemon.takeover import Channel, TakeoverError, Word
+from godwit.daemon.takeover import ENDING, PATIENCE, Channel, TakeoverError, Word
 
 STEPS = ("connected", "greeted", "state", "descriptors", "loaded", "ready", "go")
 
@@ -42,6 +42,7 @@ def main(path: str, step: str, deed: str) -> None:
         channel.send(Word.HELLO, text="0.0.0-test")
         reached("greeted")
         state = channel.expect(Word.STATE)
+        since = time.monotonic()
         reached("state")
         came = 0
         while came < state.number:
@@ -54,7 +55,8 @@ def main(path: str, step: str, deed: str) -> None:
         channel.expect(Word.GO)
         reached("go")
         if deed == "late":
-            time.sleep(4.0)  # the old one has given up long since
+            # The old one has given up by then, and waits for this one's end, with the connection open.
+            time.sleep(max(0.0, since + PATIENCE + ENDING / 2 - time.monotonic()))
             try:
                 channel.send(Word.RUNNING)
             except TakeoverError:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import random
+import re
 import socket
 import statistics
 import subprocess
@@ -229,11 +230,13 @@ def test_one_that_comes_late_and_cannot_be_killed() -> None:
         backend = scenario.backends["a"]
         path = f"{backend.socket}.takeover"
         with subprocess.Popen([sys.executable, "-m", "tests.lab.successor", path, "none", "late"]) as process:
-            wait_until(lambda: "cannot be ended: Operation not permitted" in backend.messages(), "it to be left", 10.0)
-            load.wait_alive()
             assert process.wait(20.0) == 5
         load.wait_alive()
         assert backend.running
+        with subprocess.Popen([sys.executable, "-m", "tests.lab.successor", path, "go", "hang"]) as process:
+            wait_until(lambda: "cannot be ended: Operation not permitted" in backend.messages(), "it to be left", 10.0)
+            load.wait_alive()
+            process.kill()
         backend.hand_over()
         works_on(scenario, load)
 
@@ -376,8 +379,9 @@ def test_a_guest_that_stands_still_misses_nothing() -> None:
         assert server.recvfrom(10)[0] == b"?"
         guest.pause()
         data = random.randbytes(200_000)
-        for number in range(3000):
-            client.sendto(number.to_bytes(4, "big") * 100, (here, PORT))
+        texts = [number.to_bytes(4, "big") * 100 for number in range(400)]  # of which the ring takes 256
+        for text in texts:
+            client.sendto(text, (here, PORT))
         for sock in outside:
             sock.settimeout(20)
             sock.connect((here, PORT))
@@ -388,8 +392,8 @@ def test_a_guest_that_stands_still_misses_nothing() -> None:
             backend.hand_over()
         guest.resume()
         assert receive_all(ours) == data
-        for number in range(3000):
-            assert service.recv(1000) == number.to_bytes(4, "big") * 100
+        for text in texts:
+            assert service.recv(10_000) == text
         for _ in outside:
             accepted, _ = listening.accept()
             with accepted:
@@ -401,6 +405,28 @@ def test_a_guest_that_stands_still_misses_nothing() -> None:
             late.settimeout(20)
             accepted.sendall(b"at last")
             assert late.recv(7, socket.MSG_WAITALL) == b"at last"
+
+
+def test_a_datagram_of_which_the_guest_has_had_a_part() -> None:
+    """Taken from its socket, and cut in fragments, of which the guest's ring took some."""
+    with Scenario(godwit_arguments=list(FORWARD)) as scenario, contextlib.ExitStack() as at_end:
+        guest, backend = scenario.guest, scenario.backends["a"]
+        assert isinstance(guest, EmbeddedGuest)
+        service, _, _, client = at_end.enter_context(datagrams(scenario))
+        service.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
+        # Large ones take four buffers of what is left of 256. Where nothing is left in the one round, something is in
+        # the other.
+        for small in (240, 241):
+            texts = [number.to_bytes(4, "big") * (1 if number < small else 1250) for number in range(small + 10)]
+            guest.pause()
+            for text in texts:
+                client.sendto(text, (scenario.network.a.address(False), PORT))
+            for _ in range(2):
+                backend.hand_over()
+            guest.resume()
+            for text in texts:
+                assert service.recv(10_000) == text
+        assert re.search("[1-9][0-9]* datagrams in hand", backend.messages())
 
 
 def test_forwarded_ports_are_the_new_ones() -> None:

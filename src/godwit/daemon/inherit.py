@@ -116,7 +116,6 @@ class _Ports:
         address = target(listener)
         [at] = bound([listener.fd])
         wild = not any(at.address) and not at.device and address is None
-        # One that was opened for one address behind the guest's has the guest's own where none was named.
         return port._replace(
             kind=FORWARDED if wild else FORWARDED_AT, guest_addr=address or bytes(16), guest_port=listener.to_port
         )
