@@ -288,6 +288,9 @@ def test_a_version_of_the_protocol_that_is_not_known(scenario: Scenario, load: L
         answer = sock.recv(500)
         assert answer[8] == Word.REFUSED
         assert b"speaks protocol 2" in answer
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.connect(f"{scenario.backends['a'].socket}.takeover")
+        scenario.backends["a"].hand_over()  # who says nothing is in nobody's way
     works_on(scenario, load)
 
 

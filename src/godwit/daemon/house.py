@@ -47,7 +47,8 @@ class House:
         self.device: NetDevice | None = None
         self.successor = ""  # the version of who goes on with the guest
         self._bequeathed: set[str] = set()  # paths that are another process's now
-        self._asked: asyncio.Task[None] | None = None
+        self._asked: set[asyncio.Task[None]] = set()
+        self._giving = False
 
     # ---- a start of its own
 
@@ -147,21 +148,25 @@ class House:
         if lifecycle.is_probe(address):
             sock.close()
             return
-        if self._asked is not None and not self._asked.done():
-            successor = Successor(sock)
-            successor.refuse("another process is taking over right now")
-            successor.close()
-            return
-        self._asked = asyncio.ensure_future(self._answer(sock, done))
+        task = asyncio.ensure_future(self._answer(sock, done))
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
 
     async def _answer(self, sock: socket.socket, done: Callable[[], None]) -> None:
         successor = Successor(sock)
         try:
-            if not successor.allowed:
-                raise TakeoverError(f"this is for the user of the running process: uid {successor.uid} is another")
+            # It is heard in any case: who closes a connection on what was not read takes its own last word back.
             await _readable(sock, GREETING)
             successor.greet()
-            await self._give(successor)
+            if not successor.allowed:
+                raise TakeoverError(f"this is for the user of the running process: uid {successor.uid} is another")
+            if self._giving or self.successor:
+                raise TakeoverError("another process is taking over right now")
+            self._giving = True
+            try:
+                await self._give(successor)
+            finally:
+                self._giving = False
         except TakeoverError as error:
             logger.warning("nobody takes over: %s (pid %d)", error, successor.pid)
             await _see_off(successor, str(error))
