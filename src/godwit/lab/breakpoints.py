@@ -57,7 +57,7 @@ class Breakpoints:
                 threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection.makefile("rw") as lines:
+        with contextlib.suppress(OSError), connection, connection.makefile("rw") as lines:
             for line in lines:
                 point = line.rstrip("\n")
                 self.passed.append(point)

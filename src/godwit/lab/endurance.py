@@ -92,11 +92,13 @@ class Churn(_Worker):
     """Opens connections in ``space``, uses them for a moment, and closes them.
 
     One that is reset before its first answer was in its handshake; it counts as ``refused``
-    and is no failure. From the first answer on it has to live.
+    and is no failure. One that gets neither an answer nor a reset is in ``untold``. From the
+    first answer on it has to live.
     """
 
     def __init__(self, space: Namespace, addr: str) -> None:
         self.opened = self.refused = 0
+        self.untold: list[str] = []
         self._where = (space, addr)
         self._step = ""
         self._pauses = itertools.cycle((0.0, 0.02, 0.1, 0.4))
@@ -119,6 +121,9 @@ class Churn(_Worker):
             except ConnectionError:
                 self.refused += 1
                 time.sleep(0.02)
+                return
+            except TimeoutError:
+                self.untold.append(f"{self}: nothing for {LIMIT:g} s")
                 return
             self.opened += 1
             time.sleep(next(self._pauses))
@@ -210,6 +215,8 @@ class Report:
     answered: int = 0
     sizes: dict[str, list[Size]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    untold: list[str] = field(default_factory=list)
+    """Connections that were in their handshake at a migration, and nobody told their peer that they are gone."""
 
     def __str__(self) -> str:
         still, silence = self.downtimes, self.blackouts
@@ -224,7 +231,7 @@ class Report:
         for name, sizes in self.sizes.items():
             said = " -> ".join(map(str, sizes))
             lines.append(f"back-end {name}: {said}")
-        return "\n".join([*lines, *(f"FAILED: {failure}" for failure in self.failures)])
+        return "\n".join([*lines, *(f"FAILED: {failure}" for failure in (*self.failures, *self.untold))])
 
 
 def _ms(seconds: float) -> str:
@@ -264,6 +271,7 @@ class Journey:
         finally:
             for worker in (*churns, datagrams):
                 report.failures += worker.end()
+            report.untold += [said for churn in churns for said in churn.untold]
             report.opened += sum(churn.opened for churn in churns)
             report.refused += sum(churn.refused for churn in churns)
             report.asked += datagrams.asked
@@ -366,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"FAILED: {error}")
         return 1
     say(str(report))
-    return 1 if report.failures else 0
+    return 1 if report.failures or report.untold else 0
 
 
 if __name__ == "__main__":

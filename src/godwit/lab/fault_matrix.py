@@ -162,6 +162,8 @@ def _expected_in_stage(fault: Fault) -> tuple[Where, ...]:
     match fault.what:
         case What.KILLED:
             return (Where.RESET if fault.side == "source" else Where.SOURCE,)
+        case What.CUT if fault.point == "source:end":
+            return (Where.TARGET,)  # all has been written
         case What.ERROR | What.CUT if part in ("source", "target"):
             return (Where.SOURCE,)
         case What.ERROR if part in ("rollback", "commit"):
