@@ -164,7 +164,7 @@ def test_a_call_from_outside_that_the_guest_has_not_answered(ipv6: bool, moves: 
 
 
 def test_a_call_from_outside_is_reset_where_the_stream_cannot_carry_it() -> None:
-    """Version 2 has no place for it: the caller hears so at once."""
+    """Version 2 has no place for it: the caller hears so at once, from the target."""
     with Scenario(godwit_arguments=["--migrate-version", "2", *FORWARD]) as scenario:
         there = scenario.network.a.address(False)
         with listening(embedded(scenario).space, "", PORT, ipv6=False):
@@ -172,13 +172,14 @@ def test_a_call_from_outside_is_reset_where_the_stream_cannot_carry_it() -> None
             with connecting(scenario.network.server, there, PORT, ipv6=False) as client:
                 assert connected(client) == 0
                 wait_until(lambda: sockets_in(scenario.network.a, "established"), "the host")
+                client.sendall(b"a question")  # it waits for the answer
                 attempt.transfer()
+                scenario.network.switch("b")
                 attempt.switch_over()
                 attempt.finish()
                 client.settimeout(5.0)
                 with pytest.raises(ConnectionResetError):
                     client.recv(1)
-                scenario.network.switch("b")
 
 
 def test_a_call_that_was_refused_meanwhile() -> None:

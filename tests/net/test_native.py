@@ -31,7 +31,7 @@ from godwit.migration.entries import HEAD
 from godwit.migration.inspect import inspect
 from godwit.net.config import Withdrawn, packed16
 from godwit.net.native import FLOW, MAX_PEERS, NATIVE, UDP_PEER, UDP_PORT, WAITING, Waiting
-from godwit.net.records import OBSERVED, SOCKET, V4_MAPPED
+from godwit.net.records import EVENT_ACCEPTED, EVENT_ESTABLISHED, OBSERVED, SOCKET, V4_MAPPED
 from godwit.net.state import BATCH, NEVER_SEEN, FlowMover
 from godwit.net.told import LEASE4, MAX_TOLD, PREFIX6, ROUTER6, SERVER, TOLD, Told
 from godwit.net.versions import versions
@@ -133,12 +133,21 @@ def test_handshakes_come_through(events: int, pif: tuple[int, int]) -> None:
     assert target.states == [what_moves(state) for state in source.states]
     assert target.sockets == source.sockets
     assert target.unanswered == set()
-    # In version 2 they are not, rather than being something else there.
+
+
+@pytest.mark.parametrize(("events", "pif"), [(1, (1, 2)), (2, (2, 1))])
+def test_handshakes_in_version_2(events: int, pif: tuple[int, int]) -> None:
+    """Who has called from outside is told; the guest calls again."""
+    source = begun(events, pif)
     transfer: Migration[FlowMover] = Migration(versions(), source)
     file = io.BytesIO()
     transfer.request(file, Direction.SOURCE, 2)
     assert transfer.run()
-    assert load(file.getvalue())[0].states == [source.states[0]]
+    target, outcome, _ = load(file.getvalue())
+    assert outcome
+    called = [source.states[1]._replace(events=EVENT_ESTABLISHED)] if events == EVENT_ACCEPTED else []
+    assert target.states == [source.states[0], *called]
+    assert target.sockets == {0: source.sockets[0]} | dict.fromkeys(range(1, 1 + len(called)))
 
 
 @pytest.mark.parametrize(("events", "pif"), [(1, (2, 1)), (2, (1, 2)), (3, (2, 1)), (0x22, (2, 1)), (0, (2, 1))])

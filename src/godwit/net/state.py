@@ -23,6 +23,8 @@ from godwit.migration.layout import Data, Shown, show_all
 from godwit.migration.section import shown
 from godwit.net.config import Withdrawn
 from godwit.net.records import (
+    EVENT_ACCEPTED,
+    EVENT_ESTABLISHED,
     FLOW,
     LOST,
     MAX_FLOWS,
@@ -170,11 +172,21 @@ def _take_observed(mover: FlowMover, observed: Observed) -> None:
 
 
 def _save_flows(mover: FlowMover, writer: Writer) -> None:
-    """Write the count, the flows, and in the same order each socket with its queues."""
-    moving: list[int] = []
+    """Write the count, the flows, and in the same order each socket with its queues.
+
+    There is no place for a connection that has only begun. When the guest has
+    called, it calls again, and the target opens another. One from outside is
+    written as if it had been established, and lost: so the target tells the
+    caller, to whom the source's kernel has answered.
+    """
+    moving: list[tuple[int, bool]] = []  # a flow, and whether it has only begun
     records: list[bytes] = []
-    for flow in mover.flows():
-        flat = flat_of(mover.flow_state(flow))
+    for flow in mover.flows(handshakes=True):
+        state = mover.flow_state(flow)
+        begun = not state.events & EVENT_ESTABLISHED
+        if begun and state.events != EVENT_ACCEPTED:
+            continue
+        flat = flat_of(state._replace(events=EVENT_ESTABLISHED) if begun else state)
         try:
             FLOW.check(flat)
             records.append(FLOW.pack(flat))
@@ -184,12 +196,15 @@ def _save_flows(mover: FlowMover, writer: Writer) -> None:
         except struct.error as error:
             mover.give_up(flow, str(error))
             continue
-        moving.append(flow)
+        moving.append((flow, begun))
     writer.push_u32(len(moving))
     writer.push_bytes(b"".join(records))
-    for flow in moving:
+    for flow, begun in moving:
         writer.check_cancelled()
-        _save_socket(mover, flow, writer)
+        if begun:
+            writer.push_bytes(LOST)
+        else:
+            _save_socket(mover, flow, writer)
 
 
 def sound_socket(mover: FlowMover, flow: int) -> tuple[SocketState, bytes, bytes] | str:
