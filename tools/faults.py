@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Put a fault into every point of a migration, and write what came of it: ``tools/faults.py``, half an hour.
+"""Put a fault into every point of a migration, and write what came of it: ``tools/faults.py``, about 25 minutes.
 
 Writes ``docs/faults.md``, or the page that ``--page`` names. Ends with status 1 if
 the connections were anywhere else afterwards than ``godwit.lab.fault_matrix`` declares.
