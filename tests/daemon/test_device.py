@@ -269,7 +269,7 @@ def _empty_stream() -> bytes:
         def observed(self) -> Any:
             return state.NEVER_SEEN
 
-        def flows(self) -> list[int]:
+        def flows(self, *, handshakes: bool = False) -> list[int]:
             return []
 
         def __getattr__(self, name: str) -> Callable[..., None]:

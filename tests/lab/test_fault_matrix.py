@@ -17,6 +17,8 @@ SOME = [
     Fault("2", "target", "target:end", What.ERROR),
     Fault("2", "source", "rollback:prepare flows", What.HELPER_KILLED),
     Fault("2", "target", "commit:transfer flows", What.HELPER_KILLED),
+    Fault("2", "source", "rollback:prepare flows", What.ERROR),
+    Fault("native", "target", "commit:state", What.ERROR),
     Fault("2", "target", "after SEND_RARP", What.HANG_UP),
     Fault("2", "source", "before GET_VRING_BASE", What.KILLED),
 ]

@@ -589,7 +589,7 @@ class NetDevice(BaseDevice):
 
     async def send_rarp(self, mac: bytes) -> None:
         """SEND_RARP: after a load, the guest runs. No network below us would have to learn its address."""
-        self._note_end(await self._transfers.guest_is_announced())
+        await self._goes_on(await self._transfers.guest_is_announced())
 
     # ---- migration
 
@@ -617,7 +617,14 @@ class NetDevice(BaseDevice):
         """The front-end starts the guest: what a save froze is thawed, what a load brought is let go."""
         if self._transfers.current is None:
             self._mover.thaw_listeners()
-        self._note_end(await self._transfers.guest_runs())
+            return
+        await self._goes_on(await self._transfers.guest_runs())
+
+    async def _goes_on(self, ended: State | None) -> None:
+        """The guest runs here, after a transfer that has ended in that state."""
+        self._note_end(ended)
+        if ended is not None:
+            await asyncio.to_thread(self._mover.give_up_all)
 
     def _note_end(self, ended: State | None) -> None:
         """A transfer has ended, in that state."""

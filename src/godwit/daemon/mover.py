@@ -797,6 +797,26 @@ class Mover:
             each.callback(self._awaited.forget)
             self._told_elsewhere = Withdrawn()
 
+    def give_up_all(self) -> None:
+        """After a transfer: should its end have failed, what stands still since is reset rather than left to hang."""
+        with self._lock:
+            left = {*self._frozen, *self._arrivals}
+            if not left and not self._parked:
+                return
+            log.error("%d connections are reset: the end of the migration has failed", len(left))
+            try:
+                self.thaw_listeners()
+                left = {flow for flow in left if self._engine.flow_generation(flow) is not None}
+                repaired = [flow for flow in left if (fd := self._engine.flow_socket(flow)[0]) >= 0 and in_repair(fd)]
+                self._leave_repair(repaired)  # in repair mode a reset is not said
+                for flow in left:
+                    self._engine.reset_flow(flow)
+                self._knocks.begin([_host_side(one.state) for one in self._arrivals.values()], self.scope)
+            finally:
+                self._clear()
+                self._udp.discard()
+                self._loaded()
+
     def _loaded(self) -> None:
         """What came is the guest's, or gone: forget about it, and go on."""
         self._arrivals.clear()

@@ -167,8 +167,7 @@ def _expected_in_stage(fault: Fault) -> tuple[Where, ...]:
         case What.ERROR | What.CUT if part in ("source", "target"):
             return (Where.SOURCE,)
         case What.ERROR if part in ("rollback", "commit"):
-            # Nothing leads there but an error of our own: the sockets stay as they are.
-            return (Where.HANG,)
+            return (Where.RESET,)  # nothing leads there but an error of our own
         case What.HELPER_KILLED | What.HELPER_HANGS if part in ("target", "commit"):
             return (Where.RESET,)
         case What.HELPER_KILLED | What.HELPER_HANGS if part == "source":

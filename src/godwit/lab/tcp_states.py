@@ -240,6 +240,9 @@ class Pair(Held):
         return End(Outcome.RESET, seconds=time.monotonic() - self._moved_at, note=error.strerror or str(error))
 
 
+QUESTION = b"what the caller asks for at once"
+
+
 class WrongDataError(LabError):
     """Something arrived that was not sent."""
 
@@ -696,7 +699,7 @@ class OpeningFromGuest(Held):
 
 
 class OpeningFromOutside(Held):
-    """The host has answered its peer, and the guest does not answer before the move: SYN_RCVD to be."""
+    """The host has answered its peer, which has asked something; the guest does not answer before the move."""
 
     name = "in handshake from outside"
     openers = (True,)
@@ -705,6 +708,7 @@ class OpeningFromOutside(Held):
         """Connect; the guest has been asked when its filter has seen it."""
         self.peer = self.bed.tcp_socket(self.bed.server)
         self.peer.connect((self.bed.host_address, SLOW_GUEST_PORT))
+        self.peer.sendall(QUESTION)
         wait_until(lambda: self.bed.asked(self.bed.guest), "the guest to be asked")
 
     def go_on(self) -> None:
@@ -734,7 +738,8 @@ class OpeningFromOutside(Held):
         with guest:
             guest.settimeout(LIMIT)
             try:
-                lost = _exchange(guest, self.peer)
+                lost = len(QUESTION) - len(guest.recv(len(QUESTION), socket.MSG_WAITALL))
+                lost += _exchange(guest, self.peer)
             except WrongDataError as error:
                 return End(Outcome.LOST, note=str(error))
             except OSError as error:
