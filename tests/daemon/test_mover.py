@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from godwit.daemon import mover
+from godwit.daemon.linger import Linger
 from godwit.daemon.mover import TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_LAST_ACK, Mover, _report
-from godwit.dataplane import Engine, FlowState, Observed, Side, SocketState, UdpPeer, UdpPort
+from godwit.dataplane import Engine, FlowState, Observed, Ping, Side, SocketState, UdpPeer, UdpPort
 from godwit.net.native import DATAGRAM_COST
 from godwit.net.state import NEVER_SEEN
 from godwit.repair import Repair, RepairError, RepairListener
@@ -247,6 +249,31 @@ def test_of_udp_ports_that_do_not_move_there_is_one_line(rig: Rig, caplog: pytes
         "100 UDP ports do not move, 1 and so on: it is not forwarded here",
         f"3 UDP ports leave from elsewhere than before, 5000 and so on: it was 0.0.0.0 port {port}",
     ]
+
+
+def test_a_port_behind_a_ping_comes_back_from_who_lingers(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """A guest without TCP: the pings are the first that comes, and the load begins with them."""
+
+    async def run() -> None:
+        ours = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        ours.bind(("", 0))
+        port = ours.getsockname()[1]
+        lingering = Linger([ours.detach()], lambda: None)
+        await lingering.listen()
+        remote = V4 + bytes((198, 51, 100, 1))
+
+        def load() -> None:
+            rig.mover.add_ping(Ping(GUEST, remote, 7, 8, 9))
+            rig.mover.add_udp_port(UdpPort(0, GUEST, 5000, V4 + bytes(4), port, 0))
+            rig.mover.add_udp_peers(0, [UdpPeer(GUEST, remote, remote, bytes(16), 9, 1, 1)])
+
+        await asyncio.to_thread(load)
+        assert [rig.engine.udp_port_state(one).local_port for one in rig.engine.udp_ports()] == [port]
+        rig.mover.commit()
+        lingering.close()
+
+    asyncio.run(run())
+    assert "leave from elsewhere" not in caplog.text
 
 
 def test_what_a_socket_has_no_room_for_counts_as_what_is_to_be_sent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

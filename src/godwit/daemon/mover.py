@@ -618,8 +618,7 @@ class Mover:
 
     def add_ping(self, ping: Ping) -> None:
         """Echoes of the guest's, if there is a place for them."""
-        with self._lock:
-            self._park()
+        self._begin_load()
         index = self._engine.import_ping(ping)
         if index is not None:
             self._pings.append(index)
