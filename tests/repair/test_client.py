@@ -414,3 +414,25 @@ def test_a_guard_that_does_not_end_is_reported(
     helpers(lambda _number, _mode, _fds: None, name=GUARD_NAME + b"test-bad")
     listener.end_guard()
     assert "the guard of the repair helper: the repair helper has closed the connection" in caplog.text
+
+
+def test_a_guard_is_known_to_who_goes_on_with_the_connection(listener: RepairListener, helpers: Helpers) -> None:
+    helper = helpers(name=GUARD_NAME + b"test-adopted")
+    assert listener.wait(20)
+    other = RepairListener.adopt(listener.path, *map(os.dup, listener.descriptors()))
+    try:
+        other.end_guard()
+        assert helper.requests == [(Repair.OFF, 1)]
+    finally:
+        other.close()
+
+
+def test_a_connection_whose_helper_has_gone_is_adopted_all_the_same(listener: RepairListener, helpers: Helpers) -> None:
+    helper = helpers(name=GUARD_NAME + b"test-gone")
+    assert listener.wait(20)
+    fds = [os.dup(fd) for fd in listener.descriptors()]
+    helper.close()
+    other = RepairListener.adopt(listener.path, *fds)
+    other.end_guard()
+    assert helper.requests == []
+    other.close()

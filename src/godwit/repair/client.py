@@ -235,7 +235,11 @@ class RepairListener:
         made._timeout = timeout
         made._lock = threading.Lock()
         made._sock = socket.socket(fileno=fd)
-        made._client = None if client < 0 else RepairClient(socket.socket(fileno=client), timeout)
+        made._client = None
+        if client >= 0:
+            helper = socket.socket(fileno=client)
+            # A guard that has been ended already is asked in vain, once.
+            made._client = RepairClient(helper, timeout, guards=_guards(_name_of(helper)))
         made.hung_at = None
         made.ever_connected = client >= 0
         try:
@@ -369,6 +373,14 @@ class RepairListener:
 def _guards(name: object) -> bool:
     """Whether a helper of that name keeps back resets."""
     return isinstance(name, bytes) and name.startswith(GUARD_NAME)
+
+
+def _name_of(helper: socket.socket) -> object:
+    """The name of the other end; None if it has gone."""
+    try:
+        return helper.getpeername()
+    except OSError:
+        return None
 
 
 def _is_near(name: bytes) -> bool:
