@@ -251,6 +251,28 @@ def test_of_udp_ports_that_do_not_move_there_is_one_line(rig: Rig, caplog: pytes
     ]
 
 
+def test_attempts_that_come_take_no_more_descriptors_than_there_are(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """The guest's own would be refused just so."""
+    port = rig.server.getsockname()[1]
+    outside, here = V4 + bytes((10, 9, 9, 9)), V4 + bytes((127, 0, 0, 1))
+    rig.engine.configure(our_mac=b"\x02" + bytes(5), addr4=GUEST, maps=[(outside, 0, here, 0)])
+    rig.engine.limit_flows(2)
+    states = [
+        FlowState(
+            (2, 1),
+            (Side(outside, GUEST, port, 2000 + number), Side(here, here, 41000 + number, port)),
+            *(0, 7, 8, 0x02, 1460, 0, 0, 0, 1000, 0, 1, 1, 1, 1, 1),
+        )
+        for number in range(8)
+    ]
+    for flow in rig.mover.prepare(states):
+        rig.mover.open_anew(flow)
+    rig.mover.commit()
+    flows = rig.engine.tcp_flows(handshakes=True)
+    assert sum(rig.engine.flow_socket(flow)[0] >= 0 for flow in flows) == 2
+    assert "there are too few descriptors for it" in caplog.text
+
+
 def test_a_port_behind_a_ping_comes_back_from_who_lingers(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     """A guest without TCP: the pings are the first that comes, and the load begins with them."""
 

@@ -89,6 +89,7 @@ class _Arrival:
     fd: int = -1
     in_repair: bool = False
     lost: str = ""
+    has_place: bool = True  # there are descriptors for it
     opens: bool = False  # there is no socket yet: it is opened at the commit
     socket: SocketState | None = None
     sndq: bytes = b""
@@ -556,7 +557,7 @@ class Mover:
         except ValueError as error:
             log.error("a connection is lost: %s", error)
             return -1
-        arrival = self._arrivals[flow] = _Arrival(state)
+        arrival = self._arrivals[flow] = _Arrival(state, has_place=not full)
         if full:
             self._lose(flow, "there are too few descriptors for it")
         else:
@@ -608,7 +609,7 @@ class Mover:
     def open_anew(self, flow: int) -> None:
         """Nobody had answered this one: it needs no socket that is restored, and no helper."""
         arrival = self._arrivals.get(flow)
-        if arrival is not None:
+        if arrival is not None and arrival.has_place:
             self._lose(flow, "")
             arrival.opens = True
 
