@@ -147,3 +147,12 @@ def test_a_port_that_another_program_has_cannot_be_kept(rig: Rig, caplog: pytest
     with socket.create_server(("127.0.0.3", PORT)):
         rig.awaited.keep(V4_MAPPED + bytes((127, 0, 0, 3)), PORT)
     assert f"127.0.0.3 port {PORT} cannot be kept: Address already in use" in caplog.text
+
+
+def test_the_clock_goes_on_while_a_connection_waits() -> None:
+    ends = flow(NOBODYS, 4000)
+    state = SocketState(0, 0, 0, 0, 0, 1000, 0xFFFFFFF0, 0, 0, 0, 0, 0, 0, 0, 1, 2)
+    waiting = Waiting(ends, ends.sides[1], state, b"", b"", since=time.monotonic() - 5)
+    assert 4900 <= waiting.on_time().timestamp <= 10000
+    none = Waiting(ends, ends.sides[1], state._replace(timestamp=0), b"", b"", since=time.monotonic() - 5)
+    assert none.on_time().timestamp == 0

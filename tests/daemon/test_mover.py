@@ -135,6 +135,48 @@ def test_a_thaw_that_fails_leaves_nothing_parked(rig: Rig, monkeypatch: pytest.M
         rig.engine.unpark()
 
 
+def fails(*_arguments: object) -> None:
+    raise RuntimeError("the roof fell in")
+
+
+@pytest.mark.parametrize("what", ["_resume", "thaw_listeners"])
+def test_a_thaw_that_fails_in_its_midst_leaves_no_connection_hanging(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    rig.engine.start()
+    rig.add()
+    rig.mover.freeze()
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.mover, what, fails)
+        with pytest.raises(RuntimeError, match="roof"):
+            rig.mover.thaw()
+    rig.mover.give_up_all()  # as the device does then; there is nothing left to do
+    assert is_reset(rig.peers[0])
+    assert rig.mover.settled
+
+
+def test_a_commit_that_fails_in_its_midst_leaves_no_connection_hanging(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.engine.start()
+    flow = rig.add()
+    rig.mover.freeze()
+    state = rig.engine.flow_state(flow)
+    dumped = rig.mover.dump(flow)
+    assert dumped is not None
+    [fd], _ = rig.mover.leave()
+    socket.socket(fileno=fd).close()  # in repair mode this says nothing
+    [flow] = rig.mover.prepare([state])
+    rig.mover.restore(flow, *dumped)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.mover, "_finish", fails)
+        with pytest.raises(RuntimeError, match="roof"):
+            rig.mover.commit()
+    rig.mover.give_up_all()
+    assert is_reset(rig.peers[0])
+    assert rig.mover.settled
+
+
 def test_a_flow_that_was_reset_is_in_the_stream_as_lost(rig: Rig) -> None:
     """The guest, whose ring has no room, is to hear of it where it goes."""
     flow = rig.add()

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import os
+
 from godwit.lab.endurance import MORE_DESCRIPTORS, MORE_MEMORY, Size, growth, run
 
 
 def test_a_few_moves_under_load() -> None:
     report = run(6, warm=2, rest=0.0)
-    # Without a rest, sockets of what has moved away are still there.
-    assert not [failure for failure in report.failures if "descriptors" not in failure], report
+    # Without a rest, sockets of what has moved away are there still; and the sanitizers keep what was freed.
+    excused = ("descriptors", "has grown") if os.environ.get("GODWIT_SANITIZE") else ("descriptors",)
+    assert not [failure for failure in report.failures if not any(word in failure for word in excused)], report
     assert report.moves == 6
     assert report.bytes > 1_000_000
     assert report.opened

@@ -280,6 +280,15 @@ def hello(protocol: int) -> bytes:
     return MAGIC + Word.HELLO.to_bytes(2, sys.byteorder) + protocol.to_bytes(2, sys.byteorder) + bytes(4) + b"9.9.9"
 
 
+def test_one_in_another_network(scenario: Scenario, load: Load) -> None:
+    """It could have the connections, but not open any more of them."""
+    backend = scenario.backends["a"]
+    elsewhere = backend.successor(wrapper=["nsenter", f"--net={scenario.network.server.path}"])
+    assert elsewhere.wait(20.0) == 1
+    assert "it is in another network namespace: start this one there, too" in backend.messages()
+    works_on(scenario, load)
+
+
 def test_a_version_of_the_protocol_that_is_not_known(scenario: Scenario, load: Load) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(10)

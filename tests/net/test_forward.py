@@ -202,6 +202,11 @@ def test_target_and_count() -> None:
     assert forwards.ports == 102
     assert forwards
     assert not Forwards()
+    assert str(Forwards()) == "none"
+    lo = Forward(1, 2, 1, Place(None, "lo"), IPv4Address("10.0.0.1"))
+    here = Forward(10, 20, 110, Place(IPv6Address("::1"), "eth0"))
+    some = Forwards((Forward(22, 22, 22), Forward(3333, 3333, 22), here, lo))
+    assert str(some) == "22,3333:22,::1%eth0/10-20:110-120,%lo/1-2 to 10.0.0.1"
 
 
 def test_all_is_a_few_ranges_whatever_is_excluded() -> None:

@@ -15,13 +15,13 @@ Flows are named by index and generation: they may end meanwhile.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 from godwit.dataplane import Engine, FlowState, Side, SocketState, sockstate
 from godwit.net.records import V4_MAPPED, address_text, unpacked
@@ -36,7 +36,7 @@ LOOK_EVERY = 0.05
 _FREEBIND = {socket.AF_INET: (socket.IPPROTO_IP, 15), socket.AF_INET6: (socket.IPPROTO_IPV6, 78)}
 
 
-@dataclass
+@dataclasses.dataclass
 class Waiting:
     """A flow whose address is not here, and all that came of its socket."""
 
@@ -47,6 +47,18 @@ class Waiting:
     rcvq: bytes
     generation: int | None = None
     deadline: float = 0.0
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+    def on_time(self) -> SocketState:
+        """The socket, its clock (TCP_TIMESTAMP, in ms) put on by the time that it has waited.
+
+        Where the source can still reach the peer it repeats what was not acknowledged, and the peer then takes
+        nothing that is older (RFC 7323, 5.3).
+        """
+        if not self.socket.timestamp:
+            return self.socket
+        waited = int((time.monotonic() - self.since) * 1000)
+        return self.socket._replace(timestamp=(self.socket.timestamp + waited) & 0xFFFFFFFF)
 
 
 def _family(address: bytes) -> socket.AddressFamily:
@@ -157,12 +169,14 @@ class Awaited:
             self._keepers.pop(ends).close()
 
     def _look(self) -> None:
-        with self._lock:
-            if self._may():
-                self._see_to_them()
+        try:
+            with self._lock:
+                if self._may():
+                    self._see_to_them()
+        finally:  # whatever became of some, the others wait
             self._looking = bool(self._waiting)
-        if self._looking:
-            self._schedule(LOOK_EVERY, self._look)
+            if self._looking:
+                self._schedule(LOOK_EVERY, self._look)
 
     def _see_to_them(self) -> None:
         self._waiting = {flow: one for flow, one in self._waiting.items() if self.get(flow)}

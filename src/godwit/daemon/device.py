@@ -29,7 +29,8 @@ from godwit.daemon.stats import Statistics
 from godwit.dataplane import Engine, StreamCard, handover
 from godwit.migration import Direction as Transfer
 from godwit.migration import Migration, State, StateError, Transfers
-from godwit.net.change import WITHDRAWN_SECONDS, facts_elsewhere, take_back, told
+from godwit.migration.layout import printable
+from godwit.net.change import WITHDRAWN_SECONDS, differences, facts_elsewhere, take_back, told
 from godwit.net.config import IPAddress, NetConfig, Withdrawn, packed16
 from godwit.net.handover import Handed, Process
 from godwit.net.ndp import ADVERTISE_INTERVAL, CHANGE_INTERVAL, CHANGE_REPEATS, is_about_addresses, questions
@@ -70,6 +71,11 @@ _FEATURES_FULL = (
 def _packed(address: IPAddress | None) -> bytes:
     """16 bytes, zeros for none."""
     return bytes(16) if address is None else packed16(address)
+
+
+def _network() -> int:
+    """The network namespace that we are in."""
+    return os.stat("/proc/thread-self/ns/net").st_ino
 
 
 def _open_capture(path: str, flag: int) -> int:
@@ -215,6 +221,7 @@ class NetDevice(BaseDevice):
             int(self._moved_in),
             int(self._advertising is not None),
             int(self._mover.listeners_frozen),
+            _network(),
         )
         return handed
 
@@ -231,6 +238,8 @@ class NetDevice(BaseDevice):
 
         Raises ``ValueError``, ``OSError`` or ``ForwardError`` where this process could not go on with it.
         """
+        if handed.process.network != _network():
+            raise ValueError("it is in another network namespace: start this one there, too (ip netns exec, nsenter)")
         self._loop = asyncio.get_running_loop()
         self._configure()
         self._descriptors = inherit(self._engine, self._options, handed)
@@ -254,7 +263,8 @@ class NetDevice(BaseDevice):
         if process.guest_runs:
             self._advertising = self._loop_now.call_later(ADVERTISE_INTERVAL, self._advertise)
             self._probe.start()
-        self._mover.compare(handed.facts)
+        if differing := differences(handed.facts, self._facts()):
+            log.warning("the guest's network is another than with the process before: %s", printable(differing, 1000))
         self._remember(handed.told)
         self._follow_now()
         return still

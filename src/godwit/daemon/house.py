@@ -28,6 +28,8 @@ from godwit.vhost_user import SavedSession, Server, VhostUserError
 
 logger = logging.getLogger(__name__)
 
+_ASKED_AGAIN = 1.0  # seconds
+
 
 class House:
     """The sockets and paths of a daemon. ``names`` closes and removes them, unless another process has them then."""
@@ -142,8 +144,13 @@ class House:
         assert self.takeover is not None  # or nothing would be watched
         try:
             sock, address = self.takeover.accept()
-        except OSError as error:
-            logger.debug("nobody to take over after all: %s", error)
+        except BlockingIOError:
+            return
+        except OSError as error:  # mostly for want of descriptors: who asks waits, and is told nothing for a while
+            logger.warning("whoever wants to take over cannot be heard yet: %s", error.strerror)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self.takeover)
+            loop.call_later(_ASKED_AGAIN, self._listen_again, self.takeover, done)
             return
         if lifecycle.is_probe(address):
             sock.close()
@@ -151,6 +158,10 @@ class House:
         task = asyncio.ensure_future(self._answer(sock, done))
         self._asked.add(task)
         task.add_done_callback(self._asked.discard)
+
+    def _listen_again(self, takeover: socket.socket, done: Callable[[], None]) -> None:
+        if takeover.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(takeover, self._is_asked, done)
 
     async def _answer(self, sock: socket.socket, done: Callable[[], None]) -> None:
         successor = Successor(sock)

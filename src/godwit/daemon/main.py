@@ -124,10 +124,11 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             loop.add_signal_handler(number, stop.set)
 
         logger.info(
-            "godwit %s is ready on %s, repair helper on %s",
+            "godwit %s is ready on %s, repair helper on %s, takeover on %s",
             __version__,
             house.where,
             house.repair.path if house.repair is not None else "no socket",
+            house.takeover_path or "no socket",
         )
         logger.info("the guest is told: %s", ", ".join(f"{name} {value}" for name, value in facts(config).items()))
         if options.socket is None and house.listener is not None and not (options.foreground or options.quiet):

@@ -212,9 +212,9 @@ class Mover:
 
     @property
     def settled(self) -> bool:
-        """Nothing moves, and no connection waits for a helper."""
+        """Nothing moves, no connection waits for a helper, and none that hangs may still touch any."""
         with self._lock:
-            return not (self._parked or self._frozen or self._arrivals or self._rescue.held())
+            return not (self._parked or self._frozen or self._arrivals or self._rescue.held() or self._watches())
 
     @property
     def listeners_frozen(self) -> bool:
@@ -338,7 +338,7 @@ class Mover:
     def dump(self, flow: int) -> tuple[SocketState, bytes, bytes] | None:
         """The socket and its queues; None: it cannot move."""
         if (waiting := self._awaited.get(flow)) is not None:
-            return waiting.socket, waiting.sndq, waiting.rcvq
+            return waiting.on_time(), waiting.sndq, waiting.rcvq
         if flow not in self._in_repair:
             return None
         if self._is_local(flow):
@@ -391,6 +391,9 @@ class Mover:
         with self._lock:
             try:
                 self._go_on()
+            except BaseException:
+                self.give_up_all()
+                raise
             finally:
                 self._clear()
                 self._unpark()
@@ -421,9 +424,13 @@ class Mover:
 
     def _watch(self) -> None:
         """For a while after a helper has not answered, look at the sockets now and then."""
-        hung_at = None if self._repair is None else self._repair.hung_at
-        if hung_at is not None and time.monotonic() < hung_at + LOOK_SECONDS:
+        if self._watches():
             self._schedule(LOOK_EVERY, self._look)
+
+    def _watches(self) -> bool:
+        """Whether a helper has not answered a while ago."""
+        hung_at = None if self._repair is None else self._repair.hung_at
+        return hung_at is not None and time.monotonic() < hung_at + LOOK_SECONDS
 
     def _look(self) -> None:
         self.rescue_found()
@@ -650,7 +657,7 @@ class Mover:
                 self._open(flow, self._arrivals[flow])
             self._enter_repair(came)
             for flow, waiting in came.items():
-                self.restore(flow, waiting.socket, waiting.sndq, waiting.rcvq)
+                self.restore(flow, waiting.on_time(), waiting.sndq, waiting.rcvq)
             for flow, waiting in late.items():
                 address = address_text(waiting.ours.our_addr)
                 why = f"the address {address} has not come to this host within {PATIENCE:.0f} s"
@@ -712,6 +719,9 @@ class Mover:
         with self._lock:
             try:
                 self._let_go()
+            except BaseException:
+                self.give_up_all()
+                raise
             finally:
                 self._loaded()
                 self._seen_before = None
@@ -804,18 +814,18 @@ class Mover:
             if not left and not self._parked:
                 return
             log.error("%d connections are reset: the end of the migration has failed", len(left))
-            try:
-                self.thaw_listeners()
+            with contextlib.ExitStack() as each:  # what fails keeps nothing else from being done
+                each.callback(self._loaded)
+                each.callback(self._awaited.wait, {})  # no port is kept for these
+                each.callback(self._udp.discard)
+                each.callback(self._clear)
+                each.callback(self.thaw_listeners)
                 left = {flow for flow in left if self._engine.flow_generation(flow) is not None}
                 repaired = [flow for flow in left if (fd := self._engine.flow_socket(flow)[0]) >= 0 and in_repair(fd)]
                 self._leave_repair(repaired)  # in repair mode a reset is not said
                 for flow in left:
                     self._engine.reset_flow(flow)
                 self._knocks.begin([_host_side(one.state) for one in self._arrivals.values()], self.scope)
-            finally:
-                self._clear()
-                self._udp.discard()
-                self._loaded()
 
     def _loaded(self) -> None:
         """What came is the guest's, or gone: forget about it, and go on."""

@@ -312,7 +312,7 @@ class Predecessor:
             self._sock.close()
             raise TakeoverError(
                 f"cannot take over: nobody hands a guest over at {path}: {error.strerror or error}"
-                " (in stream mode nobody can)"
+                " (it is the path that ends in .takeover that is wanted; in stream mode there is none)"
             ) from error
 
     def take(self) -> Handed:

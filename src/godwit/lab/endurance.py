@@ -355,13 +355,15 @@ def growth(sizes: dict[str, list[Size]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it from the command line."""
     parser = argparse.ArgumentParser(prog="python -m godwit.lab.endurance", description=__doc__)
-    parser.add_argument("--moves", type=int, default=200, metavar="N", help="how often (%(default)s)")
+    parser.add_argument(
+        "--moves", type=int, default=200, metavar="N", help=f"how often: even, and more than {WARM} (%(default)s)"
+    )
     parser.add_argument("--qemu", action="store_true", help="a QEMU guest, not an embedded one")
     parser.add_argument("--ipv6", action="store_true", help="over IPv6")
     parser.add_argument("argument", nargs="*", help="more options for godwit serve")
     options = parser.parse_args(arguments)
-    if options.moves <= WARM:
-        parser.error(f"--moves is more than {WARM}, or nothing could be seen to grow")
+    if options.moves <= WARM or options.moves % 2:
+        parser.error(f"--moves is even, so that the guest is where it was, and more than {WARM}, to see what grows")
 
     def say(text: str) -> None:
         sys.stdout.write(f"{text}\n")

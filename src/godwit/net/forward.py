@@ -73,6 +73,22 @@ class Forward(NamedTuple):
     to_address: IPAddress | None = None
     weak: bool = False
 
+    def __str__(self) -> str:
+        """As the options have it, or nearly: where there is no other way to say it."""
+        place = "".join(f"{part}/" for part in (_at(self.place),) if part)
+        ports = f"{self.first}-{self.last}" if self.last != self.first else f"{self.first}"
+        to = "" if self.to_first == self.first else f":{self.to_first}"
+        if self.last != self.first and to:
+            to += f"-{self.to_first + self.last - self.first}"
+        guest = "" if self.to_address is None else f" to {self.to_address}"
+        return f"{place}{ports}{to}{guest}"
+
+
+def _at(place: Place) -> str:
+    """An address, and an interface behind ``%``, as far as there are any."""
+    address = "" if place.address is None else str(place.address)
+    return address + (f"%{place.device}" if place.device else "")
+
 
 class Listener(NamedTuple):
     """A socket of a forward: its descriptor, the host's port and where in the guest it leads."""

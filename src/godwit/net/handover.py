@@ -60,7 +60,8 @@ class Name(NamedTuple):
 class Process(NamedTuple):
     """What a godwit knows besides its data plane.
 
-    ``parked_at``: CLOCK_MONOTONIC, in nanoseconds; ``pid`` is for the log.
+    ``parked_at``: CLOCK_MONOTONIC, in nanoseconds; ``pid`` is for the log;
+    ``network``: the network namespace that it is in (st_ino of ns/net), 0: not known.
     """
 
     hash_key: bytes
@@ -70,6 +71,7 @@ class Process(NamedTuple):
     moved_in: int = 0
     guest_runs: int = 0
     listeners_frozen: int = 0
+    network: int = 0
 
 
 @dataclass
@@ -259,6 +261,7 @@ PROCESS: Final[Record[Process]] = Record(
         Field("moved_in", u8, "1: the guest has come by migration, and not been told of the network here", range(2)),
         Field("guest_runs", u8, "1: it has started its rings", range(2)),
         Field("listeners_frozen", u8, "1: until a guest comes, nobody gets a connection to a forwarded port", range(2)),
+        Field("network", u64, "its network namespace, as the kernel numbers it; 0: not known"),
     ),
     Process,
     doc="What the old one knows besides its data plane.",
