@@ -279,6 +279,31 @@ def test_an_address_that_comes_later(version: int) -> None:
         assert f"{IDLE + 3} connections go on here, 0 were lost" in said
 
 
+def test_a_helper_that_hangs_when_the_address_comes_costs_only_who_waits() -> None:
+    with Scenario(godwit_arguments=[*NATIVE, "--freebind"]) as scenario:
+        renumber(scenario, 6)
+        with connections(scenario, (4, 6)) as made:
+            attempt = saved(scenario)
+            scenario.network.switch("b")
+            attempt.switch_over()
+            attempt.finish()
+            target = scenario.backends["b"]
+            wait_until(lambda: "wait for their address to come to this host" in target.messages(), "one to wait")
+            target.stop_helper()
+            try:
+                began = time.monotonic()
+                add(scenario.network.b, 6)
+                while time.monotonic() < began + 2.0:
+                    sent = time.monotonic()
+                    talk(*made[4])
+                    assert time.monotonic() - sent < 2.0
+                reset_within(made[6][0], began, 15.0)
+            finally:
+                target.resume_helper()
+            talk(*made[4])
+        assert "0 connections go on here, 1 were lost" in target.messages()
+
+
 def test_the_prober_hears_resets() -> None:
     """Who has the address, and not the connection, answers: what the test before says nobody does."""
     with Scenario() as scenario, connections(scenario, (4, 6)):

@@ -194,6 +194,7 @@ class Mover:
         # Source: a helper was there when the migration began, so its absence later is a failure.
         self.helper_expected = False
         self._parked = False
+        self._held_alone = False  # what is asked of the helper is for flows that are held while the guest runs
         self._frozen: list[int] = []  # source: flows whose socket is frozen
         self._in_repair: set[int] = set()  # of those, the ones in repair mode
         self._saved: set[int] = set()  # and of those, the ones whose socket is in the stream
@@ -279,7 +280,15 @@ class Mover:
     def _set_mode(self, fds: Sequence[int], mode: Repair) -> None:
         if self._repair is None:
             raise RepairError("there is no repair socket")
-        self._repair.set_mode(fds, mode)
+        if not self._held_alone:
+            self._repair.set_mode(fds, mode)
+            return
+        # These flows are held: the others need not stand still for as long as a helper may take.
+        self._engine.unpark()
+        try:
+            self._repair.set_mode(fds, mode)
+        finally:
+            self._engine.park()
 
     # ---- source
 
@@ -650,6 +659,7 @@ class Mover:
 
     def _arrive(self, came: Mapping[int, Waiting], late: Mapping[int, Waiting]) -> None:
         """The addresses of some flows that wait are here, others have waited too long. The data plane is parked."""
+        self._held_alone = True
         try:
             self._room = sum(len(one.sndq) + len(one.rcvq) for one in came.values())
             for flow, waiting in came.items():
@@ -664,6 +674,7 @@ class Mover:
                 self._arrivals[flow] = _Arrival(waiting.state, lost=why)
             self._let_flows_go()
         finally:
+            self._held_alone = False
             self._arrivals.clear()
         self._schedule(HURRY_SECONDS, self._engine.calm)
 
