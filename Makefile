@@ -87,12 +87,15 @@ debug: venv ## an unoptimised build with debug information, in build/debug/lib
 
 # Python itself is not built with the sanitizers, so their libraries are loaded first. It frees little at
 # its end, which is no leak; and its own allocator would hide overruns inside its arenas.
+# Not the tests of what becomes of connections, which take long: they do what the others do, in other numbers.
+ASAN_LEAVES := tests/lab/test_outcomes.py tests/lab/test_fault_matrix.py tests/lab/test_endurance.py
+
 asan: venv prerequisites-lab prerequisites-test ## the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	GODWIT_SANITIZE=1 $(call VARIANT,sanitize)
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	PYTHONPATH=$(CURDIR)/build/sanitize/lib GODWIT_SANITIZE=1 \
-	$(PY) -m pytest -o timeout=600 $(PYTEST_ARGS)
+	$(PY) -m pytest -o timeout=600 $(ASAN_LEAVES:%=--ignore=%) $(PYTEST_ARGS)
 
 annotate: venv ## Cython's annotated sources, below build/annotate
 	@for source in $$(cd src && find . -name '*.pyx'); do \

@@ -154,5 +154,9 @@ def test_the_clock_goes_on_while_a_connection_waits() -> None:
     state = SocketState(0, 0, 0, 0, 0, 1000, 0xFFFFFFF0, 0, 0, 0, 0, 0, 0, 0, 1, 2)
     waiting = Waiting(ends, ends.sides[1], state, b"", b"", since=time.monotonic() - 5)
     assert 4900 <= waiting.on_time().timestamp <= 10000
+    assert waiting.on_time().timestamp % 2 == 0  # in milliseconds still
+    fine = Waiting(ends, ends.sides[1], state._replace(timestamp=1), b"", b"", since=time.monotonic() - 5)
+    assert 4_900_000 <= fine.on_time().timestamp <= 10_000_000
+    assert fine.on_time().timestamp % 2 == 1
     none = Waiting(ends, ends.sides[1], state._replace(timestamp=0), b"", b"", since=time.monotonic() - 5)
     assert none.on_time().timestamp == 0

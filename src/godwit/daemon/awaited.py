@@ -50,14 +50,16 @@ class Waiting:
     since: float = dataclasses.field(default_factory=time.monotonic)
 
     def on_time(self) -> SocketState:
-        """The socket, its clock (TCP_TIMESTAMP, in ms) put on by the time that it has waited.
+        """The socket, its clock (TCP_TIMESTAMP) put on by the time that it has waited.
 
         Where the source can still reach the peer it repeats what was not acknowledged, and the peer then takes
-        nothing that is older (RFC 7323, 5.3).
+        nothing that is older (RFC 7323, 5.3). Bit 0 of the clock is none: it says that the rest is in microseconds,
+        not in milliseconds (net/ipv4/tcp.c, since Linux 6.7).
         """
         if not self.socket.timestamp:
             return self.socket
-        waited = int((time.monotonic() - self.since) * 1000)
+        units = 1_000_000 if self.socket.timestamp & 1 else 1000
+        waited = int((time.monotonic() - self.since) * units) & ~1
         return self.socket._replace(timestamp=(self.socket.timestamp + waited) & 0xFFFFFFFF)
 
 
