@@ -87,8 +87,9 @@ debug: venv ## an unoptimised build with debug information, in build/debug/lib
 
 # Python itself is not built with the sanitizers, so their libraries are loaded first. It frees little at
 # its end, which is no leak; and its own allocator would hide overruns inside its arenas.
-# Not the tests of what becomes of connections, which take long: they have the data plane do what others do, too.
-ASAN_LEAVES := $(patsubst %,tests/lab/test_%.py,outcomes fault_matrix endurance addresses guard)
+# Not what takes long and has the data plane do what others do, too, or is about the laboratory itself.
+ASAN_LEAVES := $(patsubst %,tests/lab/test_%.py,outcomes fault_matrix endurance addresses guard failures \
+	clients services hosts options agent debian image netns qmp traffic)
 
 asan: venv prerequisites-lab prerequisites-test ## the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	GODWIT_SANITIZE=1 $(call VARIANT,sanitize)
