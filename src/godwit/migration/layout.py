@@ -78,7 +78,7 @@ class One(Element):
     record: Record[Any]
 
     def push(self, value: Any) -> bytes:
-        """Size and fields."""
+        """Size and fields; of a value, or of the bytes that ``Record.encode`` has made of one."""
         return self.record.sized(value)
 
     def pull(self, part: Part, before: Values) -> Any:

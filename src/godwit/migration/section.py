@@ -280,12 +280,14 @@ class Record(Generic[Value]):
         except struct.error as error:
             raise ValueError(f"{self.name}: {error}") from None
 
-    def sized(self, value: Value) -> bytes:
+    def sized(self, value: Value | bytes) -> bytes:
         """The bytes of ``value`` behind their number (u16): a record that later versions may add fields to.
+
+        ``value`` may be what ``encode`` has given, where that was asked before.
 
         :raises UnsoundError: a value is not allowed.
         """
-        return _SIZE.pack(self.size) + self.encode(value)
+        return _SIZE.pack(self.size) + (value if isinstance(value, bytes) else self.encode(value))
 
     def pull_sized(self, reader: Puller, name: str = "") -> Value:
         """Read what ``sized`` gives, of this version, an older or a newer one.

@@ -207,14 +207,14 @@ def _save_flows(mover: FlowMover, writer: Writer) -> None:
             _save_socket(mover, flow, writer)
 
 
-def sound_socket(mover: FlowMover, flow: int) -> tuple[SocketState, bytes, bytes] | str:
-    """What there is to write of a flow's socket; or why there is nothing, and then the flow is given up."""
+def sound_socket(mover: FlowMover, flow: int) -> tuple[bytes, bytes, bytes] | str:
+    """A flow's socket and its queues, to be written; or why there are none, and then the flow is given up."""
     dumped = mover.dump(flow)
     if dumped is None:
         return "the source could not save it"
     state, sndq, rcvq = dumped
     try:
-        SOCKET.encode(state)
+        record = SOCKET.encode(state)
         if state.sndq != len(sndq) or state.rcvq != len(rcvq):
             raise UnsoundError(2, f"with {len(sndq)} + {len(rcvq)} bytes in the queues")
     except UnsoundError as error:
@@ -222,7 +222,7 @@ def sound_socket(mover: FlowMover, flow: int) -> tuple[SocketState, bytes, bytes
     except struct.error as error:
         why = str(error)
     else:
-        return dumped
+        return record, sndq, rcvq
     mover.give_up(flow, why)
     return why
 
@@ -232,11 +232,9 @@ def _save_socket(mover: FlowMover, flow: int, writer: Writer) -> None:
     if isinstance(found, str):
         writer.push_bytes(LOST)
         return
-    state, *queues = found
-    writer.push_bytes(SOCKET.pack(state))
-    for queue in queues:
-        if queue:
-            writer.push_bytes(queue)
+    for part in found:
+        if part:
+            writer.push_bytes(part)
 
 
 def _load_flows(mover: FlowMover, reader: Reader) -> None:
