@@ -23,3 +23,5 @@ cdef class EngineBase:
 cdef object check(int rc, str what)
 # `value` must be of just this size; ValueError.
 cdef object copy_bytes(uint8_t *out, bytes value, int size, str what)
+# Datagrams as a flow carries them, one behind the other.
+cdef bytes carried_from(datagrams)

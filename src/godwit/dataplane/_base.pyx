@@ -21,7 +21,7 @@ from godwit.dataplane.flow cimport (
     WATCH_KICK,
     WATCH_LISTENER,
     WATCH_WAKE,
-    flow_new,
+    flow_new_beyond,
     flow_watch,
     flows_free,
     flows_init,
@@ -44,6 +44,7 @@ from godwit.dataplane.plane cimport (
     NONE,
     RARE_FRAME,
     RARE_SLOTS,
+    UDP_SLOT,
     Flow,
     Listener,
     Plane,
@@ -95,7 +96,7 @@ from godwit.dataplane.sys cimport (
     write,
 )
 from godwit.dataplane.udp cimport PORT_FORWARDED, PORT_FORWARDED_AT, udp_prepare
-from godwit.dataplane.udp_to_guest cimport udp_free, udp_init
+from godwit.dataplane.udp_to_guest cimport Carried, udp_free, udp_init
 from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, RX, Queue, queue_map, queue_seen
 
 from godwit.dataplane.state import Observed
@@ -135,6 +136,22 @@ cdef object copy_bytes(uint8_t *out, bytes value, int size, str what):
     if len(value) != size:
         raise ValueError(f"{what} must be {size} bytes, not {len(value)}")
     memcpy(out, <const uint8_t *>value, size)
+
+
+cdef bytes carried_from(datagrams):
+    cdef Carried head
+    parts = []
+    for one in datagrams:
+        if len(one.data) > UDP_SLOT:
+            raise ValueError(f"a datagram of {len(one.data)} bytes")
+        memset(&head, 0, sizeof(head))
+        copy_bytes(head.remote_addr, one.remote_addr, 16, "address")
+        copy_bytes(head.local_addr, one.local_addr, 16, "address")
+        head.remote_port = one.remote_port
+        head.size = <uint32_t>len(one.data)
+        parts.append((<uint8_t *>&head)[:sizeof(head)])
+        parts.append(one.data)
+    return b"".join(parts)
 
 
 cdef void renumber(Plane *p) noexcept nogil:
@@ -680,9 +697,8 @@ cdef class EngineBase:
         wild = is_unspecified(bound) and device_size == 0 and not any(guest_addr)
         copy_bytes(bound, guest_addr, 16, "address")
         memset(nobody, 0, 16)
-        limit, self.p.flow_limit = self.p.flow_limit, 0xFFFFFFFF
-        f = flow_new(self.p, FLOW_UDP_PORT, bound, guest_port, nobody, PORT_FORWARDED if wild else PORT_FORWARDED_AT)
-        self.p.flow_limit = limit
+        f = flow_new_beyond(self.p, FLOW_UDP_PORT, bound, guest_port, nobody,
+                            PORT_FORWARDED if wild else PORT_FORWARDED_AT)
         if f == NULL:
             raise ValueError("the flow table is full")
         self.p.open_ports -= 1

@@ -4,10 +4,11 @@
 import os
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
-from godwit.dataplane._base cimport EngineBase, check, copy_bytes
+from godwit.dataplane._base cimport EngineBase, carried_from, check, copy_bytes
 from godwit.dataplane.flow cimport (
+    carry_bytes,
     carry_free,
     carry_new,
     flow_close,
@@ -15,6 +16,7 @@ from godwit.dataplane.flow cimport (
     flow_find,
     flow_index,
     flow_new,
+    flow_new_beyond,
     flow_wait_ring,
     flow_watch,
 )
@@ -206,9 +208,7 @@ cdef class Engine(EngineBase):
             raise ValueError("two flows between the same ends")
         self.p.now = clock_ms(self.p)
         # Also beyond the limit: without a descriptor it is reset, and has to be there for that.
-        limit, self.p.flow_limit = self.p.flow_limit, self.p.max_flows
-        f = flow_new(self.p, FLOW_TCP, guest_addr, guest.end_port, our_addr, guest.our_port)
-        self.p.flow_limit = limit
+        f = flow_new_beyond(self.p, FLOW_TCP, guest_addr, guest.end_port, our_addr, guest.our_port)
         if f == NULL:
             raise ValueError("the flow table is full")
         copy_bytes(f.remote_addr, host.end_addr, 16, "address")
@@ -272,7 +272,7 @@ cdef class Engine(EngineBase):
     def carried(self, uint32_t index):
         """(bytes for the guest, bytes for the socket) that a flow still carries."""
         cdef Flow *f = self.flow(index)
-        return carried_bytes(f.carry_to_guest), carried_bytes(f.carry_to_sock)
+        return carry_bytes(f.carry_to_guest), carry_bytes(f.carry_to_sock)
 
     def peer_closed(self, uint32_t index):
         """Whether the peer closed before a migration, of which the flow's socket does not know."""
@@ -462,26 +462,17 @@ cdef class Engine(EngineBase):
     def carry_datagrams(self, uint32_t index, datagrams):
         """Datagrams for the guest that came along: they go before all that the port's socket has."""
         cdef Flow *f = self.udp_port(index)
-        cdef Carried head
         cdef bytes data, remote
-        parts = []
+        ours = []
         for one in datagrams:
-            if len(one.data) > UDP_SLOT:
-                raise ValueError(f"a datagram of {len(one.data)} bytes")
             remote = one.remote_addr
             if is_loopback(remote) or is_unspecified(remote) or not udp_takes(f, remote):
                 # An answer to another host's own loopback would go to somebody of this one's; here, none could leave.
                 continue
-            if len(one.data) > (MOST_DATA4 if is_v4(remote) else MOST_DATA6):
+            if (MOST_DATA4 if is_v4(remote) else MOST_DATA6) < len(one.data) <= UDP_SLOT:
                 continue    # there are none such, and headers could not say their size
-            memset(&head, 0, sizeof(head))
-            copy_bytes(head.remote_addr, one.remote_addr, 16, "address")
-            copy_bytes(head.local_addr, one.local_addr, 16, "address")
-            head.remote_port = one.remote_port
-            head.size = <uint32_t>len(one.data)
-            parts.append((<uint8_t *>&head)[:sizeof(head)])
-            parts.append(one.data)
-        data = b"".join(parts)
+            ours.append(one)
+        data = carried_from(ours)
         if not data or f.carry_to_guest != NULL:
             return
         f.carry_to_guest = carry_new(data, <uint32_t>len(data))
@@ -683,7 +674,3 @@ cdef list carried_datagrams(Carry *c, uint32_t at):
                                  c.data[at:at + head.size])
         at += head.size
     return found
-
-
-cdef bytes carried_bytes(Carry *c):
-    return b"" if c == NULL else c.data[c.at:c.size]

@@ -22,6 +22,9 @@ cdef Flow *flow_find(Plane *p, int kind, const uint8_t *guest_addr, uint16_t gue
 # A new flow with these ends, in the table; NULL when the table is full.
 cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
                     const uint8_t *our_addr, uint16_t our_port) noexcept nogil
+# The same for one that is not to be refused for its descriptor (Plane.flow_limit).
+cdef Flow *flow_new_beyond(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
+                           const uint8_t *our_addr, uint16_t our_port) noexcept nogil
 # UDP flows by their port and their peer on the host's side. Of several the one
 # that was put in last is found. A flow is taken out while either changes.
 cdef Flow *peer_find(Plane *p, uint32_t port, const uint8_t *remote, uint16_t remote_port) noexcept nogil
@@ -42,6 +45,9 @@ cdef bint carry_append(Carry **c, const iovec *iov, int count, uint32_t skip, ui
 cdef void carry_free(Carry *c) noexcept nogil
 # Done with n bytes; returns NULL (and frees it) when that was the last.
 cdef Carry *carry_take(Carry *c, uint32_t n) noexcept nogil
+
+# What is left of it, for the control thread.
+cdef bytes carry_bytes(Carry *c)
 
 cdef inline uint32_t carry_left(Carry *c) noexcept nogil:
     return 0 if c == NULL else c.size - c.at

@@ -220,6 +220,16 @@ cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t
     return f
 
 
+cdef Flow *flow_new_beyond(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
+                           const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
+    cdef uint32_t limit = p.flow_limit
+    cdef Flow *f
+    p.flow_limit = 0xFFFFFFFF
+    f = flow_new(p, kind, guest_addr, guest_port, our_addr, our_port)
+    p.flow_limit = limit
+    return f
+
+
 cdef void count(Plane *p, Flow *f, int change) noexcept nogil:
     if f.kind != FLOW_UDP_PORT:
         p.open_flows += change
@@ -332,6 +342,10 @@ cdef void carry_free(Carry *c) noexcept nogil:
     if c != NULL:
         free(c.data)
         free(c)
+
+
+cdef bytes carry_bytes(Carry *c):
+    return b"" if c == NULL else c.data[c.at:c.size]
 
 
 cdef Carry *carry_take(Carry *c, uint32_t n) noexcept nogil:

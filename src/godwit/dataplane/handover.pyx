@@ -10,16 +10,17 @@ begins with an event that tells how things are.
 import os
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
-from godwit.dataplane._base cimport EngineBase, check, copy_bytes
+from godwit.dataplane._base cimport EngineBase, carried_from, check, copy_bytes
 from godwit.dataplane.flow cimport (
+    carry_bytes,
     WATCH_KICK,
     carry_new,
     flow_deadline,
     flow_find,
     flow_index,
-    flow_new,
+    flow_new_beyond,
     flow_touch,
     flow_wait_ring,
     flow_watch,
@@ -64,8 +65,6 @@ from godwit.dataplane.plane cimport (
     PARTIALS,
     PARTIAL_SIZE,
     RARE_SLOTS,
-    UDP_SLOT,
-    Carry,
     Flow,
     FlowKind,
     Partial,
@@ -82,7 +81,6 @@ from godwit.dataplane.sys cimport (
     load32_acquire,
 )
 from godwit.dataplane.udp cimport PORT_FORWARDED, PORT_FORWARDED_AT
-from godwit.dataplane.udp_to_guest cimport Carried
 from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, Queue, queue_map
 
 from godwit.dataplane.live import LiveFlag, LivePartial, LivePeer, LivePing, LivePort, LiveRing, LiveTcp
@@ -131,10 +129,6 @@ cdef uint32_t due(Plane *p, Flow *f) noexcept:
 
 cdef uint32_t idle(Plane *p, Flow *f) noexcept:
     return between(f.last_active, p.now)
-
-
-cdef bytes carried(Carry *c):
-    return b"" if c == NULL else c.data[c.at:c.size]
 
 
 # ---- what there is
@@ -193,7 +187,7 @@ def tcp(EngineBase engine not None):
                 f.seq_init_from_guest, f.seq_fin, f.acked, f.window, f.edge, f.granted, f.mss, f.wnd_sent,
                 f.ws_from_guest, f.ws_to_guest, f.retries, f.dup_acks, due(p, f), idle(p, f),
                 f.bytes_from_guest, f.bytes_to_guest,
-            ), f.sock, carried(f.carry_to_guest), carried(f.carry_to_sock)))
+            ), f.sock, carry_bytes(f.carry_to_guest), carry_bytes(f.carry_to_sock)))
     return found
 
 
@@ -351,10 +345,8 @@ cdef Flow *new_flow(EngineBase engine, FlowKind kind, bytes guest_addr, uint16_t
     if flow_find(engine.p, kind, guest_addr, guest_port, our_addr, our_port) != NULL:
         raise ValueError("two flows between the same ends")
     engine.p.now = clock_ms(engine.p)
-    limit, engine.p.flow_limit = engine.p.flow_limit, 0xFFFFFFFF
     opened = engine.p.counters.flows_opened
-    f = flow_new(engine.p, kind, guest_addr, guest_port, our_addr, our_port)
-    engine.p.flow_limit = limit
+    f = flow_new_beyond(engine.p, kind, guest_addr, guest_port, our_addr, our_port)
     engine.p.counters.flows_opened = opened
     if f == NULL:
         raise ValueError("the flow table is full")
@@ -418,7 +410,6 @@ def add_tcp(EngineBase engine not None, flow, int fd, bytes to_guest, bytes to_s
 def add_port(EngineBase engine not None, port, int fd, datagrams):
     """A UDP port with its socket, which is the engine's then, and what of it waits for the guest. Returns its index."""
     cdef Flow *f
-    cdef Carried head
     cdef bint forwarded = port.flags & LiveFlag.FORWARD
     cdef bytes data
     if (port.kind == PORT_FORWARDED or port.kind == PORT_FORWARDED_AT) != forwarded:
@@ -439,18 +430,7 @@ def add_port(EngineBase engine not None, port, int fd, datagrams):
         engine.p.many_ports += 1
     f.ttl = port.ttl
     f.tos = port.tos
-    parts = []
-    for one in datagrams:
-        if len(one.data) > UDP_SLOT:
-            raise ValueError(f"a datagram of {len(one.data)} bytes")
-        memset(&head, 0, sizeof(head))
-        copy_bytes(head.remote_addr, one.remote_addr, 16, "address")
-        copy_bytes(head.local_addr, one.local_addr, 16, "address")
-        head.remote_port = one.remote_port
-        head.size = <uint32_t>len(one.data)
-        parts.append((<uint8_t *>&head)[:sizeof(head)])
-        parts.append(one.data)
-    data = b"".join(parts)
+    data = carried_from(datagrams)
     if data:
         f.carry_to_guest = carry_new(data, <uint32_t>len(data))
         if f.carry_to_guest == NULL:
@@ -466,9 +446,7 @@ cdef Flow *new_forward(EngineBase engine, bytes guest_addr, uint16_t guest_port)
     cdef bytes nobody = bytes(16)
     if len(guest_addr) != 16:
         raise ValueError("an address must be 16 bytes")
-    limit, engine.p.flow_limit = engine.p.flow_limit, 0xFFFFFFFF
-    f = flow_new(engine.p, FLOW_UDP_PORT, guest_addr, guest_port, nobody, PORT_FORWARDED_AT)
-    engine.p.flow_limit = limit
+    f = flow_new_beyond(engine.p, FLOW_UDP_PORT, guest_addr, guest_port, nobody, PORT_FORWARDED_AT)
     if f == NULL:
         raise ValueError("the flow table is full")
     return f
