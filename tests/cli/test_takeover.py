@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -47,7 +48,7 @@ def test_in_the_background_and_the_files_are_the_new_ones(place: Place) -> None:
             first = place.daemon()
             launched = takeover(place)
             assert (launched.returncode, launched.stdout) == (0, ""), launched.stderr
-            eventually(lambda first=first: gone(first), "the old one's end")  # type: ignore[misc]
+            eventually(functools.partial(gone, first), "the old one's end")
             assert place.daemon() != first
             assert not gone(place.daemon())
             assert front_end.get_features() == features

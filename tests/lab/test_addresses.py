@@ -304,15 +304,15 @@ def test_a_helper_that_hangs_when_the_address_comes_costs_only_who_waits() -> No
         assert "0 connections go on here, 1 were lost" in target.messages()
 
 
-def test_the_prober_hears_resets() -> None:
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_prober_hears_resets(version: int) -> None:
     """Who has the address, and not the connection, answers: what the test before says nobody does."""
-    with Scenario() as scenario, connections(scenario, (4, 6)):
-        for version in (4, 6):
-            prober = Prober(scenario, version, 9, 4711)
-            try:
-                wait_until(lambda found=prober: found.resets > 10, "resets")  # type: ignore[misc]
-            finally:
-                prober.close()
+    with Scenario() as scenario, connections(scenario, (version,)):
+        prober = Prober(scenario, version, 9, 4711)
+        try:
+            wait_until(lambda: prober.resets > 10, "resets")
+        finally:
+            prober.close()
 
 
 def test_a_port_that_is_forwarded_waits_too() -> None:
@@ -547,9 +547,10 @@ def test_udhcpc_has_the_targets_address_when_it_renews(home: Path, version: str)
     """A renewal names the server that it knows, and goes to that one: version 2 does as well."""
     with Scenario(godwit_arguments=["--migrate-version", version], make_guest=unconfigured) as scenario:
         assert isinstance(scenario.guest, EmbeddedGuest)
-        system = GuestSystem(scenario.guest.space, str(home))
+        space = scenario.guest.space
+        system = GuestSystem(space, str(home))
         client = system.start_udhcpc()
-        wait_until(lambda: routers(scenario.guest.space) == {GATEWAY4, GATEWAY6}, "a lease")  # type: ignore[attr-defined]
+        wait_until(lambda: routers(space) == {GATEWAY4, GATEWAY6}, "a lease")
         renumber(scenario, 4)
         guest = moved(scenario)
         assert connects_anew(scenario, 4, HOST4) == OTHER[4]  # it is online until then

@@ -22,7 +22,8 @@ A, B, C, D = (bytes(10) + b"\xff\xff" + bytes((192, 0, 2, last)) for last in (1,
 def tcp(**values: int) -> LiveTcp:
     numbers = dict.fromkeys(LiveTcp._fields, 7)
     addresses = dict(zip(("guest_addr", "our_addr", "remote_addr", "local_addr"), (A, B, C, D), strict=True))
-    return LiveTcp(**{**numbers, **addresses, **values})  # type: ignore[arg-type]
+    every = {**numbers, **addresses, **values}
+    return LiveTcp._make(every[name] for name in LiveTcp._fields)
 
 
 def whole() -> Handed:
