@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from godwit.daemon import mover
+from godwit.daemon import datagrams, mover
 from godwit.daemon.linger import Linger
 from godwit.daemon.mover import TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_LAST_ACK, Mover, _report
 from godwit.dataplane import Engine, FlowState, Observed, Ping, Side, SocketState, UdpPeer, UdpPort
@@ -378,7 +378,7 @@ def test_what_a_source_has_seen_is_forgotten_with_the_rest(rig: Rig) -> None:
 def test_datagrams_beyond_the_limit_are_lost_only_with_the_guest(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, moves: bool
 ) -> None:
-    monkeypatch.setattr(mover, "MAX_WAITING", 131072 + 2 * (20000 + DATAGRAM_COST))
+    monkeypatch.setattr(datagrams, "MAX_WAITING", 131072 + 2 * (20000 + DATAGRAM_COST))
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer,

@@ -11,16 +11,59 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import ip_address
 
 from godwit.daemon.awaited import free_bind
 from godwit.dataplane import Datagram, Engine, Side, UdpPeer, UdpPort
+from godwit.net.native import DATAGRAM_COST, MAX_WAITING
 from godwit.net.records import V4_MAPPED, address_text, unpacked
 
 log = logging.getLogger(__name__)
 
 LEAST_PORT = 1024  # that a stream can have us bind
+
+
+class UdpDepartures:
+    """The guest's UDP ports as they are saved, and what becomes of their sockets when it has moved."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._too_many = 0  # ports with more datagrams than can move
+
+    def take(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
+        """Each port that has anything to move.
+
+        What waits at one is taken from its socket, and is then the first that
+        the guest gets, should it go on here: there is nothing to undo.
+        """
+        self.clear()
+        peers: dict[int, list[UdpPeer]] = {}
+        for port, peer in self._engine.udp_peers():
+            peers.setdefault(port, []).append(peer)
+        room = MAX_WAITING
+        for port in self._engine.udp_ports():
+            found = self._engine.udp_waiting(port)
+            room -= _size(found)
+            taken, all_taken = self._engine.take_datagrams(port, max(0, room), DATAGRAM_COST)
+            room -= _size(taken)
+            self._too_many += not all_taken or room < 0
+            if found or taken or port in peers:
+                yield self._engine.udp_port_state(port), peers.get(port, []), found + taken
+
+    def clear(self) -> None:
+        """Forget about what was taken: it goes on here, or has gone."""
+        self._too_many = 0
+
+    def leave(self) -> list[int]:
+        """The guest has moved away: the sockets of the ports that were its own, of which nothing more is read."""
+        if self._too_many:
+            log.warning("more datagrams waited than can move: those left at %d UDP ports are lost", self._too_many)
+        own = [port for port in self._engine.udp_ports() if not self._engine.udp_port_state(port).kind]
+        fds = [self._engine.release_udp_port(port) for port in own]
+        for fd in fds:
+            silence(fd)
+        return fds
 
 
 class UdpArrivals:
@@ -118,6 +161,11 @@ class UdpArrivals:
             before = f"{address_text(one.local_addr)} port {one.local_port}"
             what = "%d UDP ports leave from elsewhere than before, %d%s: it was %s"
             log.warning(what, len(self._moved), one.guest_port, more, before)
+
+
+def _size(datagrams: Iterable[Datagram]) -> int:
+    """Bytes that these take of what can move."""
+    return sum(len(one.data) + DATAGRAM_COST for one in datagrams)
 
 
 def _more(of: Sequence[object]) -> str:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from godwit.daemon.awaited import PATIENCE, Awaited, Waiting, is_here, names
-from godwit.daemon.datagrams import UdpArrivals, silence
+from godwit.daemon.datagrams import UdpArrivals, UdpDepartures
 from godwit.daemon.knocks import Knocks
 from godwit.daemon.linger import lingerers, reclaim
 from godwit.daemon.rescue import Rescue
@@ -45,7 +45,6 @@ from godwit.dataplane import (
 from godwit.migration.layout import printable
 from godwit.net.change import differences
 from godwit.net.config import Withdrawn
-from godwit.net.native import DATAGRAM_COST, MAX_WAITING
 from godwit.net.records import address_text
 from godwit.net.state import NEVER_SEEN
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
@@ -122,11 +121,6 @@ def _report(lost: Iterable[tuple[str, FlowState]]) -> None:
         log.error("%d lost for %d other reasons", numbers.total() - sum(n for _, n in most), len(numbers) - len(most))
 
 
-def _size(datagrams: Iterable[Datagram]) -> int:
-    """Bytes that these take of what can move."""
-    return sum(len(one.data) + DATAGRAM_COST for one in datagrams)
-
-
 def _advice(error: OSError, address: bytes, *, here: bool) -> str:
     """What the kernel said of a socket that was to have this address of ours, and what to do about it."""
     if error.errno != errno.EADDRNOTAVAIL:
@@ -199,10 +193,10 @@ class Mover:
         self._in_repair: set[int] = set()  # of those, the ones in repair mode
         self._saved: set[int] = set()  # and of those, the ones whose socket is in the stream
         self._frozen_listeners: list[int] = []
-        self._too_many: list[int] = []  # source: UDP ports with more datagrams than can move
+        self._departures = UdpDepartures(engine)  # source
         self._arrivals: dict[int, _Arrival] = {}  # target: by flow
         self._prepared: list[int] = []  # target: all flows that came, -1 for one that has no place
-        self._udp = UdpArrivals(engine, self._reclaim, freebind=freebind)  # target
+        self._arriving = UdpArrivals(engine, self._reclaim, freebind=freebind)  # target
         self._pings: list[int] = []  # target: the flows of echoes that came
         self._seen_before: Observed | None = None  # target: the guest's addresses before those that came
         self._lingerers: list[str] = []  # target: who may have sockets of the flows that come
@@ -452,7 +446,7 @@ class Mover:
         self._frozen.clear()
         self._in_repair.clear()
         self._saved.clear()
-        self._too_many.clear()
+        self._departures.clear()
 
     def _leave_repair(self, flows: Sequence[int]) -> None:
         """Thaw these and end their repair mode, as far as a helper is there."""
@@ -497,15 +491,8 @@ class Mover:
                 for flow in self._frozen:
                     if flow not in self._saved:
                         self._engine.drop_flow_socket(flow)
-                if self._too_many:
-                    number = len(self._too_many)
-                    log.warning("more datagrams waited than can move: those left at %d UDP ports are lost", number)
                 connections = [self._engine.release_flow(flow) for flow in self._frozen if flow in self._saved]
-                own = [port for port in self._engine.udp_ports() if not self._engine.udp_port_state(port).kind]
-                ports = [self._engine.release_udp_port(port) for port in own]
-                for fd in ports:
-                    silence(fd)
-                return Left(connections, ports)
+                return Left(connections, self._departures.leave())
             finally:
                 self._awaited.forget()
                 self._clear()
@@ -679,38 +666,21 @@ class Mover:
         self._schedule(HURRY_SECONDS, self._engine.calm)
 
     def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
-        """Each UDP port that has anything to move.
-
-        What waits at one is taken from its socket, and is then the first that
-        the guest gets, should it go on here: there is nothing to undo.
-        """
-        self._too_many.clear()
-        peers: dict[int, list[UdpPeer]] = {}
-        for port, peer in self._engine.udp_peers():
-            peers.setdefault(port, []).append(peer)
-        room = MAX_WAITING
-        for port in self._engine.udp_ports():
-            found = self._engine.udp_waiting(port)
-            room -= _size(found)
-            taken, all_taken = self._engine.take_datagrams(port, max(0, room), DATAGRAM_COST)
-            room -= _size(taken)
-            if not all_taken or room < 0:
-                self._too_many.append(port)
-            if found or taken or port in peers:
-                yield self._engine.udp_port_state(port), peers.get(port, []), found + taken
+        """Each UDP port that has anything to move."""
+        return self._departures.take()
 
     def add_udp_port(self, port: UdpPort) -> None:
         """The port that is forwarded here too, or a socket like the one it had."""
         self._begin_load()
-        self._udp.add_port(port)
+        self._arriving.add_port(port)
 
     def add_udp_peers(self, number: int, peers: Sequence[UdpPeer]) -> None:
         """Peers of a port that came."""
-        self._udp.add_peers(number, peers)
+        self._arriving.add_peers(number, peers)
 
     def add_datagrams(self, number: int, datagrams: Sequence[Datagram]) -> None:
         """Datagrams of a port that came; they are delivered after the commit."""
-        self._udp.add_datagrams(number, datagrams)
+        self._arriving.add_datagrams(number, datagrams)
 
     def mark_lost(self, flow: int, why: str = "") -> None:
         """The source could not move this flow."""
@@ -741,7 +711,7 @@ class Mover:
 
     def _let_go(self) -> None:
         try:
-            self._udp.let_go()
+            self._arriving.let_go()
         finally:
             self._let_flows_go()
 
@@ -812,7 +782,7 @@ class Mover:
         with contextlib.ExitStack() as each:  # what fails keeps nothing else from being done
             each.callback(self._loaded)
             each.callback(self._engine.forget_pings, list(self._pings))
-            each.callback(self._udp.discard)
+            each.callback(self._arriving.discard)
             for flow in self._arrivals:
                 each.callback(self._engine.forget_flow, flow)
             each.callback(self._awaited.forget)
@@ -828,7 +798,7 @@ class Mover:
             with contextlib.ExitStack() as each:  # what fails keeps nothing else from being done
                 each.callback(self._loaded)
                 each.callback(self._awaited.wait, {})  # no port is kept for these
-                each.callback(self._udp.discard)
+                each.callback(self._arriving.discard)
                 each.callback(self._clear)
                 each.callback(self.thaw_listeners)
                 left = {flow for flow in left if self._engine.flow_generation(flow) is not None}
