@@ -19,19 +19,19 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from godwit.daemon import device
 from godwit.daemon.main import run
 from godwit.daemon.options import Dialect, parse
+from godwit.lab.closing import Closing
 from godwit.migration import Faults, Migration
 from godwit.migration.faults import Cuttable
 
 GO_ON = "go on"
 
 
-class Breakpoints:
+class Breakpoints(Closing):
     """Answers daemons. ``passed`` are the points that were passed, ``reached`` those where something was to happen."""
 
     def __init__(self, folder: str) -> None:
@@ -77,14 +77,6 @@ class Breakpoints:
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Asking(Faults):

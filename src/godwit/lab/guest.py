@@ -29,12 +29,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
 from godwit.lab._tapguest import Mover
 from godwit.lab._tapstream import Pump
 from godwit.lab.attachment import DRIVER_FEATURES, Attachment
+from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError, UnavailableError
 from godwit.lab.memory import PAGE, RX, TX, TX_FRAME, GuestMemory
 from godwit.lab.migration import Migration, Record
@@ -73,7 +73,7 @@ HEADER = 12  # struct virtio_net_hdr_v1
 TX_LAYOUTS = {"single": 0, "chain": 1, "indirect": 2}
 
 
-class NamespaceGuest:
+class NamespaceGuest(Closing):
     """What a guest is that is a network namespace, whatever its network card is: ``eth0``, and commands."""
 
     def __init__(self, name: str, mac: str, mtu: int) -> None:
@@ -153,14 +153,6 @@ class NamespaceGuest:
     def close(self) -> None:
         """End the guest and all that runs inside. May be repeated."""
         self._cleanup.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class EmbeddedGuest(NamespaceGuest):

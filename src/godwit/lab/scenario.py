@@ -21,11 +21,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from godwit.lab.agent import Agent, Result
 from godwit.lab.backend import Backend
+from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import Network, wait_until
@@ -186,7 +186,7 @@ def _compare(name: str, sender: Result, receiver: Result) -> Outcome:
     return Outcome(name, sender.bytes, sender.crc, receiver.bytes, receiver.crc, "; ".join(errors))
 
 
-class Scenario:
+class Scenario(Closing):
     """See the module.
 
     ``backends``: the program on host ``a`` and the one on ``b`` (``godwit`` or
@@ -345,14 +345,6 @@ class Scenario:
     def close(self) -> None:
         """Take it all down. May be repeated."""
         self._cleanup.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _nobody_exists() -> bool:

@@ -29,11 +29,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from godwit.lab import stream
 from godwit.lab.agent import Result
+from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import Namespace, wait_until
@@ -86,7 +86,7 @@ class End:
     note: str = ""
 
 
-class Bed:
+class Bed(Closing):
     """What the connections need: listening sockets, and ports at which nobody answers until ``answer``."""
 
     def __init__(self, scenario: Scenario) -> None:
@@ -156,14 +156,6 @@ class Bed:
     def close(self) -> None:
         """Close every connection. May be repeated."""
         self._cleanup.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Held(ABC):

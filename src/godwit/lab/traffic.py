@@ -40,11 +40,10 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 
 from godwit.lab import stream
 from godwit.lab.agent import Agent, AgentError, Result
+from godwit.lab.closing import Closing
 from godwit.lab.netns import Namespace
 
 READ = 1 << 16
@@ -593,7 +592,7 @@ def served(job: int) -> int:
     return -job
 
 
-class Traffic(Agent):
+class Traffic(Agent, Closing):
     """An agent as a process in ``space``."""
 
     def __init__(self, space: Namespace) -> None:
@@ -641,14 +640,6 @@ class Traffic(Agent):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
