@@ -47,8 +47,9 @@ class Rig:
         )
 
     def schedule(self, delay: float, work: Callable[[], None]) -> None:
-        self.threads.append(threading.Timer(delay, work))
-        self.threads[-1].start()
+        thread = threading.Timer(delay, work)
+        thread.start()  # before close() can find it: what has not begun cannot be joined
+        self.threads.append(thread)
 
     def arrive(self, came: Mapping[int, Waiting], late: Mapping[int, Waiting]) -> None:
         self.came += came
