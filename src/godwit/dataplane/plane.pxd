@@ -22,6 +22,7 @@ cdef enum:
     HEADERS = 256           # vnet, Ethernet, IP with extensions, TCP with options
     MAX_FRAME = 14 + 40 + 65535    # Ethernet, IPv6, and the longest payload that it can state
     MAX_RX_CHAINS = 1024    # a 64 KiB frame in the smallest buffers that a guest would use
+    RX_BURST = 32           # frames that are filled by one system call
     PARTIALS = 16
     PARTIAL_SIZE = 65536
     UDP_OUT = 64            # messages handed to the kernel in one call
@@ -261,17 +262,27 @@ cdef struct Fragments:
     Partial partials[PARTIALS]
     iovec iov[2]
 
-# Receive buffers picked for one frame to the guest.
+# Where a frame's share of the picked receive buffers begins.
+cdef struct RxFrame:
+    int chain
+    int iov
+    int view
+
+# Receive buffers picked for frames to the guest.
 cdef struct RxBuf:
     int pending             # chains that were there to pick from
     int chains
     int count               # of iov
-    uint32_t capacity       # bytes, with the vnet header
+    int views               # of view
+    uint32_t capacity       # bytes of the last frame, with the vnet header
+    int frames
+    int finished            # of them, handed to the guest
+    RxFrame frame[RX_BURST]
     uint16_t heads[MAX_RX_CHAINS]
     uint32_t sizes[MAX_RX_CHAINS]
     iovec iov[MAX_CHAIN]
     uint64_t guest_addr[MAX_CHAIN]
-    iovec view[MAX_CHAIN]   # the part of iov that takes payload
+    iovec view[MAX_CHAIN]   # the parts of iov that take payload
 
 cdef struct Counters:
     uint64_t frames_from_guest

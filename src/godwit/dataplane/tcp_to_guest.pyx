@@ -64,6 +64,7 @@ from godwit.dataplane.to_guest cimport (
     put_headers,
     rx_finish,
     rx_reserve,
+    rx_reserve_another,
     rx_view,
 )
 from godwit.dataplane.virtqueue cimport MAX_CHAIN
@@ -218,18 +219,20 @@ cdef void send_fin(Plane *p, Flow *f) noexcept nogil:
 cdef int send_data(Plane *p, Flow *f) noexcept nogil:
     """Move what the socket has to the guest, as far as window and ring go.
 
+    What is there is not known before it is read, so each call asks for twice as
+    many frames as the one before.
+
     0, or a negative error number: the connection is broken.
     """
-    cdef uint8_t h[MAX_HEADERS]
     cdef uint8_t scratch[4096]
     cdef bint v6 = f.flags & FF_V6 != 0
     cdef bint tso = p.guest_tso6 if v6 else p.guest_tso4
     cdef uint32_t head = p.vnet_size + ETH_HLEN + (IPV6_HLEN if v6 else IPV4_HLEN) + TCP_HLEN
     cdef uint32_t most = MAX_SEGMENT - (IPV6_HLEN if v6 else IPV4_HLEN) - TCP_HLEN
-    cdef uint32_t room, want, capacity, l4, flying, carried
+    cdef uint32_t room, want, asked, capacity, flying, carried
     cdef ssize_t n = 0
     cdef msghdr msg
-    cdef int count
+    cdef int burst = 1
     if not f.events & EV_ESTABLISHED or f.events & EV_FIN_TO_GUEST or f.sock < 0:
         return 0
     if not tso:
@@ -254,19 +257,22 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
             return 0
         if want > capacity - head:
             want = capacity - head
+        asked = want
         carried = carry_left(f.carry_to_guest)
         if flying < carried:
             n = carry_to_view(p, f, head, want if want < carried - flying else carried - flying, flying)
-        elif p.peek_offset:
-            count = rx_view(p, head, want)
-            msg.msg_iov = p.rx.view
         else:
+            rx_view(p, head, want)
+            if want == most:
+                asked += view_more(p, head, most, f.mss, room - most, burst - 1)
+                burst <<= 1
+            if p.peek_offset:
+                msg.msg_iov = p.rx.view
+                msg.msg_iovlen = p.rx.views
             # Before Linux 6.9: peek from the start, what is in flight first.
-            if not peek_past(p, f, head, want, flying - carried, scratch, sizeof(scratch), &msg, &count):
+            elif not peek_past(p, flying - carried, scratch, sizeof(scratch), &msg):
                 f.flags |= FF_MORE
                 return 0
-        if flying >= carried:
-            msg.msg_iovlen = count
             n = recvmsg(f.sock, &msg, MSG_PEEK | MSG_DONTWAIT)
             if n >= 0 and not p.peek_offset:
                 n = n - (flying - carried)
@@ -276,7 +282,6 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
                         f.flags &= ~FF_MORE
                     return 0
                 n = n if n > 0 else 0
-                rx_view(p, head, want)
             if n < 0 and f.flags & FF_PEER_FIN and (errno == EAGAIN or f.events & EV_FIN_TO_SOCK):
                 n = 0       # the end of the queue, or of a connection that both had closed, is the end
             if n < 0:
@@ -288,31 +293,58 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
             f.flags |= FF_EOF
             send_fin(p, f)
             return 0
-        if f.flags & FF_ACK_DUE:
-            update_window(p, f)
-        l4 = put_headers(p, h, v6, f.our_addr, f.guest_addr, IPPROTO_TCP, TCP_HLEN + <uint32_t>n)
+        if flying == 0 or not f.deadline:
+            arm_retransmit(p, f)
+        put_data(p, f, v6, head, <uint32_t>n, want)
+        # Less than asked for: the queue is empty now, and more (or the end of
+        # it) raises another edge. An end that was announced is still to read,
+        # and an urgent mark may have been the reason.
+        if n < asked and flying >= carried and not f.flags & (FF_EOF | FF_URGENT):
+            f.flags &= ~FF_MORE
+            return 0
+
+
+cdef uint32_t view_more(Plane *p, uint32_t head, uint32_t most, uint32_t mss, uint32_t room, int frames) noexcept nogil:
+    """Pick buffers for more frames of `most` bytes after `head`, the last perhaps less, for `room` bytes in all.
+
+    Returns the bytes that they take.
+    """
+    cdef uint32_t asked = 0, want
+    while frames > 0 and room >= mss:
+        want = room if room < most else most
+        if not rx_reserve_another(p, head + want):
+            break
+        rx_view(p, head, want)
+        asked += want
+        room -= want
+        frames -= 1
+    return asked
+
+
+cdef void put_data(Plane *p, Flow *f, bint v6, uint32_t head, uint32_t size, uint32_t most) noexcept nogil:
+    """Hand `size` bytes to the guest that lie in the picked buffers, `most` in each frame but the last."""
+    cdef uint8_t h[MAX_HEADERS]
+    cdef uint32_t part, l4
+    if f.flags & FF_ACK_DUE:
+        update_window(p, f)
+    while size:
+        part = size if size < most else most
+        l4 = put_headers(p, h, v6, f.our_addr, f.guest_addr, IPPROTO_TCP, TCP_HLEN + part)
         put_tcp(h + l4, f, f.seq_to_guest, TCP_ACK | TCP_PSH, TCP_HLEN)
-        put_checksum(p, h, l4, 16, head, <uint32_t>n, v6, f.our_addr, f.guest_addr, IPPROTO_TCP)
-        if n > f.mss:
+        put_checksum(p, h, l4, 16, head, part, v6, f.our_addr, f.guest_addr, IPPROTO_TCP)
+        if part > f.mss:
             h[1] = VNET_GSO_TCPV6 if v6 else VNET_GSO_TCPV4
             h[2] = head - p.vnet_size       # hdr_len and gso_size, little-endian
             h[3] = 0
             h[4] = f.mss & 0xFF
             h[5] = f.mss >> 8
-        rx_finish(p, h, head, head + <uint32_t>n)
-        f.seq_to_guest += <uint32_t>n
-        if before(f.seq_max_to_guest, f.seq_to_guest):
-            f.bytes_to_guest += f.seq_to_guest - f.seq_max_to_guest
-            p.counters.bytes_to_guest += f.seq_to_guest - f.seq_max_to_guest
-            f.seq_max_to_guest = f.seq_to_guest
-        if flying == 0 or not f.deadline:
-            arm_retransmit(p, f)
-        # Less than asked for: the queue is empty now, and more (or the end of
-        # it) raises another edge. An end that was announced is still to read,
-        # and an urgent mark may have been the reason.
-        if n < want and flying >= carried and not f.flags & (FF_EOF | FF_URGENT):
-            f.flags &= ~FF_MORE
-            return 0
+        rx_finish(p, h, head, head + part)
+        f.seq_to_guest += part
+        size -= part
+    if before(f.seq_max_to_guest, f.seq_to_guest):
+        f.bytes_to_guest += f.seq_to_guest - f.seq_max_to_guest
+        p.counters.bytes_to_guest += f.seq_to_guest - f.seq_max_to_guest
+        f.seq_max_to_guest = f.seq_to_guest
 
 
 cdef uint32_t carry_to_view(Plane *p, Flow *f, uint32_t head, uint32_t size, uint32_t skip) noexcept nogil:
@@ -325,11 +357,10 @@ cdef uint32_t carry_to_view(Plane *p, Flow *f, uint32_t head, uint32_t size, uin
     return size
 
 
-cdef bint peek_past(Plane *p, Flow *f, uint32_t head, uint32_t want, uint32_t flying, uint8_t *scratch,
-                    uint32_t scratch_size, msghdr *msg, int *count) noexcept nogil:
+cdef bint peek_past(Plane *p, uint32_t flying, uint8_t *scratch, uint32_t scratch_size, msghdr *msg) noexcept nogil:
     """p.rx.view after elements that swallow the bytes in flight. False: too many."""
     cdef uint32_t part
-    cdef int n = 0, payload, i
+    cdef int n = 0, i
     while flying:
         if n >= MAX_CHAIN // 2:
             return False
@@ -338,13 +369,12 @@ cdef bint peek_past(Plane *p, Flow *f, uint32_t head, uint32_t want, uint32_t fl
         p.send.iov[n].iov_len = part
         flying -= part
         n += 1
-    payload = rx_view(p, head, want)
-    if n + payload > MAX_CHAIN:
+    if n + p.rx.views > MAX_CHAIN:
         return False
-    for i in range(payload):
+    for i in range(p.rx.views):
         p.send.iov[n + i] = p.rx.view[i]
     msg.msg_iov = p.send.iov
-    count[0] = n + payload
+    msg.msg_iovlen = n + p.rx.views
     return True
 
 

@@ -21,9 +21,12 @@ cdef enum:
 # Pick receive buffers for `want` bytes, the vnet header included, into p.rx.
 # Returns their capacity: less than wanted if the ring runs short, 0 if empty.
 cdef uint32_t rx_reserve(Plane *p, uint32_t want) noexcept nogil
-# p.rx.view: the picked buffers after `skip` bytes, `limit` bytes at most. Returns its count.
+# And for one frame more, behind those. False: there is no room for all of it, and nothing is picked.
+cdef bint rx_reserve_another(Plane *p, uint32_t want) noexcept nogil
+# Add to p.rx.view the buffers of the frame picked last after `skip` bytes, `limit` bytes at most. Returns its count.
 cdef int rx_view(Plane *p, uint32_t skip, uint32_t limit) noexcept nogil
-# Write the headers and hand `total` bytes (headers and payload) to the guest.
+# Write the headers of the next frame and hand `total` bytes (headers and payload) to the guest. Of several
+# frames each but the last to be finished must be as large as it was wanted.
 cdef void rx_finish(Plane *p, uint8_t *headers, uint32_t size, uint32_t total) noexcept nogil
 
 # vnet, Ethernet and IP headers for `payload` bytes above IP. Returns their size.

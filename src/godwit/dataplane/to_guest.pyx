@@ -12,7 +12,9 @@ from godwit.dataplane.plane cimport (
     HEADERS,
     MAX_RX_CHAINS,
     Plane,
+    RX_BURST,
     RxBuf,
+    RxFrame,
     drop,
 )
 from godwit.dataplane.sys cimport put16, put32
@@ -31,9 +33,8 @@ from godwit.dataplane.virtqueue cimport (
 cdef uint32_t rx_reserve(Plane *p, uint32_t want) noexcept nogil:
     cdef Queue *q = &p.queues[RX]
     cdef RxBuf *rx = &p.rx
-    cdef int pending, n, most
-    cdef uint64_t total
-    rx.pending = rx.chains = rx.count = 0
+    cdef int pending
+    rx.pending = rx.chains = rx.count = rx.views = rx.frames = rx.finished = 0
     rx.capacity = 0
     if not queue_active(q):
         return 0
@@ -44,29 +45,57 @@ cdef uint32_t rx_reserve(Plane *p, uint32_t want) noexcept nogil:
     rx.pending = pending
     if pending > q.most:
         q.most = <uint16_t>pending
-    most = MAX_RX_CHAINS if p.mergeable else 1
-    while rx.capacity < want and rx.chains < pending and rx.chains < most:
+    pick(p, want)
+    return rx.capacity
+
+
+cdef bint rx_reserve_another(Plane *p, uint32_t want) noexcept nogil:
+    cdef RxBuf *rx = &p.rx
+    cdef int chains = rx.chains, count = rx.count
+    if rx.frames == RX_BURST:
+        return False
+    pick(p, want)
+    if rx.capacity >= want:
+        return True
+    rx.frames -= 1
+    rx.chains = chains
+    rx.count = count
+    return False
+
+
+cdef void pick(Plane *p, uint32_t want) noexcept nogil:
+    """Pick buffers for a frame of `want` bytes, behind those picked already."""
+    cdef Queue *q = &p.queues[RX]
+    cdef RxBuf *rx = &p.rx
+    cdef RxFrame *frame = &rx.frame[rx.frames]
+    cdef int n, most
+    cdef uint64_t total
+    frame.chain = rx.chains
+    frame.iov = rx.count
+    frame.view = rx.views
+    rx.frames += 1
+    rx.capacity = 0
+    most = MAX_RX_CHAINS if p.mergeable else rx.chains + 1
+    while rx.capacity < want and rx.chains < rx.pending and rx.chains < most:
         n = queue_chain(q, &p.mem, rx.chains, True, rx.iov + rx.count, rx.guest_addr + rx.count,
                         MAX_CHAIN - rx.count, &rx.heads[rx.chains], &total)
-        if n <= 0 or (rx.chains == 0 and total < p.vnet_size):
-            if rx.chains:
-                break   # what was picked serves; the fault shows when its turn comes
-            queue_break(q)
-            return 0
+        if n <= 0 or (rx.chains == frame.chain and total < p.vnet_size):
+            if rx.chains == 0:
+                queue_break(q)
+            return      # what was picked serves; the fault shows when its turn comes
         if total > want:
             total = want    # a buffer may be of gigabytes, a frame is not
         rx.sizes[rx.chains] = <uint32_t>total
         rx.capacity += <uint32_t>total
         rx.chains += 1
         rx.count += n
-    return rx.capacity
 
 
 cdef int rx_view(Plane *p, uint32_t skip, uint32_t limit) noexcept nogil:
     cdef RxBuf *rx = &p.rx
-    cdef int i, n = 0
+    cdef int i
     cdef size_t size
-    for i in range(rx.count):
+    for i in range(rx.frame[rx.frames - 1].iov, rx.count):
         size = rx.iov[i].iov_len
         if skip >= size:
             skip -= <uint32_t>size
@@ -74,33 +103,35 @@ cdef int rx_view(Plane *p, uint32_t skip, uint32_t limit) noexcept nogil:
         if limit == 0:
             break
         size -= skip
-        rx.view[n].iov_base = <uint8_t *>rx.iov[i].iov_base + skip
+        rx.view[rx.views].iov_base = <uint8_t *>rx.iov[i].iov_base + skip
         skip = 0
         if size > limit:
             size = limit
-        rx.view[n].iov_len = size
+        rx.view[rx.views].iov_len = size
         limit -= <uint32_t>size
-        n += 1
-    return n
+        rx.views += 1
+    return rx.views
 
 
 cdef void rx_finish(Plane *p, uint8_t *headers, uint32_t size, uint32_t total) noexcept nogil:
     cdef Queue *q = &p.queues[RX]
     cdef RxBuf *rx = &p.rx
+    cdef RxFrame *frame = &rx.frame[rx.finished]
     cdef uint32_t left = total, part
     cdef uint32_t copied = 0
-    cdef int i, chains = 0
+    cdef int i, chain = frame.chain, chains
     while left:
-        part = rx.sizes[chains] if rx.sizes[chains] < left else left
-        queue_used(q, rx.heads[chains], part)
+        part = rx.sizes[chain] if rx.sizes[chain] < left else left
+        queue_used(q, rx.heads[chain], part)
         left -= part
-        chains += 1
+        chain += 1
+    chains = chain - frame.chain
     q.last_avail += chains
     if p.vnet_size == 12:
         headers[10] = chains & 0xFF     # num_buffers, little-endian
         headers[11] = chains >> 8
     left = total
-    for i in range(rx.count):
+    for i in range(frame.iov, rx.count):
         if left == 0:
             break
         part = <uint32_t>rx.iov[i].iov_len if rx.iov[i].iov_len < left else left
@@ -111,12 +142,15 @@ cdef void rx_finish(Plane *p, uint8_t *headers, uint32_t size, uint32_t total) n
             else:
                 memcpy(rx.iov[i].iov_base, headers + copied, part)
                 copied += part
+        elif not p.mem.log_all:
+            break
         if p.mem.log_all:
             log_write(&p.mem, rx.guest_addr[i], part)
         left -= part
     p.counters.frames_to_guest += 1
     if p.pcap.fd >= 0:
-        pcap_frame(p, rx.iov, rx.count, p.vnet_size, total - p.vnet_size)
+        pcap_frame(p, rx.iov + frame.iov, rx.count - frame.iov, p.vnet_size, total - p.vnet_size)
+    rx.finished += 1
 
 
 cdef uint32_t put_headers(Plane *p, uint8_t *h, bint v6, const uint8_t *saddr,
@@ -153,9 +187,10 @@ cdef uint32_t put_headers(Plane *p, uint8_t *h, bint v6, const uint8_t *saddr,
 cdef void put_checksum(Plane *p, uint8_t *h, uint32_t l4, uint32_t field, uint32_t size, uint32_t payload,
                        bint v6, const uint8_t *saddr, const uint8_t *daddr, uint8_t proto) noexcept nogil:
     """`h` holds headers up to `size`, that above IP from `l4`, its checksum at
-    `field` bytes from there; `payload` bytes of p.rx.view follow."""
+    `field` bytes from there; `payload` bytes of the next frame's part of p.rx.view follow."""
     cdef uint64_t s = sum_pseudo(saddr, daddr, v6, proto, size - l4 + payload)
     cdef uint16_t value
+    cdef int first = p.rx.frame[p.rx.finished].view
     memset(h + l4 + field, 0, 2)
     if p.guest_csum:
         value = fold(s)
@@ -166,7 +201,7 @@ cdef void put_checksum(Plane *p, uint8_t *h, uint32_t l4, uint32_t field, uint32
         h[9] = 0
     else:
         s = sum_bytes(h + l4, size - l4, s)
-        s += fold(sum_iov(p.rx.view, MAX_CHAIN, 0, payload, 0))
+        s += fold(sum_iov(p.rx.view + first, MAX_CHAIN - first, 0, payload, 0))
         value = ~fold(s)
         if value == 0 and proto == 17:
             value = 0xFFFF  # RFC 768: zero says that there is none
