@@ -77,6 +77,7 @@ CASES: list[tuple[str, str, object]] = [
     ("--outbound-if4 eth1", "net.outbound_if4", "eth1"),
     ("--outbound-if6 eth1", "net.outbound_if6", "eth1"),
     ("--freebind", "freebind", True),
+    ("--busy-poll 50", "busy_poll", 50),
     ("-e --chroot-fallback", "freebind", False),
     ("-m 1500", "net.mtu", 1500),
     ("-m1280", "net.mtu", 1280),

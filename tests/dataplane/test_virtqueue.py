@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -384,10 +387,18 @@ def test_kicks_are_those_wanted(features: int, family: Family) -> None:
             assert more
 
 
+def busy_poll(guest: Guest, microseconds: int) -> None:
+    guest.engine.park()
+    guest.engine.busy_poll(microseconds)
+    guest.engine.unpark()
+
+
+@pytest.mark.parametrize("busy", [0, 5, 50])
 @pytest.mark.parametrize("features", [FULL, FULL & ~EVENT_IDX], ids=["event_idx", "flags"])
-def test_frames_that_come_while_the_ring_is_looked_at(features: int) -> None:
+def test_frames_that_come_while_the_ring_is_looked_at(features: int, busy: int) -> None:
     """None is overlooked: the driver kicks only where that is wanted, and nothing else wakes the data plane."""
     with Guest(features) as guest:
+        busy_poll(guest, busy)
         parts = guest.layout(guest.vnet + FRAME, ())
         for _ in range(500):
             for _ in range(3):
@@ -395,6 +406,40 @@ def test_frames_that_come_while_the_ring_is_looked_at(features: int) -> None:
                 guest.tx.publish(1)
             guest.reap_tx(head)
         assert frames_from(guest) == 1500
+
+
+@pytest.mark.parametrize("features", [FULL, FULL & ~EVENT_IDX], ids=["event_idx", "flags"])
+def test_no_kicks_for_one_that_looks_by_itself(features: int) -> None:
+    with Guest(features) as guest:
+        parts = guest.layout(guest.vnet + FRAME, ())
+        busy_poll(guest, 20_000_000)
+        guest.send(FRAME)  # for which a kick was asked before it began to look
+        for _ in range(3):
+            head = guest.tx.add(parts)
+            assert not guest.tx.publish(1)
+            guest.reap_tx(head)
+        assert frames_from(guest) == 4
+
+
+@pytest.mark.parametrize("features", [FULL, FULL & ~EVENT_IDX], ids=["event_idx", "flags"])
+def test_one_that_has_looked_long_enough_sleeps(features: int) -> None:
+    with Guest(features) as guest:
+        busy_poll(guest, 1000)
+        thread = next(one for one in threading.enumerate() if one.name == "data plane")
+        task = Path(f"/proc/self/task/{thread.native_id}/stat")
+
+        def ticks() -> int:
+            return sum(map(int, task.read_text().rpartition(")")[2].split()[11:13]))
+
+        def sleeps() -> bool:
+            before = ticks()
+            time.sleep(0.1)  # ten ticks
+            return ticks() == before
+
+        wait_until(sleeps)
+        head = guest.tx.add(guest.layout(guest.vnet + FRAME, ()))
+        assert guest.tx.publish(1)
+        guest.reap_tx(head)
 
 
 # ---- life of a ring

@@ -134,6 +134,7 @@ class NetDevice(BaseDevice):
         self._options = options
         self._repair = repair
         self._engine = Engine()
+        self._engine.busy_poll(options.busy_poll)
         self._responder = Responder(config)
         self._mover = Mover(
             self._engine,

@@ -97,6 +97,7 @@ class Options:
     tcp_ports: Forwards = field(default_factory=Forwards)
     udp_ports: Forwards = field(default_factory=Forwards)
     freebind: bool = False
+    busy_poll: int = 0  # microseconds before the data plane sleeps
     tcp: bool = True
     udp: bool = True
     icmp: bool = True
@@ -378,6 +379,14 @@ TABLE: tuple[Row, ...] = (
         Kind.ON,
         "freebind",
         help="listen also on addresses that the host does not have (yet); connections that move in wait for theirs",
+    ),
+    Row(
+        ("--busy-poll",),
+        Kind.VALUE,
+        "busy_poll",
+        "MICROSECONDS",
+        _number("time in microseconds", 0, 10_000),
+        "look for work so long before sleeping, which takes a processor's time for shorter ways (0)",
     ),
     Row(("--no-map-gw",), Kind.OFF, "map_gw", help="do not map the gateway's address to the host's loopback"),
     Row(

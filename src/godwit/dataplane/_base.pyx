@@ -229,6 +229,10 @@ cdef class EngineBase:
         sem_destroy(&self.p.resume)
         free(self.p)
 
+    def busy_poll(self, uint32_t microseconds):
+        """Look for work so long before the thread sleeps, each time. Before the start, or while parked."""
+        self.p.busy_poll = <uint64_t>microseconds * 1000
+
     # ---- the thread
 
     def start(self):

@@ -409,6 +409,8 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
             queue_break(q)
             break
         if pending == 0:
+            if p.busy_poll:
+                break           # a kick is asked for when there is nobody who looks (loop.pyx)
             if queue_notify_on(q, &p.mem, q.last_avail):
                 queue_notify_off(q, &p.mem)
                 continue

@@ -69,6 +69,7 @@ from godwit.dataplane.virtqueue cimport (
     queue_active,
     queue_notify_off,
     queue_notify_on,
+    queue_pending,
     queue_publish,
     queue_seen,
 )
@@ -82,6 +83,12 @@ cdef uint64_t clock_ms(Plane *p) noexcept nogil:
     cdef timespec ts
     clock_gettime(CLOCK_MONOTONIC, &ts)
     return <uint64_t>ts.tv_sec * 1000 + ts.tv_nsec // 1000000 + p.ahead
+
+
+cdef uint64_t clock_ns() noexcept nogil:
+    cdef timespec ts
+    clock_gettime(CLOCK_MONOTONIC, &ts)
+    return <uint64_t>ts.tv_sec * 1000000000 + ts.tv_nsec
 
 
 cdef void loop_wake(Plane *p) noexcept nogil:
@@ -188,6 +195,33 @@ cdef void card_out(Plane *p) noexcept nogil:
         p.again = True
 
 
+cdef bint look(Plane *p, Queue *q) noexcept nogil:
+    """Has the guest sent something?"""
+    return queue_active(q) and queue_pending(q) != 0
+
+
+cdef int poll_busy(Plane *p, epoll_event *events) noexcept nogil:
+    """Wait, first without sleeping, and without kicks from the guest.
+
+    Returns as epoll_wait does, or 0 with p.again where the guest has sent something.
+    """
+    cdef Queue *q = &p.queues[TX]
+    cdef uint64_t until = clock_ns() + p.busy_poll
+    cdef int n
+    while True:
+        n = epoll_wait(p.epfd, events, EVENTS, 0)
+        if n != 0:
+            return n
+        if look(p, q):
+            break
+        if clock_ns() >= until:
+            if not queue_active(q) or not queue_notify_on(q, &p.mem, q.last_avail):
+                return epoll_wait(p.epfd, events, EVENTS, timeout_ms(p))
+            break
+    p.again = True
+    return 0
+
+
 cdef int loop_run(Plane *p) noexcept nogil:
     cdef epoll_event events[EVENTS]
     cdef int n, i, kind
@@ -200,7 +234,10 @@ cdef int loop_run(Plane *p) noexcept nogil:
         if p.tell_activity and frames_both_ways(p) != p.quiet_frames:
             p.tell_activity = False
             write(p.rare_event, &one, 8)
-        n = epoll_wait(p.epfd, events, EVENTS, 0 if p.again else timeout_ms(p))
+        if p.busy_poll and not p.again:
+            n = poll_busy(p, events)
+        else:
+            n = epoll_wait(p.epfd, events, EVENTS, 0 if p.again else timeout_ms(p))
         if n < 0 and errno != EINTR:
             return -errno
         p.now = clock_ms(p)

@@ -354,6 +354,7 @@ cdef struct Plane:
     int rare_event              # eventfd: frames wait for the control thread
     int spare                   # a descriptor to give up, so that one connection can be refused when none is left
     uint64_t now                # ms
+    uint64_t busy_poll          # ns to look for work before the thread sleeps
     uint64_t ahead              # of the system's clock, ms: not 0 in tests only
     bint park_wanted
     bint stop_wanted
