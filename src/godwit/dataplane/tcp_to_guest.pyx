@@ -25,6 +25,7 @@ from godwit.dataplane.plane cimport (
     FF_URGENT,
     FF_V6,
     FF_WINDOW_LOW,
+    RX_BURST,
     Flow,
     Plane,
     drop,
@@ -265,7 +266,7 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
             rx_view(p, head, want)
             if want == most:
                 asked += view_more(p, head, most, f.mss, room - most, burst - 1)
-                burst <<= 1
+                burst = min(2 * burst, RX_BURST)
             if p.peek_offset:
                 msg.msg_iov = p.rx.view
                 msg.msg_iovlen = p.rx.views
