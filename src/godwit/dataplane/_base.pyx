@@ -42,6 +42,7 @@ from godwit.dataplane.plane cimport (
     MAX_MAPS,
     MAX_TARGETS,
     NONE,
+    SEND_BUFFER,
     RARE_FRAME,
     RARE_SLOTS,
     UDP_SLOT,
@@ -200,6 +201,7 @@ cdef class EngineBase:
         ev.data.u64 = watch_data(WATCH_WAKE, 0, 0)
         check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, self.p.wake, &ev) != 0 else 0, "epoll")
         self.p.peek_offset = kernel_has_peek_offset()
+        self.p.send_buffer = SEND_BUFFER
         self.p.now = clock_ms(self.p)
 
     def __dealloc__(self):

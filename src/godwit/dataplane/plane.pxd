@@ -25,6 +25,7 @@ cdef enum:
     RX_BURST = 32           # frames that are filled by one system call
     PARTIALS = 16
     PARTIAL_SIZE = 65536
+    SEND_BUFFER = 1 << 20   # bytes; to which a TCP socket's grows for a guest that could send more
     UDP_OUT = 64            # messages handed to the kernel in one call
     UDP_IN = 32             # and taken from it
     UDP_CONTROL = 128       # bytes of control messages with each
@@ -363,6 +364,7 @@ cdef struct Plane:
     uint64_t quiet_frames       # frames both ways when it asked for that
     bint found                  # flows were found in repair mode (FF_FOUND)
     bint peek_offset            # the kernel has SO_PEEK_OFF for TCP
+    int send_buffer             # bytes; as large as it makes sense to make a TCP socket's
     sem_t parked
     sem_t resume
     RareRing up

@@ -36,6 +36,7 @@ from godwit.dataplane.sys cimport (
     SHUT_WR,
     SIOCINQ,
     SIOCOUTQ,
+    SO_BUF_LOCK,
     SO_ERROR,
     SO_KEEPALIVE,
     SO_OOBINLINE,
@@ -116,9 +117,6 @@ cdef extern from *:
     #define IPV6_MINHOPCOUNT 73
     #endif
     #include <poll.h>
-    #ifndef SO_BUF_LOCK
-    #define SO_BUF_LOCK 72
-    #endif
     """
     enum:
         IP_MINTTL
@@ -126,7 +124,6 @@ cdef extern from *:
         IPPROTO_IP
         SIOCOUTQNSD
         POLLPRI
-        SO_BUF_LOCK
         SO_DETACH_FILTER
 
 cdef enum:

@@ -290,6 +290,9 @@ cdef extern from *:
     #ifndef IPV6_FREEBIND
     #define IPV6_FREEBIND 78
     #endif
+    #ifndef SO_BUF_LOCK
+    #define SO_BUF_LOCK 72
+    #endif
     #ifndef SO_MEMINFO
     #define SO_MEMINFO 55
     #endif
@@ -323,6 +326,7 @@ cdef extern from *:
     """
     enum:
         IPV6_FREEBIND
+        SO_BUF_LOCK
         SO_MEMINFO
         TCP_RTO_MAX_MS
     uint16_t be16 "gw_be16"(const void *p) nogil

@@ -39,8 +39,10 @@ from godwit.dataplane.sys cimport (
     MSG_TRUNC,
     POLLOUT,
     SOL_SOCKET,
+    SO_BUF_LOCK,
     SO_MEMINFO,
     SO_PEEK_OFF,
+    SO_SNDBUF,
     be32,
     before,
     errno,
@@ -154,6 +156,25 @@ cdef void send_reset_for(Plane *p, Packet *k, const uint8_t *t) noexcept nogil:
     rx_finish(p, h, l4 + size, l4 + size)
 
 
+cdef void enlarge(Plane *p, Flow *f, uint32_t *info) noexcept nogil:
+    """Double the send buffer of a guest that uses its window, and whose socket is empty all the same.
+
+    The kernel enlarges a buffer that was full, and no other. Where the peer takes
+    everything sooner than the guest hears of its window, none ever is, and the
+    connection would stay at the initial one.
+    """
+    cdef int before = <int>info[MEMINFO_SNDBUF], unlocked = 0
+    cdef socklen_t n = MEMINFO_VARS * sizeof(uint32_t)
+    # Without SO_BUF_LOCK (Linux 5.14) the kernel would not size it by itself any more.
+    if before >= p.send_buffer or setsockopt(f.sock, SOL_SOCKET, SO_BUF_LOCK, &unlocked, sizeof(unlocked)) != 0:
+        return
+    setsockopt(f.sock, SOL_SOCKET, SO_SNDBUF, &before, sizeof(before))      # which doubles it
+    setsockopt(f.sock, SOL_SOCKET, SO_BUF_LOCK, &unlocked, sizeof(unlocked))
+    getsockopt(f.sock, SOL_SOCKET, SO_MEMINFO, info, &n)
+    if <int>info[MEMINFO_SNDBUF] <= before:
+        p.send_buffer = before      # net.core.wmem_max
+
+
 cdef void update_window(Plane *p, Flow *f) noexcept nogil:
     """The window for the guest: the free room in the socket's send buffer."""
     cdef uint32_t info[MEMINFO_VARS]
@@ -172,6 +193,8 @@ cdef void update_window(Plane *p, Flow *f) noexcept nogil:
         room = 0
         if f.sock >= 0 and not f.flags & FF_CONNECTING:
             if getsockopt(f.sock, SOL_SOCKET, SO_MEMINFO, info, &n) == 0:
+                if left < f.granted >> 1 and info[MEMINFO_WMEM_QUEUED] < info[MEMINFO_SNDBUF] >> 2:
+                    enlarge(p, f, info)
                 if info[MEMINFO_WMEM_QUEUED] < info[MEMINFO_SNDBUF]:
                     room = info[MEMINFO_SNDBUF] - info[MEMINFO_WMEM_QUEUED]
                 f.flags &= ~FF_WINDOW_LOW
