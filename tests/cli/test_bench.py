@@ -106,7 +106,14 @@ def test_status_of_failures(
         (["udp", "--seconds", "0"], "--seconds more than 0"),
         (["udp", "--case", "sideways"], "no such case: sideways"),
         (["udp", "--of", "godwit,slirp"], "'slirp' is none of godwit, passt, none"),
-        (["icmp"], "invalid choice"),
+        (["--backend", "other=prog {socket} {port}"], "{port} is none of {socket}, {ports}, {mtu}"),
+        (["--backend", "other=prog -f"], "the command line of other has no {socket}"),
+        (["--backend", "prog {socket}"], "is not NAME=COMMAND LINE"),
+        (["--backend", "other= "], "no command line for other"),
+        (["--backend", "other='{socket}"], "No closing quotation"),
+        (["--backend", "passt=prog {socket}"], "passt is one of the bench's own"),
+        (["--backend", "a=one {socket}", "--backend", "a=two {socket}"], "two have the same name"),
+        (["icmp"], "no such group: icmp; there are udp"),
     ],
 )
 def test_impossible_wishes(words: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +123,9 @@ def test_impossible_wishes(words: Sequence[str], message: str, capsys: pytest.Ca
     assert message in capsys.readouterr().err
 
 
-def test_no_case_has_another_ones_name() -> None:
-    for cases in bench.BENCHES.values():
-        names = [case.name for case in cases]
-        assert len(names) == len(set(names))
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--list"]) == 0
+    names = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert "up-1400" in names
+    assert len(names) == len(set(names))  # no case has another one's name
+    assert names == [case.name for cases in bench.GROUPS.values() for case in cases]

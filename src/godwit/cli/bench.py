@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``godwit bench``: godwit and passt measured beside each other."""
+"""``godwit bench``: godwit, passt and any other back-end measured beside each other."""
 
 from __future__ import annotations
 
@@ -15,32 +15,35 @@ from rich.console import Console
 from rich.table import Table
 
 from godwit.lab import udp_bench
+from godwit.lab.backend import Kind, Program
 from godwit.lab.bench import KINDS, Case, Results, Summary, run
 from godwit.lab.errors import LabError, UnavailableError
 from godwit.lab.netns import enter_user_namespace, missing_tun
 
-BENCHES: dict[str, Sequence[Case]] = {"udp": udp_bench.CASES}
+GROUPS: dict[str, Sequence[Case]] = {"udp": udp_bench.CASES}
 
 
-def _kinds(text: str) -> list[str]:
-    kinds = text.split(",")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise argparse.ArgumentTypeError(f"{kind!r} is none of {', '.join(KINDS)}")
-    return list(dict.fromkeys(kinds))
+def _program(text: str) -> Program:
+    try:
+        program = Program.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if program.name in KINDS:
+        raise argparse.ArgumentTypeError(f"{program.name} is one of the bench's own; take another name")
+    return program
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="godwit bench",
         description="Measure back-ends beside each other, behind the same front-end, one after the other in each"
-        " round; medians are given, with the least and the most in brackets.",
-        epilog="\n".join(
-            ["cases:", *(f"  {bench}  {case.name:20} {case.title}" for bench in BENCHES for case in BENCHES[bench])]
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        " round. Medians are given, with the least and the most in brackets, and the first back-end's ratio to each"
+        " of the others.",
+        epilog="In COMMAND LINE, {socket} stands for the path to listen at, {ports} for ports of the host that are to"
+        " be forwarded to the guest (first-last), {mtu} for the guest's MTU. It has to stay in the foreground.",
     )
-    parser.add_argument("bench", choices=BENCHES, help="what to measure")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"what to measure: {', '.join(GROUPS)} (all)")
+    parser.add_argument("--list", action="store_true", help="show the groups and their cases, and measure nothing")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case; may be repeated")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measure each so often (%(default)s)")
     parser.add_argument(
@@ -48,13 +51,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--of",
-        type=_kinds,
-        default=list(KINDS),
+        type=lambda text: list(dict.fromkeys(text.split(","))),
         metavar="KIND,...",
-        help=f"what to compare (default: {','.join(KINDS)}; none is the host in the guest's place)",
+        help=f"what to compare (default: {','.join(map(str, KINDS))} and each --backend; none is the host itself in"
+        " the guest's place)",
+    )
+    parser.add_argument(
+        "--backend",
+        action="append",
+        default=[],
+        type=_program,
+        metavar="NAME=COMMAND LINE",
+        help="a vhost-user back-end to compare with, as a kind of this name; may be repeated",
     )
     parser.add_argument("--json", metavar="FILE", help="write every value to this file")
     return parser
+
+
+def _chosen_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+    for group in options.groups:
+        if group not in GROUPS:
+            parser.error(f"no such group: {group}; there are {', '.join(GROUPS)}")
+    cases = [case for group in GROUPS if group in (options.groups or GROUPS) for case in GROUPS[group]]
+    if options.case:
+        unknown = set(options.case) - {case.name for case in cases}
+        if unknown:
+            parser.error(f"no such case: {', '.join(sorted(unknown))}; --list shows those that there are")
+        cases = [case for case in cases if case.name in options.case]
+    return cases
+
+
+def _chosen_kinds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Kind]:
+    known: dict[str, Kind] = {str(kind): kind for kind in (*KINDS, *options.backend)}
+    if len(known) != len(KINDS) + len(options.backend):
+        parser.error("argument --backend: two have the same name")
+    for name in options.of or known:
+        if name not in known:
+            parser.error(f"argument --of: {name!r} is none of {', '.join(known)}")
+    return [known[name] for name in options.of or known]
 
 
 def _number(value: float) -> str:
@@ -70,20 +104,20 @@ def _cell(summary: Summary | None) -> str:
 
 
 def _table(cases: Sequence[Case], results: Results) -> Table:
-    compared = {"godwit", "passt"} <= set(results.kinds)
+    first, *others = results.kinds
     table = Table(title=f"medians of {results.rounds} (least..most)")
     table.add_column("case")
     table.add_column("")
     for kind in results.kinds:
         table.add_column("no back-end" if kind == "none" else kind, justify="right")
-    if compared:
-        table.add_column("godwit : passt", justify="right")
+    for kind in others:
+        table.add_column(f"{first} : {kind}", justify="right")
     for case in cases:
         title = case.title
         for metric in results.values.get(case.name, {}):
             row = [title, metric, *(_cell(results.summary(case.name, metric, kind)) for kind in results.kinds)]
-            if compared:
-                ratio = results.ratio(case.name, metric)
+            for kind in others:
+                ratio = results.ratio(case.name, metric, first, kind)
                 row.append("" if ratio is None else f"{ratio:.2f}")
             table.add_row(*row)
             title = ""
@@ -101,14 +135,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds is at least 1, --seconds more than 0")
-    cases = list(BENCHES[options.bench])
-    if options.case:
-        unknown = set(options.case) - {case.name for case in cases}
-        if unknown:
-            parser.error(
-                f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(case.name for case in cases)}"
-            )
-        cases = [case for case in cases if case.name in options.case]
+    cases, kinds = _chosen_cases(parser, options), _chosen_kinds(parser, options)
+    if options.list:
+        for group, members in GROUPS.items():
+            for case in members:
+                if case in cases:
+                    print(f"{group:5} {case.name:20} {case.title}")
+        return 0
     if options.json:
         try:
             with open(options.json, "a", encoding="utf-8"):
@@ -118,12 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _end)  # what has been started is ended on the way out
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=180)
     try:
         enter_user_namespace()
         if (reason := missing_tun()) is not None:
             raise UnavailableError(reason)
-        return _run(options, cases, console)
+        return _run(options, cases, kinds, console)
     except UnavailableError as error:
         print(f"godwit bench: cannot run here: {error}", file=sys.stderr)
         return 2
@@ -135,13 +168,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(options: argparse.Namespace, cases: Sequence[Case], console: Console) -> int:
+def _run(options: argparse.Namespace, cases: Sequence[Case], kinds: Sequence[Kind], console: Console) -> int:
     began = time.monotonic()
 
     def step(text: str) -> None:
         console.print(f"[dim]{time.monotonic() - began:7.1f} s[/dim]  {text}", highlight=False)
 
-    results = run(cases, options.of, rounds=options.rounds, seconds=options.seconds, step=step)
+    results = run(cases, kinds, rounds=options.rounds, seconds=options.seconds, step=step)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(results.as_json(), file, indent=1)

@@ -15,13 +15,15 @@ import contextlib
 import itertools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from godwit.lab import peer
 from godwit.lab.errors import LabError
@@ -36,46 +38,102 @@ _STOOD_STILL = re.compile(r"has taken over from .* the guest stood still for ([0
 _numbers = itertools.count()
 
 
+@dataclass(frozen=True)
+class Program:
+    """A vhost-user back-end by its command line.
+
+    Words of it may hold ``{socket}``, the path to listen at, ``{ports}``, ports
+    of the host to forward to the same ports of the guest as ``first-last``, and
+    ``{mtu}``, the guest's.
+    """
+
+    name: str
+    words: tuple[str, ...]
+
+    PLACES: ClassVar[tuple[str, ...]] = ("socket", "ports", "mtu")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Take ``NAME=COMMAND LINE``, the latter as a shell would split it; :class:`ValueError` says what is wrong."""
+        name, _, line = text.partition("=")
+        if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9._-]*", name):
+            raise ValueError(f"{text!r} is not NAME=COMMAND LINE, the name of letters, digits, '.', '_' and '-'")
+        words = tuple(shlex.split(line))
+        if not words:
+            raise ValueError(f"no command line for {name}")
+        places = [place for word in words for place in re.findall(r"{([^{}]*)}", word)]
+        for place in places:
+            if place not in cls.PLACES:
+                raise ValueError(f"{{{place}}} is none of {', '.join(f'{{{known}}}' for known in cls.PLACES)}")
+        if "socket" not in places:
+            raise ValueError(f"the command line of {name} has no {{socket}}, where it is to listen")
+        return cls(name, words)
+
+    def command(self, **values: object) -> list[str]:
+        """Return the words with a value in each place."""
+        return [re.sub(r"{([^{}]*)}", lambda match: str(values[match[1]]), word) for word in self.words]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Kind = str | Program  # a back-end that the laboratory knows by name, or any other
+
+
 class Backend:
     """One back-end process in ``space``, ready when this returns.
 
     ``kind`` says which program, ``helper`` which one's helper, or None for no
-    helper; by default the program's own. ``arguments`` go to the program as they
-    are; what both take: ``--tcp-ports``, ``--mtu``, and much more. ``descriptors``
+    helper; by default the program's own, which a `Program` has not. ``ports`` are
+    the host's, TCP and UDP, that are forwarded to the same ports of the guest, as
+    ``first-last``. ``arguments`` go to godwit or passt as they are; what both
+    take: ``--dns``, ``--no-dhcp``, and much more. ``descriptors``
     limits how many the back-end may have open. ``wrapper`` is what runs the
     back-end's command line, in its own process. ``map_gw``: the gateway's address
     leads to the host's loopback, as it does by default outside of the laboratory,
     where the gateway is the server too. With ``stream`` it speaks no vhost-user,
     but the protocol of QEMU's ``-netdev stream``; nothing migrates then, and there
     is no helper. ``breakpoints``: the socket of ``godwit.lab.breakpoints`` at which
-    a godwit asks what is to fail.
+    a godwit asks what is to fail. ``patience``: seconds within which it has to listen.
     """
 
     def __init__(
         self,
         space: Namespace,
         folder: str,
-        kind: str = "godwit",
+        kind: Kind = "godwit",
         *,
         helper: str | None = "own",
+        ports: str | None = None,
+        mtu: int | None = None,
         arguments: Sequence[str] = (),
         descriptors: int | None = None,
         wrapper: Sequence[str] = (),
         map_gw: bool = False,
         stream: bool = False,
         breakpoints: str | None = None,
+        patience: float = 20.0,
     ) -> None:
         self.space = space
         self.kind = kind
         self.name = f"{kind}{next(_numbers)}-{space.name}"
         self.socket = os.path.join(folder, f"{self.name}.sock")
         self.log = os.path.join(folder, f"{self.name}.log")
-        self.helper_kind = None if stream else kind if helper == "own" else helper
+        own_helper = None if isinstance(kind, Program) else kind
+        self.helper_kind = None if stream else own_helper if helper == "own" else helper
         self._helper: subprocess.Popen[bytes] | None = None
-        self._listens_at = {self.socket} if stream else {self.socket, f"{self.socket}.repair"}
+        self._listens_at = {self.socket}
+        if not stream and (self.helper_kind is not None or not isinstance(kind, Program)):
+            self._listens_at.add(f"{self.socket}.repair")
         common = ["-f", *(() if stream else ("--vhost-user",)), "-s", self.socket]
-        common += [*([] if map_gw else ["--no-map-gw"]), *arguments]
-        if kind == "godwit":
+        common += [*([] if map_gw else ["--no-map-gw"])]
+        common += [] if ports is None else ["--tcp-ports", ports, "--udp-ports", ports]
+        common += [*([] if mtu is None else ["--mtu", str(mtu)]), *arguments]
+        if isinstance(kind, Program):
+            if arguments or stream:
+                raise LabError(f"{kind} is started by its own command line, without further arguments")
+            words = kind.command(socket=self.socket, ports=ports or "none", mtu=mtu or 1500)
+        elif kind == "godwit":
             program = [*_GODWIT, "serve"]
             if breakpoints is not None:
                 program = [sys.executable, "-m", "godwit.lab.breakpoints", breakpoints]
@@ -93,20 +151,20 @@ class Backend:
         with open(self.log, "ab") as log:  # the helper's lines go there, too
             self._process = space.popen([*wrapper, *words], stdout=log, stderr=log)
         try:
-            self._until_it_listens()
+            self._until_it_listens(patience)
             if self.helper_kind is not None:
                 self.start_helper()
         except BaseException:
             self.close()
             raise
 
-    def _until_it_listens(self) -> None:
+    def _until_it_listens(self, patience: float) -> None:
         def listening() -> bool:
             if self._process.poll() is not None:
-                raise LabError(f"{self.name} ended with {self._process.returncode}: {self.messages()}")
+                raise LabError(f"{self.name} ended with {self._process.returncode}: {self.messages()[-2000:]}")
             return self._listens_at <= _listening(self.pid)
 
-        wait_until(listening, f"{self.name} to listen", 20.0)
+        wait_until(listening, f"{self.name} to listen at {', '.join(sorted(self._listens_at))}", patience)
 
     def successor(self, arguments: Sequence[str] | None = None, wrapper: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         """Start a godwit that is to take over from this one; it writes into the same log.

@@ -22,49 +22,45 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
+from typing import Any, Protocol
 
 from godwit import __version__
 from godwit.lab import peer
-from godwit.lab.backend import Backend
+from godwit.lab.backend import Backend, Kind
+from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import HOST4, Host, Namespace, Network
 
 NONE = "none"  # no back-end: the host itself in the guest's place
-KINDS = ("godwit", "passt", NONE)
+KINDS: tuple[Kind, ...] = ("godwit", "passt", NONE)
 
-# Each back-end's own ports of the host, forwarded to the same ports of its guest.
-PORTS = {"godwit": 20_000, "passt": 21_000, NONE: 22_000}
 PORT_COUNT = 10
+_FIRST_PORT = 20_000
 
 
 class Side:
-    """One back-end and the guest behind it, or neither (``NONE``)."""
+    """One back-end and the guest behind it, or neither (``NONE``).
 
-    def __init__(self, kind: str, net: Network, folder: str, cleanup: contextlib.ExitStack) -> None:
+    ``port`` is the first of `PORT_COUNT` ports of the host, this side's own,
+    which are forwarded to the same ports of the guest.
+    """
+
+    def __init__(self, kind: Kind, net: Network, folder: str, port: int, cleanup: contextlib.ExitStack) -> None:
         self.kind = kind
         self.server: Host = net.server
         self.guest: EmbeddedGuest | None = None
         self.space: Namespace = net.a
         self.addr = HOST4
-        self.port = PORTS[kind]
+        self.port = port
         self._pid: int | None = None
         if kind == NONE:
             return
-        ports = f"{self.port}-{self.port + PORT_COUNT - 1}"
-        backend = cleanup.enter_context(
-            Backend(
-                net.a,
-                folder,
-                kind,
-                helper=None,
-                arguments=["--tcp-ports", ports, "--udp-ports", ports, "--mtu", str(min(net.mtu, 65520))],
-            )
-        )
+        ports = f"{port}-{port + PORT_COUNT - 1}"
+        backend = cleanup.enter_context(Backend(net.a, folder, kind, helper=None, ports=ports, mtu=min(net.mtu, 65520)))
         self.guest = cleanup.enter_context(EmbeddedGuest(f"guest-{kind}", mtu=net.mtu))
         self.guest.connect(backend.socket)
         self.guest.configure()
@@ -90,37 +86,51 @@ class Side:
                 raise LabError(f"{self.kind} has hung up")
 
 
-class Bed:
+class Bed(Closing):
     """A network at one MTU, with the sides that are compared. All stay up; only one is used at a time."""
 
-    def __init__(self, mtu: int, kinds: Sequence[str]) -> None:
+    def __init__(self, mtu: int, kinds: Sequence[Kind]) -> None:
         self._cleanup = contextlib.ExitStack()
         try:
             folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-bench-"))
             os.chmod(folder, 0o755)  # passt becomes another user
             net = self._cleanup.enter_context(Network(mtu=mtu))
-            self.sides = {kind: Side(kind, net, folder, self._cleanup) for kind in kinds}
+            self.sides = {
+                kind: Side(kind, net, folder, _FIRST_PORT + 1000 * number, self._cleanup)
+                for number, kind in enumerate(kinds)
+            }
         except BaseException:
             self._cleanup.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Take it all down. May be repeated."""
         self._cleanup.close()
+
+
+class AnyBed(Protocol):
+    """What a case is measured on: a side for each kind; a side has ``check()``, which raises `LabError` if it broke."""
+
+    @property
+    def sides(self) -> Mapping[Kind, Any]: ...
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that is measured. ``measure`` takes a side and about how many seconds, and returns values by metric."""
+    """One thing that is measured.
+
+    ``measure`` takes a side and about how many seconds, and returns values by
+    metric, whose name holds the unit. ``bed`` makes what has the sides, of an MTU
+    and the kinds that are compared; cases with the same bed and MTU share one.
+    ``without`` names kinds that it cannot be measured with.
+    """
 
     name: str
     title: str
     mtu: int
-    measure: Callable[[Side, float], dict[str, float]]
+    measure: Callable[[Any, float], dict[str, float]]
+    bed: Callable[[int, Sequence[Kind]], AbstractContextManager[AnyBed]] = Bed
+    without: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -177,28 +187,30 @@ class Results:
 
 
 def run(
-    cases: Sequence[Case], kinds: Sequence[str], *, rounds: int, seconds: float, step: Callable[[str], None]
+    cases: Sequence[Case], kinds: Sequence[Kind], *, rounds: int, seconds: float, step: Callable[[str], None]
 ) -> Results:
     """Measure all cases. ``step`` is told what happens. A failure of one case is noted, and the others go on."""
-    results = Results(kinds, rounds)
-    for mtu in dict.fromkeys(case.mtu for case in cases):
-        with Bed(mtu, kinds) as bed:
-            for case in cases:
-                if case.mtu != mtu:
-                    continue
+    results = Results([str(kind) for kind in kinds], rounds)
+    for make_bed, mtu in dict.fromkeys((case.bed, case.mtu) for case in cases):
+        together = [case for case in cases if (case.bed, case.mtu) == (make_bed, mtu)]
+        wanted = [kind for kind in kinds if any(str(kind) not in case.without for case in together)]
+        if not wanted:
+            continue
+        with make_bed(mtu, wanted) as bed:
+            for case in together:
                 results.load.append(os.getloadavg()[0])
                 step(case.title)
-                broken: set[str] = set()
+                broken = set(case.without)
                 for number in range(rounds):
-                    for kind in kinds if number % 2 == 0 else reversed(kinds):
-                        if kind in broken:
+                    for kind in wanted if number % 2 == 0 else reversed(wanted):
+                        if str(kind) in broken:
                             continue
                         side = bed.sides[kind]
                         try:
-                            results.add(case.name, kind, case.measure(side, seconds))
+                            results.add(case.name, str(kind), case.measure(side, seconds))
                             side.check()
                         except (LabError, OSError) as error:
-                            broken.add(kind)
+                            broken.add(str(kind))
                             results.failures.append(f"{case.name}, {kind}: {error}")
                             step(f"  {results.failures[-1]}")
     return results

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The bench's parts: back-ends by their command line, and how a run goes through its cases."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from godwit.lab.backend import Backend, Kind, Program
+from godwit.lab.bench import Bed, Case, run
+from godwit.lab.errors import LabError
+from godwit.lab.netns import Namespace
+from godwit.lab.udp_bench import stream
+
+GODWIT = f"{sysconfig.get_path('scripts')}/godwit serve -f --vhost-user -s {{socket}} -u {{ports}} -m {{mtu}}"
+
+
+def test_a_back_end_by_its_command_line() -> None:
+    """Another godwit, behind the same front-end; a forwarded port shows that its words were filled in."""
+    other = Program.parse(f"other={GODWIT}")
+    with Bed(1500, [other]) as bed:
+        side = bed.sides[other]
+        assert stream(side, up=True, size=100, seconds=0.05, rate=1000.0).received > 0
+        assert stream(side, up=False, size=100, seconds=0.05, rate=1000.0, forwarded=True).received > 0
+        assert side.cpu() > 0
+        side.check()
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import sys; sys.exit('the moon is full')", "moody0-host ended with 1: the moon is full"),
+        ("pass", "moody0-host ended with 0"),  # as a program does that goes into the background
+        ("import time; time.sleep(60)", r"moody0-host to listen at /.*/moody0-host\.sock"),
+    ],
+)
+def test_a_command_line_that_gives_no_back_end(
+    program: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("godwit.lab.backend._numbers", iter([0]))
+    moody = Program.parse(f"moody={sys.executable} -c {shlex.quote(program)} {{socket}}")
+    with Namespace("host") as host, pytest.raises(LabError, match=message):
+        Backend(host, str(tmp_path), moody, patience=2.0)
+
+
+def test_a_run_measures_in_turns_and_shares_beds() -> None:
+    """Every second round goes the other way; a kind that fails is left out from then on, with its reason kept."""
+    made: list[tuple[int, list[str]]] = []
+    measured: list[tuple[str, str]] = []
+
+    @contextmanager
+    def bed(mtu: int, kinds: Sequence[Kind]) -> Iterator[SimpleNamespace]:
+        made.append((mtu, list(map(str, kinds))))
+        yield SimpleNamespace(sides={kind: SimpleNamespace(name=str(kind), check=lambda: None) for kind in kinds})
+
+    def case(name: str, mtu: int, without: str = "") -> Case:
+        def measure(side: SimpleNamespace, seconds: float) -> dict[str, float]:
+            measured.append((name, side.name))
+            if (name, side.name) == ("three", "b"):
+                raise LabError("out of order")
+            return {"m": seconds}
+
+        return Case(name, name, mtu, measure, bed, frozenset(without.split()))
+
+    b = Program("b", ("b",))
+    cases = [case("one", 1500), case("two", 9000, "c"), case("three", 1500, "a")]
+    results = run(cases, ["a", b, "c"], rounds=2, seconds=0.5, step=lambda text: None)
+    assert made == [(1500, ["a", "b", "c"]), (9000, ["a", "b"])]
+    assert measured == [
+        *(("one", kind) for kind in "abccba"),
+        *(("three", kind) for kind in "bcc"),
+        *(("two", kind) for kind in "abba"),
+    ]
+    assert results.values["one"]["m"] == {kind: [0.5, 0.5] for kind in "abc"}
+    assert results.values["three"]["m"] == {"c": [0.5, 0.5]}
+    assert results.failures == ["three, b: out of order"]
