@@ -105,7 +105,7 @@ def test_status_of_failures(
         (["udp", "--rounds", "0"], "--rounds is at least 1"),
         (["udp", "--seconds", "0"], "--seconds more than 0"),
         (["udp", "--case", "sideways"], "no such case: sideways"),
-        (["udp", "--of", "godwit,slirp"], "'slirp' is none of godwit, passt, none"),
+        (["udp", "--of", "godwit,slirp"], "'slirp' is none of godwit, passt, ideal, none"),
         (["--backend", "other=prog {socket} {port}"], "{port} is none of {socket}, {ports}, {mtu}"),
         (["--backend", "other=prog -f"], "the command line of other has no {socket}"),
         (["--backend", "prog {socket}"], "is not NAME=COMMAND LINE"),

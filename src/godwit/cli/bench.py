@@ -53,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         "--of",
         type=lambda text: list(dict.fromkeys(text.split(","))),
         metavar="KIND,...",
-        help=f"what to compare (default: {','.join(map(str, KINDS))} and each --backend; none is the host itself in"
-        " the guest's place)",
+        help=f"what to compare (default: {','.join(map(str, KINDS))} and each --backend; ideal is a back-end"
+        " that gives each frame back, none the host itself in the guest's place)",
     )
     parser.add_argument(
         "--backend",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Back-ends on the hosts of the laboratory: godwit or passt, each with a repair helper.
+"""Back-ends on the hosts of the laboratory: godwit or passt, each with a repair helper, and any other.
 
 A back-end serves one guest at ``socket``; its helper is at ``socket`` plus
 ``.repair``. Either program's helper serves either back-end::
@@ -30,6 +30,7 @@ from godwit.lab.errors import LabError
 from godwit.lab.netns import Namespace, wait_until
 
 KINDS = ("godwit", "passt")
+IDEAL = "ideal"  # godwit.lab.ideal, which is its own network: without ports, helper and migration
 # The command as it is installed: nothing here may import it.
 _GODWIT = [sys.executable, os.path.join(sysconfig.get_path("scripts"), "godwit")]
 
@@ -119,11 +120,11 @@ class Backend:
         self.name = f"{kind}{next(_numbers)}-{space.name}"
         self.socket = os.path.join(folder, f"{self.name}.sock")
         self.log = os.path.join(folder, f"{self.name}.log")
-        own_helper = None if isinstance(kind, Program) else kind
+        own_helper = kind if isinstance(kind, str) and kind in KINDS else None
         self.helper_kind = None if stream else own_helper if helper == "own" else helper
         self._helper: subprocess.Popen[bytes] | None = None
         self._listens_at = {self.socket}
-        if not stream and (self.helper_kind is not None or not isinstance(kind, Program)):
+        if not stream and (self.helper_kind or own_helper):
             self._listens_at.add(f"{self.socket}.repair")
         common = ["-f", *(() if stream else ("--vhost-user",)), "-s", self.socket]
         common += [*([] if map_gw else ["--no-map-gw"])]
@@ -140,6 +141,8 @@ class Backend:
             words = [*program, *(("--stream",) if stream else ()), *common]
         elif kind == "passt":
             words = peer.fetch().command(*common)
+        elif kind == IDEAL:
+            words = [sys.executable, "-m", "godwit.lab.ideal", self.socket]
         else:
             raise LabError(f"no such back-end: {kind}")
         self._common = ["-f", *(["--no-map-gw"] if not map_gw else [])]

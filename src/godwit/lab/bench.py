@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measurements of back-ends beside each other: godwit, passt, and no back-end at all.
+"""Measurements of back-ends beside each other: godwit, passt, any other, the ideal one, and none at all.
 
 All are behind the same front-end (the embedded guest's) on one host of the
 laboratory's network, and each round measures one after the other, every second
@@ -29,14 +29,14 @@ from typing import Any, Protocol
 
 from godwit import __version__
 from godwit.lab import peer
-from godwit.lab.backend import Backend, Kind
+from godwit.lab.backend import IDEAL, Backend, Kind
 from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
-from godwit.lab.netns import HOST4, Host, Namespace, Network
+from godwit.lab.netns import HOST4, Namespace, Network
 
 NONE = "none"  # no back-end: the host itself in the guest's place
-KINDS: tuple[Kind, ...] = ("godwit", "passt", NONE)
+KINDS: tuple[Kind, ...] = ("godwit", "passt", IDEAL, NONE)
 
 PORT_COUNT = 10
 _FIRST_PORT = 20_000
@@ -45,13 +45,18 @@ _FIRST_PORT = 20_000
 class Side:
     """One back-end and the guest behind it, or neither (``NONE``).
 
+    The guest's sockets are in ``space``, at ``addr``. The server's are in
+    ``server``, bound to any address; the guest reaches them at ``server_addr``.
     ``port`` is the first of `PORT_COUNT` ports of the host, this side's own,
     which are forwarded to the same ports of the guest.
+
+    Behind the ideal back-end the server is the guest itself.
     """
 
     def __init__(self, kind: Kind, net: Network, folder: str, port: int, cleanup: contextlib.ExitStack) -> None:
         self.kind = kind
-        self.server: Host = net.server
+        self.server: Namespace = net.server
+        self.server_addr = net.server.addr4
         self.guest: EmbeddedGuest | None = None
         self.space: Namespace = net.a
         self.addr = HOST4
@@ -66,6 +71,9 @@ class Side:
         self.guest.configure()
         self.space = self.guest.space
         self._pid = backend.pid
+        if kind == IDEAL:
+            self.server = self.space
+            self.space.ip(f"neigh replace {self.server_addr} lladdr {net.server.mac} dev eth0 nud permanent")
 
     def cpu(self) -> float:
         """Processor time of the back-end so far, user's and system's, in seconds; 0 where there is none."""

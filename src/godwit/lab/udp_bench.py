@@ -24,9 +24,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from godwit.lab._udp import Echo, Receiver, ask, send_numbered
+from godwit.lab.backend import IDEAL
 from godwit.lab.bench import Case, Side, Working
 from godwit.lab.errors import LabError
 from godwit.lab.netns import Namespace
+
+ANY = "0.0.0.0"
 
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 SO_MEMINFO = 55
@@ -65,9 +68,9 @@ def _pair(side: Side, forwarded: bool) -> Iterator[tuple[socket.socket, socket.s
     with contextlib.ExitStack() as stack:
         port = side.port if forwarded else 0
         guest = stack.enter_context(_socket(side.space, side.addr, port))
-        server = stack.enter_context(_socket(side.server, side.server.addr4))
+        server = stack.enter_context(_socket(side.server, ANY))
         first, second = (server, guest) if forwarded else (guest, server)
-        first.connect((side.addr, port) if forwarded else server.getsockname())
+        first.connect((side.addr, port) if forwarded else (side.server_addr, server.getsockname()[1]))
         second.settimeout(1.0)
         for _ in range(5):
             # The first may be lost while addresses are being resolved.
@@ -234,9 +237,9 @@ def _beside_a_flood(side: Side, seconds: float, *, size: int, rate: float) -> di
 def _latency(side: Side, seconds: float, *, size: int) -> dict[str, float]:
     with (
         _socket(side.space, side.addr) as guest,
-        _socket(side.server, side.server.addr4) as server,
+        _socket(side.server, ANY) as server,
     ):
-        guest.connect(server.getsockname())
+        guest.connect((side.server_addr, server.getsockname()[1]))
         echo = Echo(server.fileno())
         echoing = Working(echo.run)
         try:
@@ -260,9 +263,12 @@ def _latency(side: Side, seconds: float, *, size: int) -> dict[str, float]:
     return values
 
 
-def _case(name: str, title: str, mtu: int, **options: object) -> Case:
-    return Case(name, title, mtu, functools.partial(_throughput, **options))  # type: ignore[arg-type]
+def _case(name: str, title: str, mtu: int, *, forwarded: bool = False, **options: object) -> Case:
+    measure = functools.partial(_throughput, forwarded=forwarded, **options)  # type: ignore[arg-type]
+    return Case(name, title, mtu, measure, without=_WITHOUT_PORTS if forwarded else frozenset())
 
+
+_WITHOUT_PORTS = frozenset({IDEAL})
 
 CASES = (
     _case("up-1400", "up, 1400 B, unpaced", 1500, up=True, size=1400),
@@ -287,6 +293,7 @@ CASES = (
         "down to a forwarded port, 1400 B, rising rates",
         1500,
         functools.partial(_ladder, up=False, size=1400, forwarded=True),
+        without=_WITHOUT_PORTS,
     ),
     Case(
         "flood",

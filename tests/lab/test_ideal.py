@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The ideal back-end: what a guest sends to anybody comes back from there, whole, whatever its frames are like."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from godwit.lab.backend import IDEAL, Backend
+from godwit.lab.errors import CommandError
+from godwit.lab.guest import EmbeddedGuest
+from godwit.lab.netns import SERVER4, SERVER6, SERVER_MAC, Namespace
+from godwit.vhost_user import Feature
+
+DATA = os.urandom(1 << 20) * 4
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One back-end for all guests, one after the other."""
+    with Namespace("host") as host, Backend(host, str(tmp_path_factory.mktemp("ideal")), IDEAL) as backend:
+        yield backend.socket
+
+
+def talk_to_itself(guest: EmbeddedGuest, address: str) -> tuple[bytes, str]:
+    """Have a guest send to a server of its own; return what that received, and who it says has sent it."""
+    guest.configure()
+    guest.space.ip(f"neigh replace {address} lladdr {SERVER_MAC} dev eth0 nud permanent")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with guest.space.enter(), socket.create_server(("", 0), family=family) as server:
+        client = socket.create_connection((address, server.getsockname()[1]), 5.0)
+        server.settimeout(5.0)
+        accepted, peer = server.accept()
+    with client, accepted:
+
+        def send() -> None:
+            client.sendall(DATA)
+            client.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        accepted.settimeout(20.0)
+        received = bytearray()
+        while data := accepted.recv(1 << 20):
+            received += data
+        sender.join()
+    guest.check()
+    assert not guest.backend_gone
+    return bytes(received), peer[0]
+
+
+@pytest.mark.parametrize("address", [SERVER4, SERVER6])
+@pytest.mark.parametrize("layout", ["single", "chain", "indirect"])
+@pytest.mark.parametrize("mtu", [1500, 65520])
+def test_a_guest_hears_itself(path: str, mtu: int, layout: str, address: str) -> None:
+    with EmbeddedGuest(mtu=mtu, tx_layout=layout, tx_chunk=1000, queue_size=1024) as guest:
+        guest.connect(path)
+        assert talk_to_itself(guest, address) == (DATA, address)
+        if mtu == 1500:
+            assert guest.counters["from_guest_gso"] > 0
+            assert guest.counters["to_guest_gso"] > 0
+
+
+def test_without_offloads_and_event_index(path: str) -> None:
+    """The receiving end has to check each sum that the sending end made: they are still right."""
+    features = Feature.VIRTIO_F_VERSION_1 | Feature.VIRTIO_NET_F_MRG_RXBUF
+    with EmbeddedGuest(features=features) as guest:
+        guest.connect(path)
+        assert talk_to_itself(guest, SERVER4) == (DATA, SERVER4)
+        assert guest.counters["from_guest_gso"] == 0
+
+
+def test_nobody_is_asked_for_addresses(path: str) -> None:
+    """Frames for more than one addressee go nowhere: a guest that heard its own ARP request would see a double."""
+    with EmbeddedGuest() as guest:
+        guest.connect(path)
+        guest.configure()
+        with pytest.raises(CommandError, match=r"100% packet loss"):
+            guest.run("ping", "-c1", "-W1", SERVER4)
+        assert guest.counters["from_guest_frames"] > 0
+        assert guest.counters["to_guest_frames"] == 0
+
+
+def test_rings_stop_and_go_on(path: str) -> None:
+    """As after GET_VRING_BASE, which loses nothing."""
+    with EmbeddedGuest() as guest:
+        guest.connect(path)
+        assert talk_to_itself(guest, SERVER4)[0] == DATA
+        guest.pause()
+        attachment = guest.attachment
+        assert attachment is not None
+        bases = attachment.suspend()
+        assert bases == [guest.mover.used_index(queue) for queue in (0, 1)]
+        guest.move_to(attachment, bases)
+        assert talk_to_itself(guest, SERVER4)[0] == DATA
