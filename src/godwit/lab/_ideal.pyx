@@ -1,11 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The loop of the ideal back-end (``ideal``): every frame from the guest goes back to it, as if the addressee answered.
-
-Source and destination change places, Ethernet's and IP's. No checksum changes
-by that, and neither does what the virtio header says of the frame; but for its
-count of buffers, that is passed on as it is. Frames to more than one addressee,
-and what is not IP, end here.
+"""The loop of the ideal back-end (``ideal``): takes frames from one ring, and puts what ``_far`` has to say into the other.
 
 While a ring is being changed, the thread is not there: each change ends it and
 lets it begin anew (`Loop._parked`). That is slow, and happens a dozen times.
@@ -53,26 +48,17 @@ from godwit.dataplane.virtqueue cimport (
     queue_seen,
     queue_used,
 )
+from godwit.lab._far cimport AT_NUM_BUFFERS, FAR_HEADERS, Far, Source, far_due, far_hear, far_say
 
 cdef enum:
     BATCH = 64          # frames before the guest is shown that they were taken
-    VNET_HLEN = 12      # struct virtio_net_hdr_v1
-    AT_NUM_BUFFERS = 10
-    AT_IP = VNET_HLEN + 14
-    LOOKED_AT = AT_IP + 40
+    MOST = 1 << 20      # bytes of a frame
 
 cdef enum Outcome:
     DONE = 0
     NOTHING = 1         # no frame is there
     NO_BUFFERS = 2      # one is there, but too little room
     BROKEN = 3
-
-
-cdef inline void swap(uint8_t *a, uint8_t *b, int size) noexcept nogil:
-    cdef uint8_t kept[16]
-    memcpy(kept, a, size)
-    memcpy(a, b, size)
-    memcpy(b, kept, size)
 
 
 cdef uint64_t copy(iovec *to, int to_count, iovec *origin, int count, uint64_t most) noexcept nogil:
@@ -99,22 +85,6 @@ cdef uint64_t copy(iovec *to, int to_count, iovec *origin, int count, uint64_t m
     return done
 
 
-cdef bint turn_round(uint8_t *headers, uint64_t size) noexcept nogil:
-    """Have source and destination change places; False if the frame is not for one addressee."""
-    cdef uint8_t *frame = headers + VNET_HLEN
-    cdef uint8_t *ip = headers + AT_IP
-    if size < AT_IP + 20 or frame[0] & 1:
-        return False
-    if frame[12] == 0x08 and frame[13] == 0x00:
-        swap(ip + 12, ip + 16, 4)
-    elif frame[12] == 0x86 and frame[13] == 0xDD and size >= AT_IP + 40:
-        swap(ip + 8, ip + 24, 16)
-    else:
-        return False
-    swap(frame, frame + 6, 6)
-    return True
-
-
 cdef class Loop:
     """Two rings, and the thread that serves them while both are started and enabled."""
 
@@ -127,9 +97,14 @@ cdef class Loop:
         object _thread
         iovec _in[MAX_CHAIN]
         iovec _out[MAX_CHAIN]
-        uint64_t _guest_addr[MAX_CHAIN]
+        uint64_t _guest_addr[MAX_CHAIN]     # which nobody needs here
+        # buffers found for a frame
+        int _pieces
+        int _chains
         uint16_t _heads[MAX_CHAIN]
         uint32_t _sizes[MAX_CHAIN]
+        Far _far
+        bint _services
         uint64_t _frames
 
     def __cinit__(self):
@@ -147,7 +122,7 @@ cdef class Loop:
 
     @property
     def frames(self):
-        """Frames that went back so far."""
+        """Frames given to the guest so far."""
         return self._frames
 
     # --- what the front-end says; descriptors are this object's from then on
@@ -173,12 +148,13 @@ cdef class Loop:
             raise ValueError(f"no ring {index}")
         return &self._queues[index]
 
-    def set_event_idx(self, bint on):
-        """Whether VIRTIO_F_EVENT_IDX was negotiated."""
+    def set_features(self, *, bint event_idx, bint services):
+        """``event_idx``: VIRTIO_F_EVENT_IDX; ``services``: the guest takes segments of 64 KiB without a checksum."""
         cdef int i
         with self._parked():
             for i in range(QUEUES):
-                self._queues[i].event_idx = on
+                self._queues[i].event_idx = event_idx
+            self._services = services
 
     def set_memory(self, regions):
         """Map these (guest address, size, front-end's address, offset, descriptor); :class:`OSError` if one cannot be.
@@ -300,73 +276,114 @@ cdef class Loop:
         cdef Queue *tx = &self._queues[TX]
         cdef epoll_event events[4]
         cdef uint16_t rx_seen, tx_seen
-        cdef Outcome outcome
-        cdef int done
+        cdef Outcome heard, said
+        cdef int i
         while not load32_acquire(&self._end):
             rx_seen, tx_seen = queue_seen(rx), queue_seen(tx)
-            outcome = DONE
-            done = 0
-            while outcome == DONE and done < BATCH:
-                outcome = self._frame(rx, tx)
-                done += 1
+            heard = said = DONE
+            for i in range(BATCH):
+                if heard == DONE:
+                    heard = self._hear(rx, tx)
             queue_publish(tx, &self._memory)
-            if outcome == DONE:
+            for i in range(BATCH):
+                if said == DONE:
+                    said = self._say(rx)
+            if heard == DONE or said == DONE:
                 continue
-            if outcome == NOTHING and queue_notify_on(tx, &self._memory, tx_seen):
+            if heard == NOTHING and queue_notify_on(tx, &self._memory, tx_seen):
                 continue
-            if outcome == NO_BUFFERS and queue_notify_on(rx, &self._memory, rx_seen):
+            if (heard == NO_BUFFERS or said == NO_BUFFERS) and queue_notify_on(rx, &self._memory, rx_seen):
                 continue
             epoll_wait(self._epoll, events, 4, -1)
             queue_notify_off(rx, &self._memory)
             queue_notify_off(tx, &self._memory)
 
-    cdef Outcome _frame(self, Queue *rx, Queue *tx) noexcept nogil:
-        """Take the next frame and give it back."""
-        cdef uint8_t headers[LOOKED_AT]
-        cdef iovec head
-        cdef uint64_t size, part, looked, room = 0
-        cdef uint16_t from_head
-        cdef int pending, count, n, pieces = 0, chains = 0
-        pending = queue_pending(tx)
+    cdef Outcome _hear(self, Queue *rx, Queue *tx) noexcept nogil:
+        """Take the next frame, and give the guest the answer."""
+        cdef uint8_t headers[FAR_HEADERS]
+        cdef iovec start
+        cdef uint64_t size, looked
+        cdef uint32_t answer
+        cdef uint16_t head
+        cdef int count = -1, given, pending = queue_pending(tx)
+        cdef Outcome outcome = DONE
         if pending == 0:
             return NOTHING
-        count = -1
         if pending > 0 and not tx.broken:
-            count = queue_chain(tx, &self._memory, 0, False, self._in, self._guest_addr, MAX_CHAIN, &from_head, &size)
-        if count < 0:
+            count = queue_chain(tx, &self._memory, 0, False, self._in, self._guest_addr, MAX_CHAIN, &head, &size)
+        if count < 0 or size > MOST:
             queue_break(tx)
             return BROKEN
-        head.iov_base = headers
-        head.iov_len = LOOKED_AT
-        looked = copy(&head, 1, self._in, count, LOOKED_AT)
-        if turn_round(headers, looked):
-            pending = queue_pending(rx)
-            while room < size:
-                if chains == pending:
-                    return NO_BUFFERS
-                n = -1
-                if pending > 0 and not rx.broken:
-                    n = queue_chain(rx, &self._memory, chains, True, self._out + pieces, self._guest_addr,
-                                    MAX_CHAIN - pieces, &self._heads[chains], &part)
-                if n < 0:
-                    queue_break(rx)
-                    return BROKEN
-                self._sizes[chains] = <uint32_t>part
-                room += part
-                pieces += n
-                chains += 1
-            headers[AT_NUM_BUFFERS] = chains & 0xFF
-            headers[AT_NUM_BUFFERS + 1] = chains >> 8
-            copy(self._out, pieces, self._in, count, size)
-            head.iov_len = looked
-            copy(self._out, pieces, &head, 1, looked)
-            rx.last_avail += chains
-            for n in range(chains):
-                part = self._sizes[n] if self._sizes[n] < size else size
-                queue_used(rx, self._heads[n], <uint32_t>part)
-                size -= part
-            queue_publish(rx, &self._memory)
-            self._frames += 1
+        # Answered or not, the state of the far end is that of one that has heard it. So there has to be
+        # room before; that for the frame itself is enough for any answer.
+        outcome = self._reserve(rx, size + FAR_HEADERS)
+        if outcome != DONE:
+            return outcome
+        start.iov_base, start.iov_len = headers, FAR_HEADERS
+        looked = copy(&start, 1, self._in, count, FAR_HEADERS)
+        given = far_hear(&self._far, headers, <uint32_t>looked, <uint32_t>size, self._services, &answer)
+        if given > 0:
+            if answer > looked:
+                copy(self._out, self._pieces, self._in, count, answer)
+            self._give(rx, headers, given, answer)
         tx.last_avail += 1
-        queue_used(tx, from_head, 0)
+        queue_used(tx, head, 0)
         return DONE
+
+    cdef Outcome _say(self, Queue *rx) noexcept nogil:
+        """Give the guest the next segment of a source."""
+        cdef uint8_t headers[FAR_HEADERS]
+        cdef uint32_t payload, size
+        cdef Source *source = far_due(&self._far, &payload)
+        cdef Outcome outcome
+        if source == NULL:
+            return NOTHING
+        outcome = self._reserve(rx, FAR_HEADERS + payload)
+        if outcome == DONE:
+            size = far_say(source, payload, headers)
+            self._give(rx, headers, size, size + payload)
+        return outcome
+
+    cdef Outcome _reserve(self, Queue *rx, uint64_t size) noexcept nogil:
+        """Find the guest's next buffers, as many as hold so much; they are not taken yet."""
+        cdef int n, pending = queue_pending(rx)
+        cdef uint64_t part, room = 0
+        self._pieces = self._chains = 0
+        while room < size:
+            if self._chains == pending:
+                return NO_BUFFERS
+            n = -1
+            if pending > 0 and not rx.broken:
+                n = queue_chain(rx, &self._memory, self._chains, True, self._out + self._pieces, self._guest_addr,
+                                MAX_CHAIN - self._pieces, &self._heads[self._chains], &part)
+            if n < 0:
+                queue_break(rx)
+                return BROKEN
+            self._sizes[self._chains] = <uint32_t>part
+            room += part
+            self._pieces += n
+            self._chains += 1
+        return DONE
+
+    cdef void _give(self, Queue *rx, uint8_t *headers, uint32_t known, uint32_t size) noexcept nogil:
+        """Give the guest a frame of `size` bytes in the buffers found, the first `known` of which are `headers`."""
+        cdef iovec start
+        cdef uint32_t part
+        cdef int i, chains = 0
+        cdef uint32_t left = size
+        while left:
+            part = self._sizes[chains] if self._sizes[chains] < left else left
+            queue_used(rx, self._heads[chains], part)
+            left -= part
+            chains += 1
+        put_num_buffers(headers, chains)
+        start.iov_base, start.iov_len = headers, known
+        copy(self._out, self._pieces, &start, 1, known)
+        rx.last_avail += chains
+        queue_publish(rx, &self._memory)
+        self._frames += 1
+
+
+cdef inline void put_num_buffers(uint8_t *headers, int chains) noexcept nogil:
+    headers[AT_NUM_BUFFERS] = chains & 0xFF
+    headers[AT_NUM_BUFFERS + 1] = chains >> 8

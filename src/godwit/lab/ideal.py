@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The ideal back-end: it has no network behind it and gives every frame back to the guest, addresses swapped.
+"""The ideal back-end: a network device that has its network in itself, and does next to nothing.
 
-What it costs is next to nothing: a copy of each frame from one ring to the
-other. So what a guest reaches behind it is what guest and front-end can do, and
-no back-end could do better there. A guest that connects to any address but its
-own talks to itself: its own stack has both ends, and each byte passes the
-front-end twice, out and in::
+What a guest reaches behind it is what guest and front-end can do, and no
+back-end could do better there. To whomever the guest talks:
+
+* On port 9 (*discard*, RFC 863) all that it sends over TCP is acknowledged, and
+  thrown away unread; what it sends over UDP is thrown away.
+* On TCP port 19 (*chargen*, RFC 864) it is sent as much as its window takes.
+  Only headers are written.
+* Every other frame comes back, with source and destination swapped: so the guest
+  talks to itself, its own stack has both ends, and each byte passes the front-end
+  twice, out and in, and is copied once from ring to ring.
+
+::
 
     python -m godwit.lab.ideal SOCKET
 
 It serves one front-end after the other, until it is ended. It answers no ARP
 and no neighbour discovery: the guest has to know the addressee's MAC, whatever
-that be.
+that be. The services over TCP need a guest that takes segments of 64 KiB without
+checksums; another's frames come back from these ports, too.
 """
 
 from __future__ import annotations
@@ -24,6 +32,9 @@ import sys
 from godwit.lab._ideal import Loop
 from godwit.lab.attachment import OFFLOADS
 from godwit.vhost_user import BaseDevice, DeviceError, Feature, MemoryRegion, ProtocolFeature, VringAddr, serve
+
+DISCARD, CHARGEN = 9, 19  # ports
+SERVICES = Feature.VIRTIO_NET_F_GUEST_CSUM | Feature.VIRTIO_NET_F_GUEST_TSO4 | Feature.VIRTIO_NET_F_GUEST_TSO6
 
 
 class Mirror(BaseDevice):
@@ -44,7 +55,9 @@ class Mirror(BaseDevice):
 
     async def set_features(self, features: int) -> None:
         """Use these."""
-        self._loop.set_event_idx(bool(features & Feature.VIRTIO_F_EVENT_IDX))
+        self._loop.set_features(
+            event_idx=bool(features & Feature.VIRTIO_F_EVENT_IDX), services=features & SERVICES == SERVICES
+        )
 
     async def set_mem_table(self, regions: list[MemoryRegion]) -> None:
         """Map these instead of what there was."""
