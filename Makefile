@@ -5,6 +5,7 @@ PYTHON ?= python3
 CC ?= cc
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 TIME ?= 60
 MOVES ?= 200
 
@@ -37,8 +38,10 @@ build: venv ## the Cython modules, in place
 demo: build prerequisites-lab ## a guest with open connections migrates there and back
 	$(BIN)/godwit demo
 
-bench: build prerequisites-lab ## godwit and passt measured beside each other
-	$(BIN)/godwit bench udp
+# What is in the repository is from a whole run on a quiet machine; BENCH_ARGS="udp --rounds 1" and the like are for a look.
+bench: build prerequisites-lab ## godwit beside passt: docs/performance.md, .json and .svg; BENCH_ARGS for godwit bench
+	$(BIN)/godwit bench $(BENCH_ARGS) --json docs/performance.json --svg docs/performance.svg
+	$(PY) tools/docs.py
 
 test: build prerequisites-lab prerequisites-test ## the test suite without virtual machines
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -26,6 +26,11 @@ def test_generated_parts_are_current(page: str) -> None:
     assert TOOL["renew"](page, text) == text, "run tools/docs.py"
 
 
+@pytest.mark.parametrize("page", sorted(TOOL["WHOLE"]))
+def test_generated_pages_are_current(page: str) -> None:
+    assert TOOL["WHOLE"][page]() == (ROOT / "docs" / page).read_text(), "run tools/docs.py"
+
+
 def test_a_missing_part_is_noticed() -> None:
     with pytest.raises(KeyError, match=r"stream-v2\.md has no part for stages"):
         TOOL["renew"]("stream-v2.md", "")

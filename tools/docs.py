@@ -4,7 +4,7 @@
 
 A generated part stands between ``<!-- generated: NAME -->`` and
 ``<!-- end -->``; the rest of each page is written by hand. A test compares
-the pages with the declarations.
+the pages with the declarations, and with the results of the bench that are kept.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from godwit.lab import bench_chart, bench_report
+from godwit.lab.bench import Results
 from godwit.migration.document import entries_table, lifecycle_diagram, lifecycle_states, record_table, stages_list
 from godwit.net import handover, native
 from godwit.net.records import FLOW, OBSERVED, SIDE, SOCKET
@@ -20,6 +22,17 @@ from godwit.net.told import TOLD
 from godwit.net.versions import versions
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def measured(make: Callable[[Results], str]) -> Callable[[], str]:
+    """What is made of the bench's results."""
+    return lambda: make(Results.loads((DOCS / "performance.json").read_text()))
+
+
+def group(name: str) -> Callable[[], str]:
+    """The bench's results of one group of cases."""
+    return measured(lambda results: bench_report.cases(results, name))
+
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "migration.md": {
@@ -53,6 +66,16 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "partial datagram": lambda: record_table(handover.PARTIAL),
         "observed addresses": lambda: record_table(OBSERVED),
     },
+    "performance.md": {
+        "machine": measured(bench_report.about),
+        "targets": measured(bench_report.targets),
+        "limits": measured(bench_report.limits),
+        "failures": measured(bench_report.failures),
+        "TCP": group("tcp"),
+        "UDP": group("udp"),
+        "migration": group("move"),
+        "the rest": group("rest"),
+    },
     "stream-v2.md": {
         "stages": lambda: stages_list(next(version for version in versions() if version.id == 2)),
         "observed addresses": lambda: record_table(OBSERVED),
@@ -61,6 +84,9 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "socket": lambda: record_table(SOCKET),
     },
 }
+
+# Pages and pictures that are generated as a whole.
+WHOLE: dict[str, Callable[[], str]] = {"performance.svg": measured(bench_chart.svg)}
 
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -86,6 +112,8 @@ def main() -> None:
     for page in PARTS:
         path = DOCS / page
         path.write_text(renew(page, path.read_text()))
+    for page, make in WHOLE.items():
+        (DOCS / page).write_text(make())
 
 
 if __name__ == "__main__":

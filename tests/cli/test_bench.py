@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from godwit.lab.errors import LabError, UnavailableError
 
 def test_a_short_run(tmp_path: Path) -> None:
     """Without passt, which would have to be fetched."""
-    words = ["--of", "godwit,none", "--rounds", "1", "--seconds", "0.1", "--json", str(tmp_path / "values")]
+    words = ["--of", "godwit,none", "--rounds", "1", "--seconds", "0.1"]
+    words += ["--json", str(tmp_path / "values"), "--svg", str(tmp_path / "chart")]
     for case in ("up-1400-paced", "down-1400-paced", "forward-1400-paced", "latency-64"):
         words += ["--case", case]
     done = subprocess.run(
@@ -34,22 +35,24 @@ def test_a_short_run(tmp_path: Path) -> None:
     for text in ("up, 1400 B", "down, 1400 B", "delivered/s", "p50 us", "no back-end"):
         assert text in done.stdout
     assert done.stderr == ""
-    values = json.loads((tmp_path / "values").read_text())
-    assert values["rounds"] == 1
-    assert set(values["cases"]) == {"up-1400-paced", "down-1400-paced", "forward-1400-paced", "latency-64"}
+    results = Results.loads((tmp_path / "values").read_text())
+    assert results.rounds == 1
+    assert results.about["command"] == shlex.join(["godwit", "bench", "udp", *words])
+    assert set(results.values) == {"up-1400-paced", "down-1400-paced", "forward-1400-paced", "latency-64"}
     for case in ("up-1400-paced", "down-1400-paced", "forward-1400-paced"):
         for kind in ("godwit", "none"):
-            measured = {metric: values["cases"][case][metric][kind] for metric in ("delivered/s", "reordered")}
+            measured = {metric: results.values[case][metric][kind] for metric in ("delivered/s", "reordered")}
             assert measured["delivered/s"][0] > 100
             assert measured["reordered"] == [0]
-        assert values["cases"][case]["CPU us"]["godwit"][0] > 0
+        assert results.values[case]["CPU us"]["godwit"][0] > 0
+    assert (tmp_path / "chart").read_text().startswith("<svg")
 
 
 def results() -> Results:
-    made = Results(["godwit", "passt"], 3)
+    made = Results(["godwit", "passt"], 3, 1.0, titles={"up-1400": "up"})
     for rate in (1000.0, 3000.0, 2000.0):
-        made.add("up-1400", "godwit", {"delivered/s": rate, "reordered": 0})
-        made.add("up-1400", "passt", {"delivered/s": rate / 2, "reordered": 0})
+        made.add("up-1400", "godwit", {"delivered/s": rate, "reordered": 0, "CPU us": 3})
+        made.add("up-1400", "passt", {"delivered/s": rate / 2, "reordered": 0, "CPU us": 5})
     return made
 
 
@@ -58,6 +61,7 @@ def test_medians_and_ratios() -> None:
     summary = made.summary("up-1400", "delivered/s", "godwit")
     assert summary is not None
     assert (summary.median, summary.least, summary.most) == (2000, 1000, 3000)
+    assert (summary.lower, summary.upper) == (1500, 2500)
     assert made.ratio("up-1400", "delivered/s") == 2
     assert made.ratio("up-1400", "reordered") is None
     assert made.summary("up-1400", "delivered/s", "none") is None
@@ -71,6 +75,9 @@ def test_what_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "2,000 (1,000..3,000)" in shown
     assert "1,000 (500..1,500)" in shown
     assert "2.00" in shown
+    assert "delivered/s ↑" in shown
+    assert "target missed: up: CPU us is to be at most 0.5 × passt" in shown
+    assert "missed: up: delivered/s" not in shown
     made.failures.append("up-1400, passt: nothing arrives")
     assert bench.main(["udp", "--of", "godwit,passt"]) == 1
     assert "failed: up-1400, passt: nothing arrives" in capsys.readouterr().out
@@ -113,6 +120,7 @@ def test_status_of_failures(
         (["--backend", "other='{socket}"], "No closing quotation"),
         (["--backend", "passt=prog {socket}"], "passt is one of the bench's own"),
         (["--backend", "a=one {socket}", "--backend", "a=two {socket}"], "two have the same name"),
+        (["udp", "--svg", "/nowhere/chart"], "cannot write /nowhere/chart: No such file or directory"),
         (["icmp"], "no such group: icmp; there are udp"),
     ],
 )

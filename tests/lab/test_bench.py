@@ -51,7 +51,7 @@ def test_a_command_line_that_gives_no_back_end(
 
 
 def test_a_run_measures_in_turns_and_shares_beds() -> None:
-    """Every second round goes the other way; a kind that fails is left out from then on, with its reason kept."""
+    """Every second round goes the other way; a kind that fails twice is left out from then on, and the reasons kept."""
     made: list[tuple[int, list[str]]] = []
     measured: list[tuple[str, str]] = []
 
@@ -71,13 +71,24 @@ def test_a_run_measures_in_turns_and_shares_beds() -> None:
 
     b = Program("b", ("b",))
     cases = [case("one", 1500), case("two", 9000, "c"), case("three", 1500, "a")]
-    results = run(cases, ["a", b, "c"], rounds=2, seconds=0.5, step=lambda text: None)
+    kept: list[int] = []
+    results = run(
+        cases,
+        ["a", b, "c"],
+        rounds=3,
+        seconds=0.5,
+        step=lambda text: None,
+        keep=lambda results: kept.append(len(results.values)),
+    )
     assert made == [(1500, ["a", "b", "c"]), (9000, ["a", "b"])]
     assert measured == [
-        *(("one", kind) for kind in "abccba"),
-        *(("three", kind) for kind in "bcc"),
-        *(("two", kind) for kind in "abba"),
+        *(("one", kind) for kind in "abccbaabc"),
+        *(("three", kind) for kind in "bccbc"),
+        *(("two", kind) for kind in "abbaab"),
     ]
-    assert results.values["one"]["m"] == {kind: [0.5, 0.5] for kind in "abc"}
-    assert results.values["three"]["m"] == {"c": [0.5, 0.5]}
-    assert results.failures == ["three, b: out of order"]
+    assert results.values["one"]["m"] == {kind: [0.5] * 3 for kind in "abc"}
+    assert results.values["three"]["m"] == {"c": [0.5] * 3}
+    assert results.failures == ["three, b: out of order"] * 2
+    assert kept == [1, 2, 3]
+    assert results.about["backends"] == {"b": "b"}
+    assert set(results.load) == set(results.titles) == {"one", "two", "three"}

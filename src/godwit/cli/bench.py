@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from godwit.lab import udp_bench
+from godwit.lab import bench_chart, udp_bench
+from godwit.lab import bench_report as report
 from godwit.lab.backend import Kind, Program
-from godwit.lab.bench import KINDS, Case, Results, Summary, run
+from godwit.lab.bench import KINDS, Case, Results, better, run
+from godwit.lab.bench_targets import TARGETS
 from godwit.lab.errors import LabError, UnavailableError
 from godwit.lab.netns import enter_user_namespace, missing_tun
 
@@ -64,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=COMMAND LINE",
         help="a vhost-user back-end to compare with, as a kind of this name; may be repeated",
     )
-    parser.add_argument("--json", metavar="FILE", help="write every value to this file")
+    parser.add_argument("--json", metavar="FILE", help="write every value to this file, after each case")
+    parser.add_argument("--svg", metavar="FILE", help="draw godwit's ratios to passt into this file")
     return parser
 
 
@@ -91,38 +95,36 @@ def _chosen_kinds(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     return [known[name] for name in options.of or known]
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
-
-
-def _cell(summary: Summary | None) -> str:
-    if summary is None:
-        return "-"
-    if summary.least == summary.most:
-        return _number(summary.median)
-    return f"{_number(summary.median)} ({_number(summary.least)}..{_number(summary.most)})"
-
-
-def _table(cases: Sequence[Case], results: Results) -> Table:
+def _table(results: Results) -> Table:
     first, *others = results.kinds
-    table = Table(title=f"medians of {results.rounds} (least..most)")
+    table = Table(title=f"medians of {results.rounds} (least..most); the way that is better: ↑ ↓")
     table.add_column("case")
     table.add_column("")
     for kind in results.kinds:
-        table.add_column("no back-end" if kind == "none" else kind, justify="right")
+        table.add_column(report.heading(kind), justify="right")
     for kind in others:
         table.add_column(f"{first} : {kind}", justify="right")
-    for case in cases:
-        title = case.title
-        for metric in results.values.get(case.name, {}):
-            row = [title, metric, *(_cell(results.summary(case.name, metric, kind)) for kind in results.kinds)]
-            for kind in others:
-                ratio = results.ratio(case.name, metric, first, kind)
-                row.append("" if ratio is None else f"{ratio:.2f}")
-            table.add_row(*row)
+    for name, title in report.titles(results).items():
+        for metric in results.values[name]:
+            cells = [report.cell(results.summary(name, metric, kind)) for kind in results.kinds]
+            ratios = [_ratio(results.ratio(name, metric, first, kind), metric) for kind in others]
+            table.add_row(title, report.metric(metric), *cells, *ratios)
             title = ""
         table.add_section()
     return table
+
+
+def _ratio(value: float | None, metric: str) -> Text:
+    """A ratio, in the colour of what it means."""
+    way = 0 if value is None else better(metric) * ((value > 1) - (value < 1))
+    return Text(report.ratio(value), style={1: "green", -1: "red", 0: ""}[way])
+
+
+def _targets(results: Results) -> Iterator[str]:
+    """Targets that are missed."""
+    for target in TARGETS:
+        if target.met(results) is False:
+            yield f"{report.label(results, target.case)}: {target.metric} is to be {target.words}"
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -142,12 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if case in cases:
                     print(f"{group:5} {case.name:20} {case.title}")
         return 0
-    if options.json:
-        try:
-            with open(options.json, "a", encoding="utf-8"):
-                pass  # before anything is measured in vain
-        except OSError as error:
-            parser.error(f"argument --json: cannot write {options.json}: {error.strerror}")
+    for option in ("json", "svg"):
+        if (path := getattr(options, option)) is not None:
+            try:
+                with open(path, "a", encoding="utf-8"):
+                    pass  # before anything is measured in vain
+            except OSError as error:
+                parser.error(f"argument --{option}: cannot write {path}: {error.strerror}")
+    options.command = shlex.join(["godwit", "bench", *(sys.argv[1:] if argv is None else argv)])
     signal.signal(signal.SIGTERM, _end)  # what has been started is ended on the way out
     console = Console()
     if not console.is_terminal:
@@ -174,18 +178,28 @@ def _run(options: argparse.Namespace, cases: Sequence[Case], kinds: Sequence[Kin
     def step(text: str) -> None:
         console.print(f"[dim]{time.monotonic() - began:7.1f} s[/dim]  {text}", highlight=False)
 
-    results = run(cases, kinds, rounds=options.rounds, seconds=options.seconds, step=step)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(results.as_json(), file, indent=1)
-            file.write("\n")
-    console.print(_table(cases, results))
+    def keep(results: Results) -> None:
+        results.about["command"] = options.command
+        results.groups = {group: [case.name for case in members] for group, members in GROUPS.items()}
+        _write(options.json, results.dumps())
+        _write(options.svg, bench_chart.svg(results))
+
+    results = run(cases, kinds, rounds=options.rounds, seconds=options.seconds, step=step, keep=keep)
+    console.print(_table(results))
     if results.load:
         console.print(
-            f"The machine's load average was {min(results.load):.1f} to {max(results.load):.1f} before the cases;"
-            " what else runs shows in the spread.",
+            f"The machine's load average was {min(results.load.values()):.1f} to {max(results.load.values()):.1f}"
+            " before the cases; what else runs shows in the spread.",
             highlight=False,
         )
+    for missed in _targets(results):
+        console.print(f"[yellow]target missed:[/yellow] {missed}", highlight=False)
     for failure in results.failures:
         console.print(f"[red]failed:[/red] {failure}", highlight=False)
     return 1 if results.failures else 0
+
+
+def _write(path: str | None, text: str) -> None:
+    if path is not None:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)

@@ -16,27 +16,35 @@ and network, and a function that measures it once on a ``Side``::
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import platform
+import shlex
 import statistics
+import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from godwit import __version__
 from godwit.lab import peer
-from godwit.lab.backend import IDEAL, Backend, Kind
+from godwit.lab.backend import IDEAL, Backend, Kind, Program
 from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import HOST4, Namespace, Network
+from godwit.vhost_user import VhostUserError
 
 NONE = "none"  # no back-end: the host itself in the guest's place
 KINDS: tuple[Kind, ...] = ("godwit", "passt", IDEAL, NONE)
+
+PATIENCE = 2  # failures after which a kind is left out of a case
+FORMAT = 1  # of what `Results.dump` gives
 
 PORT_COUNT = 10
 _FIRST_PORT = 20_000
@@ -141,31 +149,60 @@ class Case:
     without: frozenset[str] = frozenset()
 
 
+# What a metric is better for: more of it, by these names; less, unless it is better for neither.
+MORE = frozenset(
+    {
+        "Gbit/s",
+        "alive after a move",
+        "connections/s",
+        "delivered/s",
+        "fairness",
+        "flows",
+        "highest rate with < 1 % lost",
+        "refused at once",
+        "transactions/s",
+    }
+)
+NEITHER = frozenset({"CPU s/s", "sent/s"})
+
+
+def better(metric: str) -> int:
+    """1 if more is better, -1 if less is, 0 if neither."""
+    return 0 if metric in NEITHER else 1 if metric in MORE else -1
+
+
 @dataclass(frozen=True)
 class Summary:
-    """A metric over the rounds."""
+    """A metric over the rounds: the median, the quartiles around it (with linear interpolation), and the extremes."""
 
     median: float
     least: float
     most: float
+    lower: float
+    upper: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
         """Summarise at least one value."""
-        return cls(statistics.median(values), min(values), max(values))
+        quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
+        return cls(statistics.median(values), min(values), max(values), quartiles[0], quartiles[2])
 
 
 @dataclass
 class Results:
-    """Values of each round, by case, metric and kind."""
+    """Values of each round, by case, metric and kind, and how they were found."""
 
     kinds: Sequence[str]
     rounds: int
+    seconds: float
+    about: dict[str, Any] = field(default_factory=dict)  # `machine`, and what the caller adds
+    groups: dict[str, list[str]] = field(default_factory=dict)  # names of cases
+    titles: dict[str, str] = field(default_factory=dict)  # by case
+    load: dict[str, float] = field(default_factory=dict)  # the machine's load average before each case
     values: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
-    load: list[float] = field(default_factory=list)  # the machine's load average before each case
     failures: list[str] = field(default_factory=list)
 
-    def add(self, case: str, kind: str, measured: dict[str, float]) -> None:
+    def add(self, case: str, kind: str, measured: Mapping[str, float]) -> None:
         """Take what one measurement gave."""
         for metric, value in measured.items():
             self.values.setdefault(case, {}).setdefault(metric, {}).setdefault(kind, []).append(value)
@@ -180,25 +217,69 @@ class Results:
         ours, theirs = self.summary(case, metric, kind), self.summary(case, metric, to)
         return ours.median / theirs.median if ours and theirs and theirs.median else None
 
-    def as_json(self) -> dict[str, object]:
-        """Everything, for a file."""
-        return {
-            "godwit": __version__,
-            "passt": peer.fetch().version if "passt" in self.kinds else None,
-            "kernel": platform.release(),
-            "processors": os.cpu_count(),
-            "load": self.load,
-            "rounds": self.rounds,
-            "failures": self.failures,
-            "cases": self.values,
-        }
+    def dumps(self) -> str:
+        """Everything, as JSON; what `loads` takes. Of the values six digits are kept; a metric is one line."""
+        made = {"format": FORMAT, **dataclasses.asdict(self)}
+        del made["values"]
+        cases = (
+            f"  {json.dumps(case)}: {{\n   "
+            + ",\n   ".join(
+                f"{json.dumps(metric)}: "
+                + json.dumps({kind: [float(f"{value:.6g}") for value in values] for kind, values in by_kind.items()})
+                for metric, by_kind in metrics.items()
+            )
+            + "\n  }"
+            for case, metrics in self.values.items()
+        )
+        return json.dumps(made, indent=1).removesuffix("\n}") + ',\n "values": {\n' + ",\n".join(cases) + "\n }\n}\n"
+
+    @classmethod
+    def loads(cls, text: str) -> Self:
+        """The reverse of `dumps`; :class:`ValueError` if it is not that."""
+        made = json.loads(text)
+        if not isinstance(made, dict) or made.pop("format", None) != FORMAT:
+            raise ValueError("this is no result of the bench, or one of another version of it")
+        try:
+            return cls(**made)
+        except TypeError as error:
+            raise ValueError(f"this is no result of the bench: {error}") from error
+
+
+def machine(kinds: Sequence[Kind]) -> dict[str, Any]:
+    """What is measured, and on what."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "godwit": __version__,
+        "passt": peer.fetch().version if "passt" in kinds else None,
+        "backends": {kind.name: shlex.join(kind.words) for kind in kinds if isinstance(kind, Program)},
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "processor": _of_proc("cpuinfo", "model name") or platform.machine(),
+        "processors": len(os.sched_getaffinity(0)),
+        "memory": _of_proc("meminfo", "MemTotal"),
+    }
+
+
+def _of_proc(file: str, key: str) -> str | None:
+    with open(f"/proc/{file}") as lines:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
 
 
 def run(
-    cases: Sequence[Case], kinds: Sequence[Kind], *, rounds: int, seconds: float, step: Callable[[str], None]
+    cases: Sequence[Case],
+    kinds: Sequence[Kind],
+    *,
+    rounds: int,
+    seconds: float,
+    step: Callable[[str], None],
+    keep: Callable[[Results], None] = lambda results: None,
 ) -> Results:
-    """Measure all cases. ``step`` is told what happens. A failure of one case is noted, and the others go on."""
-    results = Results([str(kind) for kind in kinds], rounds)
+    """Measure all cases. What fails is noted, and the rest goes on.
+
+    ``step`` is told what happens, ``keep`` is given what there is after each case.
+    """
+    results = Results([str(kind) for kind in kinds], rounds, seconds, machine(kinds))
+    results.titles = {case.name: case.title for case in cases}
     for make_bed, mtu in dict.fromkeys((case.bed, case.mtu) for case in cases):
         together = [case for case in cases if (case.bed, case.mtu) == (make_bed, mtu)]
         wanted = [kind for kind in kinds if any(str(kind) not in case.without for case in together)]
@@ -206,22 +287,30 @@ def run(
             continue
         with make_bed(mtu, wanted) as bed:
             for case in together:
-                results.load.append(os.getloadavg()[0])
                 step(case.title)
-                broken = set(case.without)
-                for number in range(rounds):
-                    for kind in wanted if number % 2 == 0 else reversed(wanted):
-                        if str(kind) in broken:
-                            continue
-                        side = bed.sides[kind]
-                        try:
-                            results.add(case.name, str(kind), case.measure(side, seconds))
-                            side.check()
-                        except (LabError, OSError) as error:
-                            broken.add(str(kind))
-                            results.failures.append(f"{case.name}, {kind}: {error}")
-                            step(f"  {results.failures[-1]}")
+                results.load[case.name] = os.getloadavg()[0]
+                _measure(case, bed.sides, wanted, results, step)
+                keep(results)
     return results
+
+
+def _measure(
+    case: Case, sides: Mapping[Kind, Any], kinds: Sequence[Kind], results: Results, step: Callable[[str], None]
+) -> None:
+    failed = dict.fromkeys(case.without, PATIENCE)
+    for number in range(results.rounds):
+        for kind in kinds if number % 2 == 0 else reversed(kinds):
+            if failed.get(str(kind), 0) == PATIENCE:
+                continue
+            try:
+                measured = case.measure(sides[kind], results.seconds)
+                sides[kind].check()
+            except (LabError, OSError, VhostUserError, subprocess.SubprocessError) as error:
+                failed[str(kind)] = failed.get(str(kind), 0) + 1
+                results.failures.append(f"{case.name}, {kind}: {error}")
+                step(f"  {results.failures[-1]}")
+            else:
+                results.add(case.name, str(kind), measured)
 
 
 class Working(threading.Thread):

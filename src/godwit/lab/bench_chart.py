@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A chart of the bench's results as SVG: how many times better than the peer, for each target that compares the two.
+
+A bar to the right of the line in the middle is better, whichever way the metric
+goes; the scale is logarithmic, so that twice as good and half as good are as long.
+A notch marks the target. Each bar has its figure and its verdict in words. Colours
+suit light and dark surroundings, as the reader's system prefers.
+"""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+from godwit.lab.bench import Results
+from godwit.lab.bench_report import comparable, label, ratio
+from godwit.lab.bench_targets import OURS, PEER
+
+WIDTH, LABELS, FIGURES = 960, 330, 150  # pixels
+TOP, ROW, BOTTOM = 72, 22, 30
+LEAST, MOST = 1 / 4, 32.0  # of the scale
+TICKS = (1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32)
+
+_STYLE = """
+  :root { color-scheme: light dark; }
+  .ground { fill: #ffffff; } .text { fill: #1f2328; } .faint { fill: #59636e; }
+  .grid { stroke: #d1d9e0; } .one { stroke: #59636e; } .mark { stroke: #1f2328; }
+  .met { fill: #2f6f9f; } .missed { fill: #b85c1e; }
+  @media (prefers-color-scheme: dark) {
+    .ground { fill: #0d1117; } .text { fill: #f0f6fc; } .faint { fill: #9198a1; }
+    .grid { stroke: #3d444d; } .one { stroke: #9198a1; } .mark { stroke: #f0f6fc; }
+    .met { fill: #58a6d6; } .missed { fill: #e08a45; }
+  }
+  text { font: 12px system-ui, sans-serif; }
+  .title { font-size: 15px; font-weight: 600; }
+"""
+
+
+def _x(times: float) -> float:
+    """Where a ratio is; what is beyond the scale is at its end."""
+    part = (math.log2(min(max(times, LEAST), MOST)) - math.log2(LEAST)) / (math.log2(MOST) - math.log2(LEAST))
+    return LABELS + part * (WIDTH - LABELS - FIGURES)
+
+
+def _times(value: float) -> str:
+    return f"1/{1 / value:g}" if value < 1 else f"{value:g}"
+
+
+def svg(results: Results) -> str:
+    """The chart."""
+    bars = comparable(results)
+    height = TOP + ROW * len(bars) + BOTTOM
+    title = f"{OURS} beside {PEER}: how many times better"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
+        ' role="img" aria-labelledby="title summary">',
+        f'<title id="title">{title}</title>',
+        f'<desc id="summary">{escape(_summary(results))}</desc>',
+        f"<style>{_STYLE}</style>",
+        f'<rect class="ground" width="{WIDTH}" height="{height}"/>',
+        f'<text class="text title" x="12" y="24">{title}</text>',
+        '<text class="faint" x="12" y="44">ratios of medians, turned so that right is better; the notch is the'
+        " target</text>",
+    ]
+    bottom = height - BOTTOM
+    for tick in TICKS:
+        x = _x(tick)
+        parts.append(
+            f'<line class="{"one" if tick == 1 else "grid"}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{bottom}"/>'
+        )
+        parts.append(f'<text class="faint" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{_times(tick)}×</text>')
+    for number, (target, value) in enumerate(bars):
+        met = target.met(results)
+        times = value if target.least else 1 / value
+        wanted = _x(target.bound if target.least else 1 / target.bound)
+        y = TOP + ROW * number
+        middle = y + ROW / 2 + 4
+        left, right = sorted((_x(1), _x(times)))
+        words = f"{label(results, target.case)}: {target.metric}"
+        figure = f"{ratio(value)} × {'✓ met' if met else '✗ missed'}"
+        parts += [
+            f'<text class="text" x="{LABELS - 8}" y="{middle}" text-anchor="end">{escape(words)}</text>',
+            f'<rect class="{"met" if met else "missed"}" x="{left:.1f}" y="{y + 4}" width="{max(right - left, 1):.1f}"'
+            f' height="{ROW - 8}"/>',
+            f'<line class="mark" x1="{wanted:.1f}" x2="{wanted:.1f}" y1="{y + 1}" y2="{y + ROW - 1}"'
+            ' stroke-width="2"/>',
+            f'<text class="text" x="{WIDTH - FIGURES + 12}" y="{middle}">{figure}</text>',
+        ]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _summary(results: Results) -> str:
+    """The chart in words, for who cannot see it."""
+    return "; ".join(
+        f"{label(results, target.case)}, {target.metric}: {ratio(value)} times {PEER}'s,"
+        f" target {target.words.partition(' ×')[0]}, {'met' if target.met(results) else 'missed'}"
+        for target, value in comparable(results)
+    )
