@@ -14,7 +14,9 @@ from libc.errno cimport EAGAIN, ECONNREFUSED, EINTR, EMSGSIZE, ENOBUFS, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, clock_nanosleep, timespec
+from posix.time cimport CLOCK_MONOTONIC, clock_nanosleep, timespec
+
+from godwit.lab._measure cimport POLLIN, flag_load, flag_store, monotonic, poll, pollfd
 
 cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
@@ -46,25 +48,6 @@ cdef extern from "<netinet/udp.h>" nogil:
         SOL_UDP
         UDP_SEGMENT
 
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long count, int timeout)
-    enum:
-        POLLIN
-
-cdef extern from *:
-    """
-    static inline int flag_load(const int *p)
-    { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-    static inline void flag_store(int *p, int v)
-    { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-    """
-    int flag_load(const int *p) nogil
-    void flag_store(int *p, int v) nogil
-
 cdef enum:
     BATCH = 32              # datagrams in one system call
     LARGEST = 65536
@@ -73,12 +56,6 @@ cdef enum:
     HEAD = 8
 
 MIN_SIZE = 2 * HEAD
-
-
-cdef inline uint64_t monotonic() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <uint64_t>t.tv_sec * 1000000000U + <uint64_t>t.tv_nsec
 
 
 cdef inline void sleep_ns(uint64_t ns) noexcept nogil:
