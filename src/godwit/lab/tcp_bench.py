@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""TCP cases of the bench: streams.
+"""TCP cases of the bench: streams, questions and answers, short connections.
 
 *Up* is from the guest to the server, *down* to the guest, over connections that
-the guest has opened. What sends and receives (``_tcp``) are threads of this
-process with sockets in the namespaces, one for each end, so that a back-end's
-processor time is its own.
+the guest has opened; *forwarded* are those that the server opens, to ports of the
+host. What sends and receives (``_tcp``) are threads of this process with sockets
+in the namespaces, one for each end, so that a back-end's processor time is its
+own. What stands still is a failure, never a low figure.
 
 **Streams** send as much as goes, and the receiver throws it away unread. What is
 measured begins when the windows have had time to open, and ends before the
@@ -12,7 +13,16 @@ senders do; then all that was sent must arrive. ``Gbit/s`` is the receiver's,
 ``CPU s/GiB`` and ``CPU s/s`` are the back-end's, ``fairness`` is Jain's index of
 the streams' shares (1: all the same; 1/n: one has all).
 
-A stream that stands still is a failure, never a low figure.
+**Transactions**: a byte to the server, the same byte back, then the next one.
+
+**Connections**: opened, a byte there and back, and closed, by the server first:
+so it is the server where they go through TIME_WAIT, and nobody's search for a
+free port becomes what is measured. The client takes one after the other, until it
+has read the end; the server's ports take turns.
+
+Of both, the rate, how long one takes for the client (``p50 us``, ``p99 us``), and
+the back-end's time for each (``CPU us``); alone and beside thousands of idle
+connections through the same back-end, which go to many of the server's ports.
 """
 
 from __future__ import annotations
@@ -21,16 +31,33 @@ import contextlib
 import functools
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from godwit.lab._tcp import Receiver, Sender
-from godwit.lab.bench import Case, Side, Working
+from godwit.lab._tcp import Answerer, Echo, Receiver, Sender, ask, visit
+from godwit.lab.backend import Kind
+from godwit.lab.bench import PORT_COUNT, Bed, Case, Side, Working
+from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError
+from godwit.lab.netns import Namespace
+from godwit.lab.traffic import Traffic
 
 GIB = 1 << 30
 TIMEOUT = 5.0  # seconds for a connection to open
+WARM = 0.05  # seconds that questions, or short connections, go on before they count
+
 STREAMS = (1, 4, 16)
 MTUS = (65520, 9000, 1500)
+AT_ONCE = 16  # transactions
+IDLE = (5000, 19_000)
+IDLE_PORTS = 20  # of the server, for each side's idle connections
+IDLE_TIMEOUT = 15.0  # seconds for those to one port to open
+
+Measure = Callable[[Side, float], dict[str, float]]
+
+
+def _listen(space: Namespace, port: int = 0) -> socket.socket:
+    with space.enter():
+        return socket.create_server(("", port))
 
 
 @contextlib.contextmanager
@@ -39,42 +66,55 @@ def _connections(side: Side, count: int) -> Iterator[tuple[list[socket.socket], 
     guests: list[socket.socket] = []
     servers: list[socket.socket] = []
     with contextlib.ExitStack() as stack:
-        with side.server.enter():
-            listening = stack.enter_context(socket.create_server((side.server.addr4, 0)))
+        listening = stack.enter_context(_listen(side.server))
         listening.settimeout(TIMEOUT)
+        address = side.server.addr4, listening.getsockname()[1]
         for _ in range(count):
             with side.space.enter():
-                guest = stack.enter_context(socket.create_connection(listening.getsockname(), TIMEOUT))
-            server, _ = listening.accept()
-            guests.append(guest)
-            servers.append(stack.enter_context(server))
+                guests.append(stack.enter_context(socket.create_connection(address, TIMEOUT)))
+            servers.append(stack.enter_context(listening.accept()[0]))
         for sock in (*guests, *servers):
             sock.setblocking(True)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield guests, servers
 
 
-def _fds(socks: list[socket.socket]) -> list[int]:
+def _fds(socks: Sequence[socket.socket]) -> list[int]:
     return [sock.fileno() for sock in socks]
 
 
-def _fairness(shares: list[int]) -> float:
+@contextlib.contextmanager
+def _running(end: Sender | Receiver | Echo | Answerer) -> Iterator[None]:
+    """Have it run in a thread for a ``with`` block."""
+    working = Working(end.run)
+    try:
+        yield
+    finally:
+        end.stop()
+        working.result()
+
+
+# --- streams ------------------------------------------------------------------
+
+
+def fairness(shares: Sequence[int]) -> float:
     """Jain's index (Jain, Chiu, Hawe 1984): 1 if all are the same, 1/n if one has all."""
     return sum(shares) ** 2 / (len(shares) * sum(share**2 for share in shares))
 
 
-def _streams(side: Side, seconds: float, *, up: bool, count: int) -> dict[str, float]:
+def streams(side: Side, seconds: float, *, up: bool, count: int) -> dict[str, float]:
+    """Send over ``count`` connections at once for so long, after a quarter of it to warm up."""
     with _connections(side, count) as (guests, servers):
         sources, targets = (guests, servers) if up else (servers, guests)
         sender, receiver = Sender(_fds(sources)), Receiver(_fds(targets))
-        receiving, sending = Working(receiver.run), Working(sender.run)
+        receiving = Working(receiver.run)
         try:
-            time.sleep(seconds / 4)
-            began, cpu, before = time.monotonic(), side.cpu(), receiver.bytes
-            time.sleep(seconds)
-            took, cpu, after = time.monotonic() - began, side.cpu() - cpu, receiver.bytes
+            with _running(sender):
+                time.sleep(seconds / 4)
+                began, cpu, before = time.monotonic(), side.cpu(), receiver.bytes
+                time.sleep(seconds)
+                took, cpu, after = time.monotonic() - began, side.cpu() - cpu, receiver.bytes
         finally:
-            sender.stop()
-            sending.result()
             receiving.result()
     if sender.bytes != receiver.bytes:
         raise LabError(f"{sender.bytes} bytes were sent, {receiver.bytes} have arrived")
@@ -86,11 +126,120 @@ def _streams(side: Side, seconds: float, *, up: bool, count: int) -> dict[str, f
     if side.guest is not None:
         values |= {"CPU s/GiB": cpu / total * GIB, "CPU s/s": cpu / took}
     if count > 1:
-        values["fairness"] = _fairness(shares)
+        values["fairness"] = fairness(shares)
     return values
 
 
-def _stream_cases() -> Iterator[Case]:
+# --- transactions and connections -----------------------------------------------
+
+
+def _timed(side: Side, what: str, work: Callable[[], list[int]]) -> dict[str, float]:
+    began, cpu = time.monotonic(), side.cpu()
+    times = sorted(work())
+    took, cpu = time.monotonic() - began, side.cpu() - cpu
+    values = {
+        f"{what}/s": len(times) / took,
+        "p50 us": times[len(times) // 2] / 1e3,
+        "p99 us": times[len(times) * 99 // 100] / 1e3,
+    }
+    if side.guest is not None:
+        values["CPU us"] = cpu / len(times) * 1e6
+    return values
+
+
+def transactions(side: Side, seconds: float, *, count: int = 1) -> dict[str, float]:
+    """Ask and be answered over ``count`` connections at once."""
+    with _connections(side, count) as (guests, servers), _running(Echo(_fds(servers))):
+        ask(_fds(guests), seconds=WARM)
+        return _timed(side, "transactions", lambda: ask(_fds(guests), seconds=seconds))
+
+
+def connections(side: Side, seconds: float, *, forwarded: bool = False) -> dict[str, float]:
+    """Open, use and close connections, one after the other."""
+    spaces: tuple[Namespace, Namespace] = side.space, side.server
+    addr, ports = side.server.addr4, [0] * PORT_COUNT
+    if forwarded:
+        spaces = side.server, side.space
+        addr, ports = side.addr, list(range(side.port, side.port + PORT_COUNT))
+    client, server = spaces
+    with contextlib.ExitStack() as stack:
+        listening = [stack.enter_context(_listen(server, port)) for port in ports]
+        ports = [sock.getsockname()[1] for sock in listening]
+        answerer = Answerer(_fds(listening))
+        with _running(answerer), client.enter():
+            first = visit(addr, ports, seconds=WARM)
+            before = sum(answerer.bytes)
+            values = _timed(side, "connections", lambda: visit(addr, ports, seconds=seconds))
+    if before != len(first):
+        raise LabError(f"{len(first)} connections were opened, {before} have arrived")
+    return values
+
+
+# --- beside idle connections --------------------------------------------------------
+
+
+class _Crowded:
+    """A side, and idle connections through it, which are opened when they are first needed."""
+
+    def __init__(self, side: Side, idle: int, cleanup: contextlib.ExitStack) -> None:
+        self.side = side
+        self._idle = idle
+        self._cleanup = cleanup
+        self._client: Traffic | None = None
+        self._jobs: list[int] = []
+        self._failure = ""
+
+    def open(self) -> None:
+        """Open the connections, once; where that has failed it raises `LabError` each time."""
+        if self._client is None and not self._failure:
+            with contextlib.ExitStack() as stack:
+                server = stack.enter_context(Traffic(self.side.server))
+                client = stack.enter_context(Traffic(self.side.space))
+                each = self._idle // IDLE_PORTS
+                try:
+                    for port in range(self.side.port + PORT_COUNT, self.side.port + PORT_COUNT + IDLE_PORTS):
+                        server.listen(port)
+                        self._jobs.append(client.echo(self.side.server.addr4, port, each, IDLE_TIMEOUT))
+                except LabError as error:
+                    opened = len(self._jobs) * each
+                    self._failure = f"of {self._idle} idle connections, only {opened} to {opened + each} open: {error}"
+                else:
+                    self._client = client
+                    self._cleanup.push(stack.pop_all())
+        if self._failure:
+            raise LabError(self._failure)
+
+    def check(self) -> None:
+        """Raise `LabError` unless the side is well, and so are those of its connections that go to one of the ports."""
+        self.side.check()
+        if self._client is not None:
+            echoes = self._client.check(self._jobs[0])
+            if echoes.alive != self._idle // IDLE_PORTS:
+                raise LabError(f"of {self._idle // IDLE_PORTS} idle connections, {echoes.alive} are alive")
+
+
+class _CrowdedBed(Closing):
+    """A bed whose sides have idle connections through them."""
+
+    def __init__(self, idle: int, mtu: int, kinds: Sequence[Kind]) -> None:
+        self._cleanup = contextlib.ExitStack()
+        bed = self._cleanup.enter_context(Bed(mtu, kinds))
+        self.sides = {kind: _Crowded(side, idle, self._cleanup) for kind, side in bed.sides.items()}
+
+    def close(self) -> None:
+        """Take it all down. May be repeated."""
+        self._cleanup.close()
+
+
+def _beside(measure: Measure, crowded: _Crowded, seconds: float) -> dict[str, float]:
+    crowded.open()
+    return measure(crowded.side, seconds)
+
+
+# --- the cases ------------------------------------------------------------------------
+
+
+def _cases() -> Iterator[Case]:
     for mtu in MTUS:
         for way in ("up", "down"):
             for count in STREAMS:
@@ -98,8 +247,31 @@ def _stream_cases() -> Iterator[Case]:
                     f"stream-{way}-{count}-{mtu}",
                     f"{way}, {count} stream{'s' * (count > 1)}, MTU {mtu}",
                     mtu,
-                    functools.partial(_streams, up=way == "up", count=count),
+                    functools.partial(streams, up=way == "up", count=count),
                 )
+    few: dict[str, tuple[str, Measure]] = {
+        "rr": ("transactions", transactions),
+        "crr": ("connections", connections),
+        "crr-forward": ("connections, forwarded", functools.partial(connections, forwarded=True)),
+    }
+    for name, (title, measure) in few.items():
+        yield Case(name, title, 1500, measure)
+    yield Case(
+        f"rr-{AT_ONCE}",
+        f"transactions, {AT_ONCE} at once",
+        1500,
+        functools.partial(transactions, count=AT_ONCE),
+    )
+    for idle in IDLE:
+        bed = functools.partial(_CrowdedBed, idle)
+        for name, (title, measure) in few.items():
+            yield Case(
+                f"{name}-idle-{idle}",
+                f"{title}, beside {idle} idle connections",
+                1500,
+                functools.partial(_beside, measure),
+                bed,
+            )
 
 
-CASES = tuple(_stream_cases())
+CASES = tuple(_cases())
