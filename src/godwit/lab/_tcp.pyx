@@ -46,7 +46,6 @@ cdef extern from "<sys/socket.h>" nogil:
     int setsockopt(int fd, int level, int option, const void *value, socklen_t size)
     ssize_t send(int fd, const void *data, size_t size, int flags)
     ssize_t recv(int fd, void *data, size_t size, int flags)
-    int shutdown(int fd, int how)
     enum:
         AF_INET
         SOCK_STREAM
@@ -57,7 +56,6 @@ cdef extern from "<sys/socket.h>" nogil:
         MSG_DONTWAIT
         MSG_NOSIGNAL
         MSG_TRUNC
-        SHUT_WR
 
 cdef enum:
     TO_SEND = 256 * 1024        # bytes at a time
@@ -137,7 +135,7 @@ cdef class _Ends:
 
 
 cdef class Sender(_Ends):
-    """Sends on all connections what they take; ``run`` in a thread until ``stop``, which ends the streams (FIN)."""
+    """Sends on all connections what they take; ``run`` in a thread until ``stop``. It ends no stream."""
 
     def run(self):
         """Send."""
@@ -159,15 +157,13 @@ cdef class Sender(_Ends):
                         count_add(&self._bytes[i], n)
                     elif not passing():
                         error = errno
-            for i in range(self._count):
-                shutdown(self._fds[i].fd, SHUT_WR)
             free(data)
         if error:
             raise OSError(error, f"send: {os.strerror(error)}")
 
 
 cdef class Receiver(_Ends):
-    """Counts what comes, without looking at it; ``run`` in a thread, which ends with the last of the streams, too.
+    """Counts what comes, without looking at it; ``run`` in a thread, which ends when all streams have ended, too.
 
     A stream that brings nothing for ``patience`` ms is a TimeoutError.
     """
@@ -217,7 +213,7 @@ cdef class Receiver(_Ends):
 
 
 cdef class Echo(_Ends):
-    """Gives back what comes; ``run`` in a thread, which ends with the last of the connections, too."""
+    """Gives back what comes; ``run`` in a thread, which ends when all connections have ended, too."""
 
     def run(self):
         """Give back."""

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The TCP bench: do its senders, receivers and clients count right, and does each case measure each kind?"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from godwit.lab import tcp_bench
+from godwit.lab._tcp import Answerer, Echo, Receiver, Sender, ask, visit
+from godwit.lab.bench import KINDS, PORT_COUNT, Bed, Case, Working
+from godwit.lab.errors import LabError
+from godwit.lab.netns import Namespace
+
+Pairs = tuple[list[socket.socket], list[socket.socket]]
+
+SECONDS = 0.05
+CASES = {case.name: case for case in tcp_bench.CASES}
+ALONE = ["stream-up-1-1500", "stream-down-4-1500", "rr", "rr-16", "crr", "crr-forward"]
+
+
+@contextlib.contextmanager
+def pairs(count: int) -> Iterator[Pairs]:
+    """Connections over the loopback."""
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        ones, others = [], []
+        for _ in range(count):
+            ones.append(stack.enter_context(socket.create_connection(listening.getsockname())))
+            others.append(stack.enter_context(listening.accept()[0]))
+        yield ones, others
+
+
+def fds(socks: list[socket.socket]) -> list[int]:
+    return [sock.fileno() for sock in socks]
+
+
+@contextlib.contextmanager
+def peer(work: object) -> Iterator[tuple[str, list[int]]]:
+    """A listener whose connections are given to a function, one after the other."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _ = listening.accept()
+                    with sock, contextlib.suppress(OSError):
+                        assert callable(work)
+                        work(sock)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield "127.0.0.1", [listening.getsockname()[1]]
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+# --- streams ------------------------------------------------------------------------
+
+
+def test_what_is_sent_is_counted() -> None:
+    with pairs(3) as (ones, others):
+        sender, receiver = Sender(fds(ones)), Receiver(fds(others))
+        sending, receiving = Working(sender.run), Working(receiver.run)
+        time.sleep(SECONDS)
+        under_way = receiver.bytes
+        sender.stop()
+        sending.result()
+        for one in ones:
+            one.close()
+        receiving.result()
+    assert receiver.bytes == sender.bytes
+    assert all(0 < early <= late for early, late in zip(under_way, receiver.bytes, strict=True))
+
+
+def test_the_end_of_a_stream_is_not_the_end_of_the_others() -> None:
+    with pairs(2) as (ones, others):
+        receiver = Receiver(fds(others))
+        receiving = Working(receiver.run)
+        ones[0].sendall(b"short")
+        ones[0].close()
+        for _ in range(10):
+            time.sleep(0.005)
+            ones[1].sendall(bytes(1000))
+        ones[1].close()
+        receiving.result()
+        assert receiver.bytes == [5, 10_000]
+
+
+def test_a_stream_that_stands_still_is_a_failure() -> None:
+    """Though the other one goes on."""
+    with pairs(2) as (ones, others):
+        sender, receiver = Sender(fds(ones[:1])), Receiver(fds(others), patience=100)
+        sending = Working(sender.run)
+        try:
+            with pytest.raises(TimeoutError, match="stream 1 stood still for 100 ms"):
+                receiver.run()
+        finally:
+            sender.stop()
+            sending.result()
+
+
+def test_a_stream_that_is_reset_is_a_failure() -> None:
+    with pairs(1) as (ones, others):
+        ones[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        ones[0].close()
+        with pytest.raises(ConnectionResetError):
+            Receiver(fds(others)).run()
+        with pytest.raises(BrokenPipeError):
+            Sender(fds(others)).run()
+
+
+@pytest.mark.parametrize(("shares", "index"), [([5, 5, 5, 5], 1.0), ([7, 0, 0, 0], 0.25), ([1, 3], 0.8)])
+def test_fairness(shares: list[int], index: float) -> None:
+    assert tcp_bench.fairness(shares) == pytest.approx(index)
+
+
+# --- transactions -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_questions_and_answers(count: int) -> None:
+    with pairs(count) as (ones, others):
+        echo = Echo(fds(others))
+        echoing = Working(echo.run)
+        times = ask(fds(ones), seconds=SECONDS)
+        echo.stop()
+        echoing.result()
+    assert len(times) == sum(echo.bytes)
+    assert all(asked > 1 for asked in echo.bytes)
+    assert all(0 < ns < 1_000_000_000 for ns in times)
+
+
+def test_a_wrong_answer() -> None:
+    with pairs(1) as (ones, others):
+
+        def answer() -> None:
+            byte = others[0].recv(1)
+            others[0].send(bytes([byte[0] ^ 1]))
+
+        answering = Working(answer)
+        with pytest.raises(OSError, match="Bad message"):
+            ask(fds(ones), seconds=1)
+        answering.result()
+
+
+def test_an_answer_too_many() -> None:
+    with pairs(1) as (ones, others):
+
+        def answer() -> None:
+            others[0].send(others[0].recv(1) * 2)
+
+        answering = Working(answer)
+        with pytest.raises(OSError, match="Bad message"):
+            ask(fds(ones), seconds=1)
+        answering.result()
+
+
+def test_no_answer() -> None:
+    with pairs(2) as (ones, _), pytest.raises(TimeoutError):
+        ask(fds(ones), seconds=0.01, patience=20)
+
+
+def test_a_connection_that_ends() -> None:
+    with pairs(1) as (ones, others):
+        others[0].shutdown(socket.SHUT_WR)
+        with pytest.raises(ConnectionResetError):
+            ask(fds(ones), seconds=1)
+
+
+# --- connections ----------------------------------------------------------------------------
+
+
+def test_short_connections() -> None:
+    """The ports take turns, and it is the server's side that goes through TIME_WAIT."""
+    with contextlib.ExitStack() as stack:
+        space = stack.enter_context(Namespace("alone"))
+        stack.enter_context(space.enter())
+        listening = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        ports = [sock.getsockname()[1] for sock in listening]
+        answerer = Answerer(fds(listening))
+        answering = Working(answerer.run)
+        times = visit("127.0.0.1", ports, seconds=SECONDS)
+        answerer.stop()
+        answering.result()
+        waiting = space.run("ss", "-Htn", "state", "time-wait").stdout.split("\n")[:-1]
+    assert sum(answerer.bytes) == len(times) > 2
+    assert answerer.bytes[0] - answerer.bytes[1] in (0, 1)
+    assert all(0 < ns < 1_000_000_000 for ns in times)
+    local = [int(line.split()[2].rpartition(":")[2]) for line in waiting]
+    assert len(local) == len(times)
+    assert set(local) == set(ports)
+
+
+@pytest.mark.parametrize(
+    ("work", "error"),
+    [
+        (lambda sock: sock.send(bytes([sock.recv(1)[0] ^ 1])), "Bad message"),
+        (lambda sock: sock.send(sock.recv(1) + b"."), "Bad message"),
+        (lambda sock: sock.recv(1), "reset"),
+        (lambda sock: sock.send(sock.recv(1)) and sock.recv(1), "timed out"),
+    ],
+    ids=["wrong byte", "one too many", "none", "no end"],
+)
+def test_a_connection_that_goes_wrong(work: object, error: str) -> None:
+    with peer(work) as (addr, ports), pytest.raises(OSError, match=error):
+        visit(addr, ports, seconds=1, patience=50)
+
+
+def test_a_connection_that_nobody_takes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError, match="connection 1"):
+        visit("127.0.0.1", [port], seconds=1)
+
+
+# --- the cases ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bed() -> Iterator[Bed]:
+    with Bed(1500, KINDS) as made:
+        yield made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALONE)
+def test_a_case(name: str, kind: str, bed: Bed) -> None:
+    case, side = CASES[name], bed.sides[kind]
+    assert case.mtu == 1500
+    values = case.measure(side, SECONDS)
+    side.check()
+    check(case, kind, values)
+
+
+def check(case: Case, kind: object, values: dict[str, float]) -> None:
+    """Each metric is there, and plausible."""
+    streams = case.name.startswith("stream")
+    rate = "Gbit/s" if streams else "connections/s" if case.name.startswith("crr") else "transactions/s"
+    cost = {"CPU s/GiB", "CPU s/s"} if streams else {"CPU us"}
+    other = {"fairness"} if case.name == "stream-down-4-1500" else set() if streams else {"p50 us", "p99 us"}
+    assert set(values) == {rate} | other | (cost if kind != "none" else set())
+    assert all(value > 0 for value in values.values())
+    if not streams:
+        assert values["p50 us"] <= values["p99 us"]
+        assert values[rate] * values["p50 us"] < 3e6 * (16 if case.name == "rr-16" else 1)
+
+
+@pytest.fixture(scope="module")
+def crowded() -> Iterator[tcp_bench.CrowdedSide]:
+    with tcp_bench.CrowdedBed(200, 1500, ["godwit"]) as made:
+        yield made.sides["godwit"]
+
+
+def test_beside_idle_connections(crowded: tcp_bench.CrowdedSide) -> None:
+    """They are there, and a case that is measured when they are not is a failure."""
+    case = CASES["rr-idle-5000"]
+    check(case, "godwit", case.measure(crowded, SECONDS))
+    crowded.check()
+    assert crowded.side.server.run("ss", "-Htn", "state", "established").stdout.count("\n") == 200
+    for pid in crowded.side.server.processes(os.path.basename(sys.executable)):
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(LabError, match="of 10 idle connections, 0 are alive"):
+        crowded.check()
+
+
+def test_idle_connections_that_do_not_open() -> None:
+    """One of the server's ports is taken; that is told each time, and not tried again."""
+    with tcp_bench.CrowdedBed(200, 1500, ["godwit"]) as bed:
+        crowded = bed.sides["godwit"]
+        port = crowded.side.port + PORT_COUNT + 3
+        with crowded.side.server.enter(), socket.create_server(("", port)):
+            for _ in range(2):
+                with pytest.raises(LabError, match=r"of 200 idle connections, only 30 to 40 open"):
+                    CASES["crr-idle-5000"].measure(crowded, SECONDS)
+        crowded.check()
