@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from godwit.lab import bench_chart, tcp_bench, udp_bench
+from godwit.lab import bench_chart, move_bench, tcp_bench, udp_bench
 from godwit.lab import bench_report as report
 from godwit.lab.backend import Kind, Program
 from godwit.lab.bench import KINDS, Case, Results, better, run
@@ -23,7 +23,11 @@ from godwit.lab.bench_targets import TARGETS
 from godwit.lab.errors import LabError, UnavailableError
 from godwit.lab.netns import enter_user_namespace, missing_tun
 
-GROUPS: dict[str, Sequence[Case]] = {"tcp": tcp_bench.CASES, "udp": udp_bench.CASES}
+GROUPS: dict[str, Sequence[Case]] = {
+    "tcp": tcp_bench.CASES,
+    "udp": udp_bench.CASES,
+    "move": move_bench.CASES,
+}
 
 
 def _program(text: str) -> Program:

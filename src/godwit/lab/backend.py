@@ -249,6 +249,11 @@ class Backend:
         return self._process.pid
 
     @property
+    def helper_pid(self) -> int | None:
+        """The helper's process, if it has one, also one that has just ended."""
+        return None if self._helper is None else self._helper.pid
+
+    @property
     def running(self) -> bool:
         """Whether the back-end runs."""
         return self._process.poll() is None

@@ -161,21 +161,26 @@ class Migration:
                 chunks.append(chunk)
                 if cut is not None:
                     chunk = chunk[: max(0, cut - passed)]
-                view = memoryview(chunk)
-                while view and broken is None:
-                    self._wait(writing, select.POLLOUT, "the target to take its state")
+                if broken is None:
                     try:
-                        # A pipe that polls as writable takes a page without blocking.
-                        written = os.write(writing, view[: select.PIPE_BUF])
+                        self._feed(writing, chunk)
                     except BrokenPipeError as error:
                         broken = error
-                        break
-                    passed += written
-                    view = view[written:]
+                    passed += len(chunk)
         finally:
             os.close(writing)
             self.record.stream = b"".join(chunks)
         return broken
+
+    def _feed(self, writing: int, data: bytes) -> None:
+        """Write all of this into the target's pipe, in pieces as large as there is room for."""
+        os.set_blocking(writing, False)
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(writing, view) :]
+            except BlockingIOError:
+                self._wait(writing, select.POLLOUT, "the target to take its state")
 
     def _wait(self, fd: int, events: int, what: str) -> None:
         poll = select.poll()
@@ -207,10 +212,7 @@ class Migration:
         target = self._target()
         writing = target.state_pipe(Direction.LOAD)
         try:
-            view = memoryview(stream)
-            while view:
-                self._wait(writing, select.POLLOUT, "the target to take its state")
-                view = view[os.write(writing, view[: select.PIPE_BUF]) :]
+            self._feed(writing, stream)
         except BrokenPipeError:
             pass  # its answer says why
         finally:

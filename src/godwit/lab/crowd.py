@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Thousands of connections at once: both ends, each a process of its own, and what is done with all of them.
+
+For what hangs on the number of connections: how long they take to move, what an
+idle one costs. They are spread over the ports of the server, so that it is never
+the kernel's search for a free port that is measured::
+
+    with Crowd(guest.space, net.server, net.server.addr4) as crowd:
+        crowd.open(9000)
+        ...
+        assert crowd.check() == 9000
+
+Three kinds of connections:
+
+* ``ECHO``: idle but for ``check``, in which both ends send and compare known bytes.
+* ``FULL``: one end is sent what the other does not read until ``read``, so that
+  all but what the least buffer of a receiver takes stays with the sender's side.
+* ``TICK``: carry a byte every few milliseconds between ``start_ticks`` and
+  ``gaps``, which tells how long each was silent.
+
+They are reset at their end, so that none is left in TIME_WAIT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import os
+import resource
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+from godwit.lab import stream
+from godwit.lab.closing import Closing
+from godwit.lab.errors import LabError
+from godwit.lab.netns import Namespace
+
+ECHO, FULL, TICK = 1, 2, 3
+PORTS = range(6000, 6020)
+SMALL_PORTS = range(6100, 6104)  # their connections' receivers have the least buffer that there is
+MESSAGE = 64  # bytes of a check, each way
+TICK_SECONDS = 0.002  # between two bytes of one connection
+TICKERS = 4
+
+_HELLO = struct.Struct("!IB")  # the connection's number and kind: what the client says first
+_AT_ONCE = 256  # connections being opened, or checked, at a time
+_SMALL = 2304  # SOCK_MIN_RCVBUF of the kernel
+_LARGE = 1 << 20
+_SEED = 11
+
+
+def _message(number: int, turn: int, way: bytes) -> bytes:
+    return hashlib.blake2b(b"%d %d %s" % (number, turn, way), digest_size=MESSAGE).digest()
+
+
+@functools.cache
+def _block() -> bytes:
+    return stream.period(_SEED) * 3
+
+
+def _content(number: int, size: int) -> memoryview:
+    """What a connection that is filled carries, up to two periods: different for each."""
+    at = number * 97 % stream.PERIOD
+    return memoryview(_block())[at : at + size]
+
+
+class _Connection:
+    def __init__(self, sock: socket.socket, number: int = -1, kind: int = 0) -> None:
+        self.sock = sock
+        self.number = number
+        self.kind = kind
+        self.came = bytearray()
+        self.turn = 0
+        self.last = 0.0  # when something came
+        self.gap = 0.0
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class _End:
+    """One of the two processes. Each command is a method, named in a line of JSON with its arguments."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._buffer = b""
+        self._poll = select.epoll()
+        self._poll.register(control.fileno(), select.EPOLLIN)
+        self._listening: dict[int, socket.socket] = {}
+        self._by_fd: dict[int, _Connection] = {}
+        self._conns: dict[int, _Connection] = {}
+        self._connecting: dict[int, int] = {}  # errors of those that have not opened, by number
+        self._waiting: set[int] = set()  # numbers from which an echo is due
+        self._ended: set[int] = set()
+        self._ticking: threading.Event | None = None
+
+    def run(self) -> None:
+        """Serve until the other side hangs up."""
+        while self._step(None):
+            pass
+
+    def _step(self, timeout: float | None) -> bool:
+        """Wait for events and see to them; False when the one in control has gone."""
+        asked = False
+        for fd, events in self._poll.poll(timeout):
+            if fd == self._control.fileno():
+                asked = True
+            elif fd in self._listening:
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        self._add(_Connection(self._listening[fd].accept()[0]))
+            elif (conn := self._by_fd.get(fd)) is not None:
+                try:
+                    self._event(conn, events)
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    self._over(conn, error.errno or errno.EIO)
+        if asked:  # after the rest: a command may wait for events itself
+            data = self._control.recv(1 << 16)
+            if not data:
+                return False
+            *lines, self._buffer = (self._buffer + data).split(b"\n")
+            for line in lines:
+                self._command(json.loads(line))
+        return True
+
+    def _command(self, words: dict[str, Any]) -> None:
+        try:
+            answer = getattr(self, words.pop("do"))(**words)
+        except (OSError, LabError) as error:
+            answer = {"error": str(error)}
+        self._control.sendall(json.dumps(answer).encode() + b"\n")
+
+    def _add(self, conn: _Connection, events: int = select.EPOLLIN) -> None:
+        self._by_fd[conn.sock.fileno()] = conn
+        self._poll.register(conn.sock.fileno(), events)
+
+    def _over(self, conn: _Connection, status: int) -> None:
+        if conn.number in self._connecting:
+            self._connecting[conn.number] = status
+        self._ended.add(conn.number)
+        self._waiting.discard(conn.number)
+        self._close(conn)
+
+    def _close(self, conn: _Connection) -> None:
+        self._by_fd.pop(conn.sock.fileno(), None)
+        self._conns.pop(conn.number, None)
+        conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        conn.sock.close()
+
+    def _event(self, conn: _Connection, events: int) -> None:
+        if conn.number in self._connecting:
+            if status := conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(status, os.strerror(status))
+            conn.sock.send(_HELLO.pack(conn.number, conn.kind))
+            del self._connecting[conn.number]
+            self._known(conn)
+            return
+        if not conn.kind:
+            conn.came += conn.sock.recv(_HELLO.size - len(conn.came))
+            if not conn.came:
+                raise ConnectionResetError(errno.ECONNRESET, "closed before it said who it is")
+            if len(conn.came) == _HELLO.size:
+                conn.number, conn.kind = _HELLO.unpack(conn.came)
+                conn.came.clear()
+                self._known(conn)
+            return
+        if conn.kind == FULL:  # watched for its end only
+            raise ConnectionResetError(errno.ECONNRESET, "ended")
+        data = conn.sock.recv(4096)
+        if not data:
+            raise ConnectionResetError(errno.ECONNRESET, "ended")
+        if conn.kind == TICK:
+            now = time.monotonic()
+            if conn.last:
+                conn.gap = max(conn.gap, now - conn.last)
+            conn.last = now
+            return
+        conn.came += data
+        if len(conn.came) < MESSAGE:
+            return
+        if conn.came != _message(conn.number, conn.turn, b"up" if self._listening else b"down"):
+            raise OSError(errno.EBADMSG, "not what was sent")
+        conn.came.clear()
+        if self._listening:
+            conn.sock.send(_message(conn.number, conn.turn, b"down"))
+        conn.turn += 1
+        self._waiting.discard(conn.number)
+
+    def _known(self, conn: _Connection) -> None:
+        self._conns[conn.number] = conn
+        self._poll.modify(conn.sock.fileno(), 0 if conn.kind == FULL else select.EPOLLIN)
+
+    # --- commands ---
+
+    def listen(self, ports: Sequence[int], small: bool) -> None:
+        """Accept connections on these ports."""
+        for port in ports:
+            sock = socket.socket(socket.AF_INET6)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if small:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SMALL)
+            sock.bind(("", port))
+            sock.listen(4096)
+            sock.setblocking(False)
+            self._listening[sock.fileno()] = sock
+            self._poll.register(sock.fileno(), select.EPOLLIN)
+
+    def open(
+        self, addr: str, ports: Sequence[int], numbers: Sequence[int], kind: int, timeout: float
+    ) -> dict[str, Any]:
+        """Open connections; of those that do not, the number, the first one's error, and the longest wait for it.
+
+        ``timeout``: seconds without one that opens, or fails, after which those under way are given up.
+        """
+        family = socket.AF_INET6 if ":" in addr else socket.AF_INET
+        left = deque(range(*numbers))
+        begun: dict[int, float] = {}
+        slowest = 0.0
+        progress, under_way = time.monotonic(), 0
+        failed: list[int] = []
+        while left or self._connecting:
+            while left and len(self._connecting) < _AT_ONCE:
+                number = left.popleft()
+                conn = _Connection(socket.socket(family), number, kind)
+                if kind == FULL:
+                    conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SMALL)
+                begun[number] = time.monotonic()
+                self._connecting[number] = 0
+                conn.sock.connect_ex((addr, ports[number % len(ports)]))
+                self._add(conn, select.EPOLLOUT)
+            under_way = len(self._connecting)
+            self._step(0.1)
+            if len(self._connecting) != under_way:
+                progress = time.monotonic()
+            late = time.monotonic() > progress + timeout
+            for number in [n for n, status in self._connecting.items() if status or late]:
+                failed.append(self._connecting.pop(number) or errno.ETIMEDOUT)
+                slowest = max(slowest, time.monotonic() - begun[number])
+            if failed and left:
+                left.clear()  # those under way are still waited for
+        return {"failed": len(failed), "error": os.strerror(failed[0]) if failed else "", "slowest": slowest}
+
+    def known(self, numbers: Sequence[int], timeout: float) -> int:
+        """How many of these connections are open here; waits until all are."""
+        deadline = time.monotonic() + timeout
+        while (count := sum(n in self._conns for n in range(*numbers))) < len(range(*numbers)):
+            if time.monotonic() > deadline:
+                break
+            self._step(0.05)
+        return count
+
+    def check(self, numbers: Sequence[int], timeout: float) -> int:
+        """Exchange a message over each of these ``ECHO`` connections; how many did."""
+        due = deque(n for n in range(*numbers) if n in self._conns and self._conns[n].kind == ECHO)
+        asked: set[int] = set()
+        deadline = time.monotonic() + timeout
+        silent: set[int] = set()
+        while due or self._waiting:
+            while due and len(self._waiting) < _AT_ONCE:
+                if (conn := self._conns.get(due.popleft())) is not None:
+                    conn.sock.send(_message(conn.number, conn.turn, b"up"))
+                    self._waiting.add(conn.number)
+                    asked.add(conn.number)
+            if time.monotonic() > deadline:
+                silent, self._waiting = self._waiting, set()
+                due.clear()
+                break
+            self._step(0.05)
+        return len(asked - silent - self._ended)
+
+    def ended(self) -> int:
+        """How many connections have ended or failed so far, and were not dropped."""
+        before = -1
+        while len(self._ended) > before:
+            before = len(self._ended)
+            self._step(0)
+        return len(self._ended)
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Reset these connections."""
+        for number in range(*numbers):
+            if (conn := self._conns.get(number)) is not None:
+                self._close(conn)
+            self._ended.discard(number)
+
+    def fill(self, numbers: Sequence[int], size: int) -> None:
+        """Send so many bytes over each of these ``FULL`` connections."""
+        for number in range(*numbers):
+            sent = self._conns[number].sock.send(_content(number, size))
+            if sent != size:
+                raise LabError(f"only {sent} of {size} bytes could be sent at once")
+
+    def read(self, numbers: Sequence[int], size: int, timeout: float) -> int:
+        """Read so many bytes from each of these connections; from how many just those came that were sent."""
+        deadline = time.monotonic() + timeout
+        missing: dict[int, bytearray] = {n: bytearray() for n in range(*numbers) if n in self._conns}
+        for number in missing:
+            self._conns[number].sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LARGE)
+        right = 0
+        while missing and time.monotonic() < deadline:
+            for number, came in list(missing.items()):
+                with contextlib.suppress(BlockingIOError):
+                    try:
+                        data = self._conns[number].sock.recv(size - len(came))
+                    except ConnectionError:
+                        data = b""
+                    came += data
+                    if not data or len(came) == size:
+                        right += came == _content(number, size)
+                        del missing[number]
+            time.sleep(0.001)
+        return right
+
+    def tick(self, numbers: Sequence[int]) -> None:
+        """Begin to send a byte now and then over each of these connections."""
+        conns = [self._conns[number] for number in numbers]
+        ending = self._ticking = threading.Event()
+
+        def work() -> None:
+            for conn in itertools.cycle(conns):
+                if ending.wait(TICK_SECONDS / len(conns)):
+                    return
+                with contextlib.suppress(OSError):  # full while the guest stands still; the server sees what is lost
+                    conn.sock.send(b".")
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def stop(self) -> None:
+        """End that."""
+        if self._ticking is not None:
+            self._ticking.set()
+
+    def rewind(self) -> None:
+        """Measure the silences afresh."""
+        for conn in self._conns.values():
+            conn.gap = conn.last = 0.0
+
+    def gaps(self, numbers: Sequence[int], since: float, timeout: float) -> list[float]:
+        """How long each of these connections was silent at most, in seconds.
+
+        Waits until all have carried something after ``since``; -1 for one that does not, or has ended.
+        """
+        conns = [self._conns.get(number) for number in numbers]
+        deadline = time.monotonic() + timeout
+        while any(c is not None and (c.last <= since or not c.gap) for c in conns) and time.monotonic() < deadline:
+            self._step(0.05)
+        return [-1.0 if c is None or c.last <= since else c.gap for c in conns]
+
+
+class _Process(Closing):
+    """One end, as a process in ``space``."""
+
+    def __init__(self, space: Namespace) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = space.popen(
+                [sys.executable, "-m", "godwit.lab.crowd", "--control", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+            )
+        self._answers = self._control.makefile("rb")
+
+    def ask(self, do: str, *, patience: float = 60.0, **words: object) -> Any:
+        """Have a command carried out; return its answer."""
+        self._control.settimeout(patience)
+        try:
+            self._control.sendall(json.dumps({"do": do, **words}).encode() + b"\n")
+            line = self._answers.readline()
+        except OSError as error:
+            raise LabError(f"an end of the connections does not answer {do}: {error}") from error
+        if not line:
+            raise LabError(f"an end of the connections is gone, asked to {do}")
+        answer = json.loads(line)
+        if isinstance(answer, dict) and answer.get("error") and "failed" not in answer:
+            raise LabError(f"{do}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        self._answers.close()
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+
+class RefusedError(LabError):
+    """Some connections did not open. ``opened`` did, of those that were asked for; ``seconds``: the longest wait."""
+
+    def __init__(self, opened: int, failed: int, error: str, seconds: float) -> None:
+        self.opened = opened
+        self.seconds = seconds
+        super().__init__(f"{opened} connections are open, and {failed} more were refused: {error}")
+
+
+class Crowd(Closing):
+    """Connections that ``guest`` opens to ``server`` at ``addr``. Numbered from 0 on in the order of their opening."""
+
+    def __init__(self, guest: Namespace, server: Namespace, addr: str) -> None:
+        self._addr = addr
+        self._next = 0
+        self._echoes: list[tuple[int, int]] = []
+        self._tickers: list[int] = []
+        self._cleanup = contextlib.ExitStack()
+        try:
+            self._server = self._cleanup.enter_context(_Process(server))
+            self._client = self._cleanup.enter_context(_Process(guest))
+            self._server.ask("listen", ports=list(PORTS), small=False)
+            self._server.ask("listen", ports=list(SMALL_PORTS), small=True)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def count(self) -> int:
+        """How many are open that stay idle or tick."""
+        return sum(end - first for first, end in self._echoes) + len(self._tickers)
+
+    def open(self, count: int) -> None:
+        """Open idle connections, up to ``TICKERS`` of them for ticks, evenly among them.
+
+        :raises RefusedError: not all were opened; those that were stay.
+        """
+        tickers = min(TICKERS, count)
+        for part in range(tickers):
+            echoes = (count - tickers) * (part + 1) // tickers - (count - tickers) * part // tickers
+            if echoes:
+                self._echoes.append(self._open(echoes, ECHO, PORTS))
+            self._tickers.append(self._open(1, TICK, PORTS)[0])
+
+    def _open(self, count: int, kind: int, ports: Iterable[int]) -> tuple[int, int]:
+        numbers = self._next, self._next + count
+        self._next += count
+        answer = self._client.ask(
+            "open", patience=180.0, addr=self._addr, ports=list(ports), numbers=numbers, kind=kind, timeout=5.0
+        )
+        if answer["failed"]:
+            opened = self._server.ask("known", numbers=numbers, timeout=0.5)
+            if kind == ECHO:
+                self._echoes.append((numbers[0], numbers[0] + opened))
+            raise RefusedError(self.count, answer["failed"], answer["error"], answer["slowest"])
+        if (known := self._server.ask("known", numbers=numbers, timeout=10.0)) != count:
+            raise LabError(f"{count} connections are open at the guest, and {known} at the server")
+        return numbers
+
+    def check(self, most: int | None = None, timeout: float = 30.0) -> int:
+        """Exchange known bytes over each idle connection, or ``most`` of them; return how many did, both ways."""
+        alive = 0
+        for first, end in self._echoes:
+            last = end if most is None else min(end, first + max(1, most // len(self._echoes)))
+            alive += self._client.ask("check", patience=timeout + 30, numbers=(first, last), timeout=timeout)
+        return alive
+
+    def expect_alive(self, most: int | None = None) -> None:
+        """The same, and that none has ended; :class:`LabError` if one is not well."""
+        due = sum(
+            end - first if most is None else min(end - first, max(1, most // len(self._echoes)))
+            for first, end in self._echoes
+        )
+        alive = self.check(most)
+        ended = self._client.ask("ended")
+        if alive < due or ended:
+            raise LabError(f"of {due} connections {alive} are alive; of all, {ended} have ended")
+
+    def drop(self) -> None:
+        """Reset all idle connections."""
+        for end in (self._client, self._server):
+            end.ask("drop", numbers=(0, self._next))
+        self._echoes.clear()
+        self._tickers.clear()
+
+    def full(self, count: int, size: int, *, up: bool) -> Full:
+        """Open ``count`` connections, and send ``size`` bytes over each that the guest (its peer, if ``up``) leaves."""
+        numbers = self._open(count, FULL, SMALL_PORTS)
+        sender, reader = (self._client, self._server) if up else (self._server, self._client)
+        sender.ask("fill", numbers=numbers, size=size)
+
+        def read() -> int:
+            right = cast(int, reader.ask("read", numbers=numbers, size=size, timeout=30.0))
+            for end in (self._client, self._server):
+                end.ask("drop", numbers=numbers)
+            return right
+
+        return Full(count, read)
+
+    def start_ticks(self) -> None:
+        """Begin to send over some connections all the time."""
+        self._used = [self._tickers[(len(self._tickers) - 1) * i // 3] for i in range(4)] if self._tickers else []
+        self._used = list(dict.fromkeys(self._used))
+        self._server.ask("rewind")
+        if self._used:
+            self._client.ask("tick", numbers=self._used)
+
+    def gaps(self, since: float, timeout: float = 10.0) -> list[float]:
+        """End that; return how long each of these connections was silent at most, in seconds.
+
+        Each has to carry something after ``since`` (of ``time.monotonic``), or :class:`LabError`.
+        """
+        gaps = cast("list[float]", self._server.ask("gaps", numbers=self._used, since=since, timeout=timeout))
+        self._client.ask("stop")
+        if any(gap < 0 for gap in gaps):
+            raise LabError(f"a connection that was in use has ended, or is silent for {timeout:g} s")
+        return gaps
+
+    def close(self) -> None:
+        """End both processes. May be repeated."""
+        self._cleanup.close()
+
+
+class Full:
+    """Connections with full queues. ``read`` empties and ends them: from how many all came, and nothing else."""
+
+    def __init__(self, count: int, read: Callable[[], int]) -> None:
+        self.count = count
+        self.read = read
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Be one end; commands over a socket."""
+    parser = argparse.ArgumentParser(prog="python -m godwit.lab.crowd", description=main.__doc__)
+    parser.add_argument("--control", type=int, required=True, help="the socket's descriptor")
+    options = parser.parse_args(arguments)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    gone = contextlib.suppress(KeyboardInterrupt, BrokenPipeError, ConnectionResetError)
+    with gone, socket.socket(fileno=options.control) as control:
+        _End(control).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

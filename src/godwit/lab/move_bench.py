@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a migration costs, by the number of open connections and by what is queued on them.
+
+Each kind has hosts, a server and a guest of its own, and two back-ends, between
+which the guest moves there and back in each measurement:
+
+* There step by step, the state kept in between: *stop* is GET_VRING_BASE, *save*
+  is from SET_DEVICE_STATE_FD to the good answer to CHECK_DEVICE_STATE, *load* is
+  the same on the target, and *start* lets the guest run there. Processor time is
+  that of the back-end and of its repair helper; the source's from the stop to the
+  end of the save, the target's from the load until it is quiet again after the
+  start, since a back-end may leave work for then (or until it has started, where it
+  is not going to be quiet: see `queued`).
+* Back as QEMU does it, the target loading what the source saves meanwhile:
+  *blackout* is how long the guest stood still, *silence* the longest that a
+  connection in use had, of some that the guest sends over all the time.
+
+Before the source is stopped it is cut off the network, which leads to the target
+when that has loaded. The connections are the ``crowd``'s, real ones to a real
+server, and are used after each move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from godwit.lab.backend import Backend, Kind
+from godwit.lab.bench import NONE, Case
+from godwit.lab.closing import Closing
+from godwit.lab.crowd import Crowd
+from godwit.lab.errors import LabError
+from godwit.lab.guest import EmbeddedGuest
+from godwit.lab.migration import Migration
+from godwit.lab.scenario import Scenario
+from godwit.vhost_user import VhostUserError
+
+MTU = 1500
+QUEUED = 24 * 1024  # bytes on each connection with full queues
+_TAKEN = 4096  # of which a receiver's least buffer takes less than so many
+_SAMPLE = 500  # connections that are used between two moves; after the second, all are
+_LINGER = 0.0  # seconds for a back-end to end, which would stay for the sake of connections that have left
+_QUIET = 0.05  # seconds in which a back-end uses no processor
+
+
+def cpu(*pids: int | None) -> float:
+    """Processor time of these processes so far, in seconds: their own clocks (clock_getcpuclockid(3))."""
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids if pid is not None)
+
+
+def _cpu_of(backend: Backend) -> float:
+    return cpu(backend.pid, backend.helper_pid)
+
+
+def _cpu_when_quiet(backend: Backend, timeout: float = 1.0) -> float:
+    """Wait until a back-end and its helper have nothing to do, and return their processor time."""
+    before, deadline = _cpu_of(backend), time.monotonic() + timeout
+    while True:
+        time.sleep(_QUIET)
+        now = _cpu_of(backend)
+        if now - before < _QUIET / 50 or time.monotonic() > deadline:
+            return now
+        before = now
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Seconds of a move step by step: what the clock says, and the processors."""
+
+    stop: float
+    save: float
+    load: float
+    start: float
+    source_cpu: float
+    target_cpu: float
+    state: int  # bytes
+
+
+class MoveSide(Closing):
+    """Two back-ends of one kind, and a guest that moves between them with its connections."""
+
+    def __init__(self, kind: Kind, mtu: int, dialect: str) -> None:
+        if kind not in ("godwit", "passt"):
+            raise LabError(f"{kind} is none of those whose guests are moved here")
+        self.kind = str(kind)
+        self._cleanup = contextlib.ExitStack()
+        try:
+            self._scenario = self._cleanup.enter_context(
+                Scenario(backends=(self.kind, self.kind), godwit_arguments=["--migrate-version", dialect], mtu=mtu)
+            )
+            guest = self._scenario.guest
+            assert isinstance(guest, EmbeddedGuest)
+            self.guest = guest
+            self.crowd = self._cleanup.enter_context(
+                Crowd(guest.space, self._scenario.network.server, self._scenario.server_address)
+            )
+        except BaseException:
+            self._cleanup.close()
+            raise
+
+    def have(self, count: int) -> None:
+        """Have so many idle connections open, and no more."""
+        if self.crowd.count > count:
+            self.crowd.drop()
+        if self.crowd.count < count:
+            self.crowd.open(count - self.crowd.count)
+            self.crowd.expect_alive(_SAMPLE)
+
+    @property
+    def here(self) -> Backend:
+        """The back-end that the guest is behind."""
+        return self._scenario.backends[self._scenario.where]
+
+    def _move(self, transfer: Callable[[Migration, Backend, Backend], None], *, in_use: bool = False) -> Migration:
+        """Move to the other host; ``transfer`` has the guest stopped, and moves the state.
+
+        ``in_use``: the guest sends over some connections from shortly before that on.
+        """
+        scenario, net = self._scenario, self._scenario.network
+        source, target = scenario.where, net.other(scenario.where)
+        if not scenario.backends[target].running:
+            scenario.start_backend(target)
+        for backend in scenario.backends.values():
+            backend.ensure_helper()
+        self._settle()
+        migration = self.guest.migration(scenario.backends[target].socket)
+        try:
+            migration.connect_target()
+            migration.log_on()
+            if in_use:
+                self.crowd.start_ticks()
+                time.sleep(_QUIET)  # some go through
+            net.switch(None)
+            transfer(migration, scenario.backends[source], scenario.backends[target])
+        except (LabError, VhostUserError, OSError) as error:
+            with contextlib.suppress(LabError, VhostUserError, OSError):
+                migration.cancel()
+                net.switch(source)
+            raise LabError(f"the guest does not move: {error}") from error
+        scenario.where = target
+        return migration
+
+    def _settle(self) -> None:
+        for backend in self._scenario.backends.values():
+            _cpu_when_quiet(backend)
+
+    def _left(self, migration: Migration) -> None:
+        """Leave the source, and end it: the next move is to one that has nothing left of the connections."""
+        left = self._scenario.backends[self._scenario.network.other(self._scenario.where)]
+        migration.finish()
+        left.close(_LINGER)
+        self.guest.check()
+
+    def step_by_step(self, *, quiet: bool = True) -> Steps:
+        """Move, one thing after the other. ``quiet``: count the processor's time until the target has nothing to do."""
+        found: list[float] = []
+
+        def transfer(migration: Migration, source: Backend, target: Backend) -> None:
+            def timed(step: Callable[[], object]) -> None:
+                began = time.perf_counter()
+                step()
+                found.append(time.perf_counter() - began)
+
+            def load() -> None:
+                if not migration.load(migration.record.stream):
+                    raise LabError(f"the target refuses the state: {target.messages()[-1000:]}")
+
+            at_source = _cpu_of(source)
+            timed(migration.suspend)
+            timed(migration.save)
+            found.append(_cpu_of(source) - at_source)
+            at_target = _cpu_of(target)
+            timed(load)
+            self._scenario.network.switch(target.space.name)
+            timed(migration.switch_over)
+            found.append((_cpu_when_quiet(target) if quiet else _cpu_of(target)) - at_target)
+
+        migration = self._move(transfer)
+        self._left(migration)
+        stop, save, source_cpu, load, start, target_cpu = found
+        return Steps(stop, save, load, start, source_cpu, target_cpu, len(migration.record.stream))
+
+    def at_once(self) -> tuple[float, float]:
+        """Move as QEMU does; how long the guest stood still, and the longest silence of a connection, in seconds."""
+        running = 0.0
+
+        def transfer(migration: Migration, source: Backend, target: Backend) -> None:
+            nonlocal running
+            migration.suspend()
+            migration.transfer()
+            self._scenario.network.switch(target.space.name)
+            migration.switch_over()
+            running = time.monotonic()
+
+        migration = self._move(transfer, in_use=True)
+        silence = max(self.crowd.gaps(running), default=0.0)
+        self._left(migration)
+        return migration.record.downtime, silence
+
+    def check(self) -> None:
+        """Raise `LabError` if the back-end broke a ring or is gone."""
+        self.guest.check()
+        if self.guest.backend_gone:
+            raise LabError(f"{self.kind} has hung up: {self.here.messages()[-1000:]}")
+
+    def close(self) -> None:
+        """Take it all down. May be repeated."""
+        self._cleanup.close()
+
+
+class MoveBed(Closing):
+    """A side for each kind, each with a network of its own; ``dialect`` is what godwit writes."""
+
+    def __init__(self, mtu: int, kinds: Sequence[Kind], dialect: str = "2") -> None:
+        self._cleanup = contextlib.ExitStack()
+        try:
+            self.sides = {kind: self._cleanup.enter_context(MoveSide(kind, mtu, dialect)) for kind in kinds}
+        except BaseException:
+            self._cleanup.close()
+            raise
+
+    def close(self) -> None:
+        """Take it all down. May be repeated."""
+        self._cleanup.close()
+
+
+def _per_flow(steps: Steps, count: int) -> dict[str, float]:
+    found = {
+        "stop ms": steps.stop * 1e3,
+        "save ms": steps.save * 1e3,
+        "load ms": steps.load * 1e3,
+        "start ms": steps.start * 1e3,
+        "source CPU ms": steps.source_cpu * 1e3,
+        "target CPU ms": steps.target_cpu * 1e3,
+    }
+    if count:
+        found |= {
+            "save us/flow": steps.save * 1e6 / count,
+            "save CPU us/flow": steps.source_cpu * 1e6 / count,
+            "load us/flow": steps.load * 1e6 / count,
+            "load CPU us/flow": steps.target_cpu * 1e6 / count,
+            "state bytes/flow": steps.state / count,
+        }
+    return found
+
+
+def idle(side: MoveSide, seconds: float, *, count: int) -> dict[str, float]:
+    """Move with idle connections. ``seconds`` does not matter: it takes what it takes."""
+    side.have(count)
+    found = _per_flow(side.step_by_step(), count)
+    if count:
+        side.crowd.expect_alive(_SAMPLE)
+    blackout, silence = side.at_once()
+    found["blackout ms"] = blackout * 1e3
+    if count:
+        found["silence ms"] = silence * 1e3
+        side.crowd.expect_alive()
+    return found
+
+
+def queued(side: MoveSide, seconds: float, *, count: int, up: bool) -> dict[str, float]:
+    """Move with ``QUEUED`` bytes on each connection that the peer, or the guest unless ``up``, does not read.
+
+    passt has the guest keep what the peer has no room for: the size of the state
+    tells how much was queued at the back-end. And it is busy all the time while a
+    guest does not read.
+    """
+    side.have(0)
+    found: dict[str, float] = {}
+    for back in (False, True):
+        full = side.crowd.full(count, QUEUED + _TAKEN, up=up)
+        if back:
+            found["blackout ms"] = side.at_once()[0] * 1e3
+        else:
+            found = _per_flow(side.step_by_step(quiet=False), count)
+        if (right := full.read()) != count:
+            raise LabError(f"of {count} connections with full queues, {count - right} lost something or were lost")
+    return found
+
+
+_NATIVE = functools.partial(MoveBed, dialect="native")
+_NONE = frozenset({NONE})
+_NOT_PASST = _NONE | {"passt"}
+
+
+def _idle(count: int) -> Callable[[MoveSide, float], dict[str, float]]:
+    return functools.partial(idle, count=count)
+
+
+def _queued(*, up: bool) -> Callable[[MoveSide, float], dict[str, float]]:
+    return functools.partial(queued, count=1000, up=up)
+
+
+# passt has two descriptors for each connection: of the 20 000 that a process may have here, 9000 connections are
+# about what it can hold.
+CASES: tuple[Case, ...] = tuple(
+    Case(f"{name}{suffix}", f"move {title}{written}", MTU, measure, bed, without | alone)
+    for bed, suffix, written, alone in (
+        (MoveBed, "", "", _NONE),
+        (_NATIVE, "-native", ", native dialect", _NOT_PASST),
+    )
+    for name, title, measure, without in (
+        ("idle-0", "without connections", _idle(0), _NONE),
+        ("queued-up", "1000, 24 KiB each that the peer does not read", _queued(up=True), _NONE),
+        ("queued-down", "1000, 24 KiB each that the guest does not read", _queued(up=False), _NONE),
+        ("idle-1000", "1000 idle", _idle(1000), _NONE),
+        ("idle-9000", "9000 idle", _idle(9000), _NONE),
+        ("idle-10000", "10,000 idle (beyond passt's limit)", _idle(10_000), _NOT_PASST),
+        ("idle-19000", "19,000 idle (beyond passt's limit)", _idle(19_000), _NOT_PASST),
+    )
+)

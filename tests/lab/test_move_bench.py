@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Crowds of connections, and what moving them costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from godwit.lab import crowd, move_bench
+from godwit.lab.crowd import Crowd, RefusedError
+from godwit.lab.errors import LabError
+from godwit.lab.move_bench import QUEUED, MoveBed, MoveSide, idle, queued
+from godwit.lab.netns import Network
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Network]:
+    with Network() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def side() -> Iterator[MoveSide]:
+    with MoveBed(1500, ["godwit"], "native") as bed:
+        yield bed.sides["godwit"]
+
+
+def test_a_crowd_without_a_back_end(net: Network) -> None:
+    with Crowd(net.a, net.server, net.server.addr4) as made:
+        made.open(50)
+        assert made.count == 50
+        assert made.check() == 46  # the others tick
+        made.expect_alive()
+        made.start_ticks()
+        net.switch(None)
+        net.switch("a")
+        assert all(0 < gap < 5 for gap in made.gaps(time.monotonic()))
+        for up in (True, False):
+            full = made.full(5, 8000, up=up)
+            assert full.read() == 5
+        made.expect_alive(10)
+        # One that the server resets is missed.
+        made._server.ask("drop", numbers=(0, 1))
+        with pytest.raises(LabError, match="of 46 connections 45 are alive; of all, 1 have ended"):
+            made.expect_alive()
+        # What is not what was sent is told from what is.
+        full = made.full(5, 8000, up=True)
+        made._server.ask("drop", numbers=(made._next - 1, made._next))
+        assert full.read() == 4
+        made.drop()
+        assert made.count == 0
+
+
+def test_connections_that_are_refused(net: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Crowd(net.a, net.server, net.server.addr4) as made:
+        made.open(10)
+        monkeypatch.setattr(crowd, "PORTS", (1,))
+        with pytest.raises(RefusedError, match="refused: Connection refused") as caught:
+            made.open(10)
+        assert caught.value.opened == 10
+        assert caught.value.seconds < 1
+
+
+def test_a_move_with_idle_connections(side: MoveSide) -> None:
+    found = idle(side, 1.0, count=40)
+    for metric in ("save us/flow", "save CPU us/flow", "load us/flow", "load CPU us/flow", "blackout ms", "silence ms"):
+        assert 0 < found[metric] < 1e6, metric
+    assert found["silence ms"] >= found["blackout ms"] * 0.9
+    side.check()
+    assert idle(side, 1.0, count=0).keys().isdisjoint({"save us/flow", "silence ms"})
+    assert side.crowd.count == 0
+
+
+@pytest.mark.parametrize("up", [False, True], ids=["the guest does not read", "the peer does not read"])
+def test_a_move_with_full_queues(side: MoveSide, up: bool) -> None:
+    found = queued(side, 1.0, count=20, up=up)
+    assert found["state bytes/flow"] > QUEUED
+    side.check()
+
+
+def test_only_what_migrates_is_moved() -> None:
+    with pytest.raises(LabError, match="none is none of those"):
+        MoveBed(1500, ["none"])
+    assert all("none" in case.without for case in move_bench.CASES)
