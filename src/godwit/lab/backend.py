@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -95,7 +96,8 @@ class Backend:
     where the gateway is the server too. With ``stream`` it speaks no vhost-user,
     but the protocol of QEMU's ``-netdev stream``; nothing migrates then, and there
     is no helper. ``breakpoints``: the socket of ``godwit.lab.breakpoints`` at which
-    a godwit asks what is to fail. ``patience``: seconds within which it has to listen.
+    a godwit asks what is to fail. ``patience``: seconds within which it has to listen;
+    how many it took is in ``start_seconds``.
     """
 
     def __init__(
@@ -151,10 +153,12 @@ class Backend:
             words = ["prlimit", f"--nofile={descriptors}:{descriptors}", *words]
         with open(self.log, "wb"):
             pass  # of an earlier one
+        began = time.monotonic()
         with open(self.log, "ab") as log:  # the helper's lines go there, too
             self._process = space.popen([*wrapper, *words], stdout=log, stderr=log)
         try:
             self._until_it_listens(patience)
+            self.start_seconds = time.monotonic() - began
             if self.helper_kind is not None:
                 self.start_helper()
         except BaseException:
@@ -167,7 +171,8 @@ class Backend:
                 raise LabError(f"{self.name} ended with {self._process.returncode}: {self.messages()[-2000:]}")
             return self._listens_at <= _listening(self.pid)
 
-        wait_until(listening, f"{self.name} to listen at {', '.join(sorted(self._listens_at))}", patience)
+        paths = ", ".join(sorted(self._listens_at))
+        wait_until(listening, f"{self.name} to listen at {paths}", patience, interval=0.0005)
 
     def successor(self, arguments: Sequence[str] | None = None, wrapper: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         """Start a godwit that is to take over from this one; it writes into the same log.

@@ -150,7 +150,8 @@ class _End:
     def _over(self, conn: _Connection, status: int) -> None:
         if conn.number in self._connecting:
             self._connecting[conn.number] = status
-        self._ended.add(conn.number)
+        else:
+            self._ended.add(conn.number)
         self._waiting.discard(conn.number)
         self._close(conn)
 
@@ -227,7 +228,7 @@ class _End:
         """
         family = socket.AF_INET6 if ":" in addr else socket.AF_INET
         left = deque(range(*numbers))
-        begun: dict[int, float] = {}
+        begun: dict[int, tuple[_Connection, float]] = {}
         slowest = 0.0
         progress, under_way = time.monotonic(), 0
         failed: list[int] = []
@@ -237,7 +238,7 @@ class _End:
                 conn = _Connection(socket.socket(family), number, kind)
                 if kind == FULL:
                     conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SMALL)
-                begun[number] = time.monotonic()
+                begun[number] = conn, time.monotonic()
                 self._connecting[number] = 0
                 conn.sock.connect_ex((addr, ports[number % len(ports)]))
                 self._add(conn, select.EPOLLOUT)
@@ -246,12 +247,16 @@ class _End:
             if len(self._connecting) != under_way:
                 progress = time.monotonic()
             late = time.monotonic() > progress + timeout
-            for number in [n for n, status in self._connecting.items() if status or late]:
-                failed.append(self._connecting.pop(number) or errno.ETIMEDOUT)
-                slowest = max(slowest, time.monotonic() - begun[number])
+            for number in [n for n, failure in self._connecting.items() if failure or late]:
+                conn, since = begun[number]
+                slowest = max(slowest, time.monotonic() - since)
+                if not (status := self._connecting.pop(number)):
+                    status = errno.ETIMEDOUT
+                    self._close(conn)
+                failed.append(status)
             if failed and left:
                 left.clear()  # those under way are still waited for
-        return {"failed": len(failed), "error": os.strerror(failed[0]) if failed else "", "slowest": slowest}
+        return {"failed": len(failed), "status": failed[0] if failed else 0, "slowest": slowest}
 
     def known(self, numbers: Sequence[int], timeout: float) -> int:
         """How many of these connections are open here; waits until all are."""
@@ -383,7 +388,7 @@ class _Process(Closing):
         if not line:
             raise LabError(f"an end of the connections is gone, asked to {do}")
         answer = json.loads(line)
-        if isinstance(answer, dict) and answer.get("error") and "failed" not in answer:
+        if isinstance(answer, dict) and "error" in answer:
             raise LabError(f"{do}: {answer['error']}")
         return answer
 
@@ -395,12 +400,17 @@ class _Process(Closing):
 
 
 class RefusedError(LabError):
-    """Some connections did not open. ``opened`` did, of those that were asked for; ``seconds``: the longest wait."""
+    """Some connections did not open.
 
-    def __init__(self, opened: int, failed: int, error: str, seconds: float) -> None:
+    ``opened``: how many there are; ``told``: whether the guest was told at once, and
+    did not wait in vain; ``seconds``: the longest wait.
+    """
+
+    def __init__(self, opened: int, failed: int, status: int, seconds: float) -> None:
         self.opened = opened
+        self.told = status != errno.ETIMEDOUT
         self.seconds = seconds
-        super().__init__(f"{opened} connections are open, and {failed} more were refused: {error}")
+        super().__init__(f"{opened} connections are open, and {failed} more were refused: {os.strerror(status)}")
 
 
 class Crowd(Closing):
@@ -409,7 +419,7 @@ class Crowd(Closing):
     def __init__(self, guest: Namespace, server: Namespace, addr: str) -> None:
         self._addr = addr
         self._next = 0
-        self._echoes: list[tuple[int, int]] = []
+        self._echoes: list[tuple[int, int, int]] = []  # first and last number, and how many of those are open
         self._tickers: list[int] = []
         self._cleanup = contextlib.ExitStack()
         try:
@@ -424,19 +434,21 @@ class Crowd(Closing):
     @property
     def count(self) -> int:
         """How many are open that stay idle or tick."""
-        return sum(end - first for first, end in self._echoes) + len(self._tickers)
+        return sum(opened for _, _, opened in self._echoes) + len(self._tickers)
 
-    def open(self, count: int) -> None:
-        """Open idle connections, up to ``TICKERS`` of them for ticks, evenly among them.
+    def open(self, count: int, *, tickers: int = TICKERS) -> None:
+        """Open idle connections, up to so many of them for ticks, evenly among them.
 
         :raises RefusedError: not all were opened; those that were stay.
         """
-        tickers = min(TICKERS, count)
-        for part in range(tickers):
-            echoes = (count - tickers) * (part + 1) // tickers - (count - tickers) * part // tickers
+        tickers = min(tickers, count)
+        parts = max(1, tickers)
+        for part in range(parts):
+            echoes = (count - tickers) * (part + 1) // parts - (count - tickers) * part // parts
             if echoes:
-                self._echoes.append(self._open(echoes, ECHO, PORTS))
-            self._tickers.append(self._open(1, TICK, PORTS)[0])
+                self._echoes.append((*self._open(echoes, ECHO, PORTS), echoes))
+            if tickers:
+                self._tickers.append(self._open(1, TICK, PORTS)[0])
 
     def _open(self, count: int, kind: int, ports: Iterable[int]) -> tuple[int, int]:
         numbers = self._next, self._next + count
@@ -447,8 +459,8 @@ class Crowd(Closing):
         if answer["failed"]:
             opened = self._server.ask("known", numbers=numbers, timeout=0.5)
             if kind == ECHO:
-                self._echoes.append((numbers[0], numbers[0] + opened))
-            raise RefusedError(self.count, answer["failed"], answer["error"], answer["slowest"])
+                self._echoes.append((*numbers, opened))
+            raise RefusedError(self.count, answer["failed"], answer["status"], answer["slowest"])
         if (known := self._server.ask("known", numbers=numbers, timeout=10.0)) != count:
             raise LabError(f"{count} connections are open at the guest, and {known} at the server")
         return numbers
@@ -456,17 +468,16 @@ class Crowd(Closing):
     def check(self, most: int | None = None, timeout: float = 30.0) -> int:
         """Exchange known bytes over each idle connection, or ``most`` of them; return how many did, both ways."""
         alive = 0
-        for first, end in self._echoes:
+        for first, end, _ in self._echoes:
             last = end if most is None else min(end, first + max(1, most // len(self._echoes)))
             alive += self._client.ask("check", patience=timeout + 30, numbers=(first, last), timeout=timeout)
         return alive
 
     def expect_alive(self, most: int | None = None) -> None:
         """The same, and that none has ended; :class:`LabError` if one is not well."""
-        due = sum(
-            end - first if most is None else min(end - first, max(1, most // len(self._echoes)))
-            for first, end in self._echoes
-        )
+        due = 0
+        for _, _, opened in self._echoes:
+            due += opened if most is None else min(opened, max(1, most // len(self._echoes)))
         alive = self.check(most)
         ended = self._client.ask("ended")
         if alive < due or ended:

@@ -27,8 +27,9 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from godwit.lab.backend import Backend, Kind
+from godwit.lab.backend import IDEAL, Backend, Kind
 from godwit.lab.bench import NONE, Case
 from godwit.lab.closing import Closing
 from godwit.lab.crowd import Crowd
@@ -39,6 +40,7 @@ from godwit.lab.scenario import Scenario
 from godwit.vhost_user import VhostUserError
 
 MTU = 1500
+MOVING = ("godwit", "passt")
 QUEUED = 24 * 1024  # bytes on each connection with full queues
 _TAKEN = 4096  # of which a receiver's least buffer takes less than so many
 _SAMPLE = 500  # connections that are used between two moves; after the second, all are
@@ -55,7 +57,7 @@ def _cpu_of(backend: Backend) -> float:
     return cpu(backend.pid, backend.helper_pid)
 
 
-def _cpu_when_quiet(backend: Backend, timeout: float = 1.0) -> float:
+def cpu_when_quiet(backend: Backend, timeout: float = 1.0) -> float:
     """Wait until a back-end and its helper have nothing to do, and return their processor time."""
     before, deadline = _cpu_of(backend), time.monotonic() + timeout
     while True:
@@ -82,14 +84,17 @@ class Steps:
 class MoveSide(Closing):
     """Two back-ends of one kind, and a guest that moves between them with its connections."""
 
-    def __init__(self, kind: Kind, mtu: int, dialect: str) -> None:
-        if kind not in ("godwit", "passt"):
-            raise LabError(f"{kind} is none of those whose guests are moved here")
+    def __init__(self, kind: Kind, mtu: int, dialect: str, *, descriptors: int | None = None) -> None:
         self.kind = str(kind)
         self._cleanup = contextlib.ExitStack()
         try:
             self._scenario = self._cleanup.enter_context(
-                Scenario(backends=(self.kind, self.kind), godwit_arguments=["--migrate-version", dialect], mtu=mtu)
+                Scenario(
+                    backends=(self.kind, self.kind),
+                    godwit_arguments=["--migrate-version", dialect],
+                    descriptors=descriptors,
+                    mtu=mtu,
+                )
             )
             guest = self._scenario.guest
             assert isinstance(guest, EmbeddedGuest)
@@ -145,7 +150,7 @@ class MoveSide(Closing):
 
     def _settle(self) -> None:
         for backend in self._scenario.backends.values():
-            _cpu_when_quiet(backend)
+            cpu_when_quiet(backend)
 
     def _left(self, migration: Migration) -> None:
         """Leave the source, and end it: the next move is to one that has nothing left of the connections."""
@@ -176,7 +181,7 @@ class MoveSide(Closing):
             timed(load)
             self._scenario.network.switch(target.space.name)
             timed(migration.switch_over)
-            found.append((_cpu_when_quiet(target) if quiet else _cpu_of(target)) - at_target)
+            found.append((cpu_when_quiet(target) if quiet else _cpu_of(target)) - at_target)
 
         migration = self._move(transfer)
         self._left(migration)
@@ -211,13 +216,26 @@ class MoveSide(Closing):
         self._cleanup.close()
 
 
+class _Staying:
+    """What is in the place of a side whose back-end is not moved here: of some command line."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+
+    def have(self, count: int) -> None:
+        raise LabError(f"guests are not moved between two of {self._kind}: only of {' or '.join(MOVING)}")
+
+
 class MoveBed(Closing):
     """A side for each kind, each with a network of its own; ``dialect`` is what godwit writes."""
 
     def __init__(self, mtu: int, kinds: Sequence[Kind], dialect: str = "2") -> None:
         self._cleanup = contextlib.ExitStack()
         try:
-            self.sides = {kind: self._cleanup.enter_context(MoveSide(kind, mtu, dialect)) for kind in kinds}
+            self.sides: dict[Kind, Any] = {
+                kind: self._cleanup.enter_context(MoveSide(kind, mtu, dialect)) if kind in MOVING else _Staying(kind)
+                for kind in kinds
+            }
         except BaseException:
             self._cleanup.close()
             raise
@@ -282,7 +300,7 @@ def queued(side: MoveSide, seconds: float, *, count: int, up: bool) -> dict[str,
 
 
 _NATIVE = functools.partial(MoveBed, dialect="native")
-_NONE = frozenset({NONE})
+_NONE = frozenset({NONE, IDEAL})
 _NOT_PASST = _NONE | {"passt"}
 
 

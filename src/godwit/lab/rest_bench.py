@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a back-end costs that does nothing, and how many connections it holds.
+
+Each measurement has a back-end and a guest of its own, so that none finds what
+another has left: memory that a process has once used it mostly keeps.
+
+* *PSS* is the memory of the back-end's process, what it shares with others
+  divided among them, without the guest's memory, which is not its own.
+* *wake-ups* are context switches of all its threads, of its own accord or not.
+* At the limit of descriptors the next connection of the guest is to be refused,
+  and told so; all others live, also after a migration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from godwit.lab.backend import IDEAL, Backend, Kind
+from godwit.lab.bench import NONE, Case
+from godwit.lab.closing import Closing
+from godwit.lab.crowd import Crowd, RefusedError
+from godwit.lab.errors import LabError
+from godwit.lab.guest import EmbeddedGuest
+from godwit.lab.move_bench import MoveSide, cpu, cpu_when_quiet
+from godwit.lab.netns import Network
+
+MTU = 1500
+STARTS = 3  # at least so many are measured at a time
+WATCHED = 5.0  # an idle back-end is watched for so long times the seconds that a case is given
+_GUEST_MEMORY = "/memfd:godwit-guest"
+_SETTLING = 1.0  # seconds before an idle back-end is looked at: the guest's stack has said what it says at first
+_SPARE = 100  # of the descriptors that a process may have, the ends of the connections leave so many
+
+
+class RestSide:
+    """A kind of back-end, and one after the other of it."""
+
+    def __init__(self, kind: Kind, mtu: int, net: Network, folder: str) -> None:
+        self.kind = kind
+        self._mtu = mtu
+        self._net = net
+        self._folder = folder
+
+    def start(self) -> Backend:
+        """Start one; the caller's to close."""
+        return Backend(self._net.a, self._folder, self.kind, helper=None, mtu=self._mtu)
+
+    @contextmanager
+    def serving(self) -> Iterator[tuple[Backend, Crowd]]:
+        """One with a guest, and its connections, of which there are none yet."""
+        with self.start() as backend, EmbeddedGuest(mtu=self._mtu) as guest:
+            guest.connect(backend.socket)
+            guest.configure()
+            with Crowd(guest.space, self._net.server, self._net.server.addr4) as crowd:
+                yield backend, crowd
+                guest.check()
+
+    def check(self) -> None:
+        """Nothing is left to look at."""
+
+
+class RestBed(Closing):
+    """A network, and what makes back-ends of each kind on it."""
+
+    def __init__(self, mtu: int, kinds: Sequence[Kind]) -> None:
+        self._cleanup = contextlib.ExitStack()
+        try:
+            folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-bench-"))
+            os.chmod(folder, 0o755)  # passt becomes another user
+            net = self._cleanup.enter_context(Network(mtu=mtu))
+            self.sides = {kind: RestSide(kind, mtu, net, folder) for kind in kinds}
+        except BaseException:
+            self._cleanup.close()
+            raise
+
+    def close(self) -> None:
+        """Take it all down. May be repeated."""
+        self._cleanup.close()
+
+
+def pss(pid: int) -> int:
+    """Memory of a process in bytes: proc_pid_smaps(5), its proportional share, without a guest's memory."""
+    total = 0
+    of_the_guest = False
+    with open(f"/proc/{pid}/smaps") as file:
+        for line in file:
+            words = line.split()
+            if "-" in words[0]:  # address range, permissions, offset, device, inode, path
+                of_the_guest = len(words) > 5 and words[5].startswith(_GUEST_MEMORY)
+            elif words[0] == "Pss:" and not of_the_guest:
+                total += int(words[1]) * 1024
+    return total
+
+
+def switches(pid: int) -> int:
+    """How often threads of a process were switched to so far."""
+    total = 0
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/task/{task}/status") as file:
+            total += sum(map(int, re.findall(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)", file.read(), re.MULTILINE)))
+    return total
+
+
+def start(side: RestSide, seconds: float) -> dict[str, float]:
+    """How long a back-end takes from its start until it listens."""
+    took: list[float] = []
+    end = time.monotonic() + seconds
+    while len(took) < STARTS or time.monotonic() < end:
+        backend = side.start()
+        took.append(backend.start_seconds)
+        backend.close()
+    return {"start ms": statistics.median(took) * 1e3}
+
+
+def memory(side: RestSide, seconds: float, *, counts: Sequence[int]) -> dict[str, float]:
+    """Memory with a guest and no connection, and what each of so many idle ones adds. ``seconds`` does not matter."""
+    with side.serving() as (backend, crowd):
+        time.sleep(_SETTLING)
+        none = pss(backend.pid)
+        found = {"PSS MB": none / 1e6}
+        for count in counts:
+            crowd.open(count - crowd.count)
+            crowd.expect_alive()
+            cpu_when_quiet(backend)
+            found[f"bytes/flow of {count}"] = (pss(backend.pid) - none) / count
+    return found
+
+
+def idle(side: RestSide, seconds: float, *, count: int) -> dict[str, float]:
+    """Wake-ups and processor time of a back-end of which nobody wants anything."""
+    with side.serving() as (backend, crowd):
+        if count:
+            crowd.open(count)
+            crowd.expect_alive()
+        time.sleep(_SETTLING)
+        began, woken, used = time.monotonic(), switches(backend.pid), cpu(backend.pid)
+        time.sleep(WATCHED * seconds)
+        woken, used = switches(backend.pid) - woken, cpu(backend.pid) - used
+        took = time.monotonic() - began
+    return {"wake-ups/s": woken / took, "CPU us/s": used * 1e6 / took}
+
+
+def limit(side: RestSide, seconds: float) -> dict[str, float]:
+    """Open connections until they are refused, and move with all that there are. ``seconds`` does not matter.
+
+    *refused at once* is 1 if the guest was told, and 0 if it waited in vain.
+    """
+    _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return full(side.kind, descriptors)
+
+
+def full(kind: Kind, descriptors: int) -> dict[str, float]:
+    """The same for a back-end that may have so many descriptors."""
+    with MoveSide(kind, MTU, "native", descriptors=descriptors) as moving:
+        crowd = moving.crowd
+        try:
+            crowd.open(descriptors - _SPARE, tickers=0)
+        except RefusedError as error:
+            found = {"flows": float(error.opened), "refused at once": float(error.told)}
+        else:
+            raise LabError(f"{crowd.count} connections do not reach the limit of {descriptors} descriptors")
+        crowd.expect_alive()
+        try:
+            moving.step_by_step()
+            found["alive after a move"] = float(crowd.check())
+        except LabError:
+            found["alive after a move"] = 0.0
+    return found
+
+
+_NONE = frozenset({NONE, IDEAL})
+
+
+def _idle(count: int) -> Callable[[RestSide, float], dict[str, float]]:
+    return functools.partial(idle, count=count)
+
+
+CASES: tuple[Case, ...] = (
+    Case("start", "start until the socket listens", MTU, start, RestBed, _NONE),
+    Case(
+        "memory", "memory, idle and per connection", MTU, functools.partial(memory, counts=(1000, 9000)), RestBed, _NONE
+    ),
+    Case("idle", "idle, without connections", MTU, _idle(0), RestBed, _NONE),
+    Case("idle-5000", "idle, 5000 connections", MTU, _idle(5000), RestBed, _NONE),
+    Case("limit", "connections until the limit of descriptors", MTU, limit, RestBed, _NONE),
+)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a back-end at rest costs, and how many connections it holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from godwit.lab.move_bench import MOVING
+from godwit.lab.rest_bench import CASES, RestBed, RestSide, full, idle, memory, pss, start, switches
+
+MIB = 1 << 20
+
+CHILD = """
+import mmap, os, sys, time
+def wait():
+    print("here", flush=True)
+    sys.stdin.readline()
+wait()
+guest = os.memfd_create("godwit-guest")
+os.ftruncate(guest, 20 << 20)
+theirs = mmap.mmap(guest, 20 << 20)
+for at in range(0, 20 << 20, 4096):
+    theirs[at] = 1
+wait()
+own = mmap.mmap(-1, 20 << 20)
+for at in range(0, 20 << 20, 4096):
+    own[at] = 1
+wait()
+for _ in range(100):
+    time.sleep(0.0001)
+wait()
+"""
+
+
+def test_what_is_read_from_proc() -> None:
+    """A process's own memory counts, its guest's does not; and its switches are told."""
+    with subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        sizes, turns = [], []
+        for _ in range(4):
+            assert child.stdout.readline() == b"here\n"
+            sizes.append(pss(child.pid))
+            turns.append(switches(child.pid))
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+        assert sizes[1] - sizes[0] < MIB
+        assert 19 * MIB < sizes[2] - sizes[1] < 22 * MIB
+        assert turns[3] - turns[2] >= 100
+
+
+@pytest.fixture(scope="module")
+def side() -> Iterator[RestSide]:
+    with RestBed(1500, ["godwit"]) as bed:
+        yield bed.sides["godwit"]
+
+
+def test_start(side: RestSide) -> None:
+    assert 1 < start(side, 0.01)["start ms"] < 10_000
+
+
+def test_memory_and_wake_ups(side: RestSide) -> None:
+    found = memory(side, 1.0, counts=(50,))
+    assert 5 < found["PSS MB"] < 100
+    assert 0 <= found["bytes/flow of 50"] < 100_000
+    found = idle(side, 0.1, count=20)
+    assert 0 <= found["wake-ups/s"] < 1000
+    assert 0 <= found["CPU us/s"] < 500_000
+
+
+def test_the_limit_of_descriptors() -> None:
+    """What is beyond is refused at once, the rest moves."""
+    found = full("godwit", 400)
+    assert 200 < found["flows"] < 400
+    assert found["refused at once"] == 1
+    assert found["alive after a move"] == found["flows"]
+
+
+def test_what_cannot_be_measured_is_left_out() -> None:
+    assert all(case.without.isdisjoint(MOVING) for case in CASES)
+    assert all({"none", "ideal"} <= case.without for case in CASES)
