@@ -121,7 +121,7 @@ def test_status_of_failures(
         (["--backend", "passt=prog {socket}"], "passt is one of the bench's own"),
         (["--backend", "a=one {socket}", "--backend", "a=two {socket}"], "two have the same name"),
         (["udp", "--svg", "/nowhere/chart"], "cannot write /nowhere/chart: No such file or directory"),
-        (["icmp"], "no such group: icmp; there are tcp, udp, move, rest"),
+        (["icmp"], "no such group: icmp; there are tcp, udp, move, rest, qemu"),
     ],
 )
 def test_impossible_wishes(words: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

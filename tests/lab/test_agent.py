@@ -7,6 +7,7 @@ import os
 import pty
 import socket
 import subprocess
+import sys
 import threading
 import time
 import tty
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import godwit.lab
-from godwit.lab import stream
+from godwit.lab import qemu_bench, stream
 from godwit.lab.agent import Agent, AgentError
 from godwit.lab.errors import LabError
 from godwit.lab.netns import Network
@@ -178,10 +179,28 @@ def test_refused(net: Network, agent: Agent) -> None:
         agent.echo(net.server.addr4, 1, 3)
 
 
+def test_floods(net: Network, agent: Agent) -> None:
+    """In both directions, and what ends them; what the kernel has counted is what the agent says."""
+    with net.server.popen([sys.executable, "-c", qemu_bench.SERVER, "5003"], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"ready\n"
+        for up, direction in ((True, "tx"), (False, "rx")):
+            counter = ["cat", f"/sys/class/net/eth0/statistics/{direction}_bytes"]
+            before = int(net.a.run("unshare", "-m", "sh", "-c", f"mount -t sysfs s /sys; {' '.join(counter)}").stdout)
+            count, took = agent.flood(net.server.addr4, 5003, 0.2, up=up)
+            after = int(net.a.run("unshare", "-m", "sh", "-c", f"mount -t sysfs s /sys; {' '.join(counter)}").stdout)
+            assert 0.2 <= took < 5
+            assert 1_000_000 < count < after - before < 1.3 * count + 20_000_000
+        server.kill()
+        server.wait()
+        with pytest.raises(AgentError, match="Connection refused"):
+            agent.flood(net.server.addr4, 5003, 0.2, up=True)
+
+
 def test_commands(agent: Agent) -> None:
     assert agent.run("echo one; echo two >&2") == "one\ntwo"
     assert agent.run("echo", "a  b") == "a  b"
-    for wrong in ("get 5 nowhere 1 1 1 1", "nonsense", "status 4711"):
+    for wrong in ("get 5 nowhere 1 1 1 1", "flood 5 nowhere 1 u 1", "nonsense", "status 4711"):
         agent._send(wrong)
         with pytest.raises(AgentError, match="the guest's agent says"):
             agent.hello(2)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from godwit.lab import bench_chart, move_bench, rest_bench, tcp_bench, udp_bench
+from godwit.lab import bench_chart, move_bench, qemu_bench, rest_bench, tcp_bench, udp_bench
 from godwit.lab import bench_report as report
 from godwit.lab.backend import Kind, Program
 from godwit.lab.bench import KINDS, Case, Results, better, run
@@ -28,6 +28,7 @@ GROUPS: dict[str, Sequence[Case]] = {
     "udp": udp_bench.CASES,
     "move": move_bench.CASES,
     "rest": rest_bench.CASES,
+    "qemu": qemu_bench.CASES,
 }
 
 

@@ -16,6 +16,7 @@
  *   stop JOB     (end a put here and now)     -> stopped JOB
  *   drop JOB     (close, and forget it)       -> dropped JOB
  *   exec JOB COMMAND...                       -> out JOB LINE (any number), exit JOB STATUS
+ *   flood JOB ADDR PORT u|d MS                -> flooded JOB BYTES MS
  *
  * RESULT is: STATE BYTES CRC WRONG_AT GAP_MS ERRNO, where STATE is one of
  * running, ok, failed; WRONG_AT is -1 while every byte was right; GAP_MS is the
@@ -23,7 +24,10 @@
  * answered with: error TEXT. JOB is a number that the other side picks; get
  * and put with BYTES 0 go on until stopped by the sending side. RATE is in
  * bytes per second, 0 for as fast as it goes. A datagram that comes to a port of
- * "datagrams" is given back to its sender as it is.
+ * "datagrams" is given back to its sender as it is. A flood sends ("u") or
+ * receives ("d") for so long what nobody looks at: how fast it goes. Its
+ * connection begins with that letter; of a "u", the other side closes when all
+ * has come.
  *
  * On a connection, the side that opens it says in one line what it wants:
  *
@@ -775,6 +779,48 @@ static void do_exec(int id, const char *command)
 	say("exit %d %d", id, WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
 }
 
+/* The agent does nothing else meanwhile: such a guest has one processor, and what it can do is little enough. */
+static void do_flood(int id, const char *host, const char *port, bool up, int64_t duration_ms)
+{
+	static uint8_t block[1 << 17];
+	struct timeval patience = { .tv_sec = 10 };
+	struct sockaddr_storage addr;
+	socklen_t len;
+	uint64_t bytes = 0;
+	int64_t begun;
+	ssize_t n;
+	int fd;
+
+	if (!resolve(host, port, &addr, &len)) {
+		say("error %d: bad address", id);
+		return;
+	}
+	fd = socket(addr.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
+	if (fd < 0 || connect(fd, (struct sockaddr *)&addr, len) || send(fd, up ? "u" : "d", 1, MSG_NOSIGNAL) != 1)
+		goto failed;
+	begun = now_ms();
+	do {
+		/* TCP throws away what is received with MSG_TRUNC. */
+		n = up ? send(fd, block, sizeof(block), MSG_NOSIGNAL) : recv(fd, block, sizeof(block), MSG_TRUNC);
+		if (n <= 0) {
+			errno = n ? errno : ECONNRESET;
+			goto failed;
+		}
+		bytes += n;
+	} while (now_ms() < begun + duration_ms);
+	if (up && (shutdown(fd, SHUT_WR) || recv(fd, block, 1, 0)))
+		goto failed;
+	say("flooded %d %" PRIu64 " %" PRId64, id, bytes, now_ms() - begun);
+	close(fd);
+	return;
+failed:
+	say("error flood: %s", strerror(errno));
+	if (fd >= 0)
+		close(fd);
+}
+
 static void do_transfer(bool get, int id, const char *host, const char *port, uint64_t seed, uint64_t bytes,
 			uint64_t rate)
 {
@@ -869,6 +915,7 @@ static void command(char *line)
 	uint64_t seed, bytes, rate;
 	int id, n, skip = 0;
 	struct job *j;
+	char way;
 
 	if (!strcmp(line, "hello")) {
 		say("hello 1");
@@ -888,6 +935,8 @@ static void command(char *line)
 		echo_start_more(j);
 	} else if (sscanf(line, "exec %d %n", &id, &skip) == 1 && skip) {
 		do_exec(id, line + skip);
+	} else if (sscanf(line, "flood %d %127s %15s %c %d", &id, host, port, &way, &n) == 5) {
+		do_flood(id, host, port, way == 'u', n);
 	} else if (sscanf(line, "listen %d", &n) == 1) {
 		do_listen(n, false);
 	} else if (sscanf(line, "datagrams %d", &n) == 1) {

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The bench with a QEMU guest: one stream each way."""
+
+from __future__ import annotations
+
+from godwit.lab.qemu_bench import QemuBed, stream
+
+
+def test_streams() -> None:
+    with QemuBed(65520, ["godwit"]) as bed:
+        side = bed.sides["godwit"]
+        assert "mtu 65520" in side.guest.agent.run("ip link show eth0")
+        for up in (True, False):
+            found = stream(side, 0.2, up=up)
+            assert 0.01 < found["Gbit/s"] < 100
+            assert 0.01 < found["CPU s/GiB"] < 100
+            side.check()
