@@ -11,7 +11,8 @@ own. What stands still is a failure, never a low figure.
 measured begins when the windows have had time to open, and ends before the
 senders do; then all that was sent must arrive. ``Gbit/s`` is the receiver's,
 ``CPU s/GiB`` and ``CPU s/s`` are the back-end's, ``fairness`` is Jain's index of
-the streams' shares (1: all the same; 1/n: one has all).
+the streams' shares (1: all the same; 1/n: one has all). The ideal back-end is the
+server of streams itself, and their figures are those of the guest's ends.
 
 **Transactions**: a byte to the server, the same byte back, then the next one.
 
@@ -34,10 +35,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from godwit.lab._tcp import PATIENCE, Answerer, Echo, Receiver, Sender, ask, visit
-from godwit.lab.backend import Kind
+from godwit.lab.backend import IDEAL, Kind
 from godwit.lab.bench import PORT_COUNT, Bed, Case, Side, Working
 from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError
+from godwit.lab.ideal import CHARGEN, DISCARD
 from godwit.lab.netns import Namespace, wait_until
 from godwit.lab.traffic import Traffic
 
@@ -68,7 +70,7 @@ def _connections(side: Side, count: int) -> Iterator[tuple[list[socket.socket], 
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listen(side.server))
         listening.settimeout(TIMEOUT)
-        address = side.server.addr4, listening.getsockname()[1]
+        address = side.server_addr, listening.getsockname()[1]
         for _ in range(count):
             with side.space.enter():
                 guests.append(stack.enter_context(socket.create_connection(address, TIMEOUT)))
@@ -104,6 +106,8 @@ def fairness(shares: Sequence[int]) -> float:
 
 def streams(side: Side, seconds: float, *, up: bool, count: int) -> dict[str, float]:
     """Send over ``count`` connections at once for so long, after a quarter of it to warm up."""
+    if side.kind == IDEAL:
+        return _to_the_limit(side, seconds, up=up, count=count)
     with _connections(side, count) as (guests, servers):
         sources, targets = (guests, servers) if up else (servers, guests)
         sender, receiver = Sender(_fds(sources)), Receiver(_fds(targets))
@@ -113,23 +117,42 @@ def streams(side: Side, seconds: float, *, up: bool, count: int) -> dict[str, fl
 
         with _running(receiver) as receiving:
             with _running(sender):
-                time.sleep(seconds / 4)
-                began, cpu, before = time.monotonic(), side.cpu(), receiver.bytes
-                time.sleep(seconds)
-                # A retransmission may take longer; what never comes ends the receiver.
-                while receiver.bytes == before and receiving.is_alive():
-                    time.sleep(seconds)
-                took, cpu, after = time.monotonic() - began, side.cpu() - cpu, receiver.bytes
+                values = _sampled(side, seconds, receiver, receiving)
             # Before the streams are closed: passt resets one that ends while the guest's ring is full.
             wait_until(lambda: arrived() or not receiving.is_alive(), "what was sent to arrive", PATIENCE / 1e3)
     if not arrived():
         raise LabError(f"{sender.bytes} bytes were sent, {receiver.bytes} have arrived")
+    return values
+
+
+def _to_the_limit(side: Side, seconds: float, *, up: bool, count: int) -> dict[str, float]:
+    """The same with a back-end that is the other end itself."""
+    address = side.server_addr, DISCARD if up else CHARGEN
+    with contextlib.ExitStack() as stack:
+        with side.space.enter():
+            guests = [stack.enter_context(socket.create_connection(address, TIMEOUT)) for _ in range(count)]
+        end = Sender(_fds(guests)) if up else Receiver(_fds(guests))
+        with _running(end) as working:
+            return _sampled(side, seconds, end, working)
+
+
+def _sampled(side: Side, seconds: float, end: Sender | Receiver, running: Working) -> dict[str, float]:
+    """What goes over the connections of a running end meanwhile."""
+    time.sleep(seconds / 4)
+    began, cpu, before = time.monotonic(), side.cpu(), end.bytes
+    time.sleep(seconds)
+    # A retransmission may take longer; what never comes ends the receiver.
+    while end.bytes == before and running.is_alive():
+        time.sleep(seconds)
+    took, cpu, after = time.monotonic() - began, side.cpu() - cpu, end.bytes
     shares = [there - here for here, there in zip(before, after, strict=True)]
     total = sum(shares)
+    if not total:
+        raise LabError("nothing arrives")
     values = {"Gbit/s": total * 8 / took / 1e9}
     if side.guest is not None:
         values |= {"CPU s/GiB": cpu / total * GIB, "CPU s/s": cpu / took}
-    if count > 1:
+    if len(shares) > 1:
         values["fairness"] = fairness(shares)
     return values
 
@@ -161,7 +184,7 @@ def transactions(side: Side, seconds: float, *, count: int = 1) -> dict[str, flo
 def connections(side: Side, seconds: float, *, forwarded: bool = False) -> dict[str, float]:
     """Open, use and close connections, one after the other."""
     spaces: tuple[Namespace, Namespace] = side.space, side.server
-    addr, ports = side.server.addr4, [0] * PORT_COUNT
+    addr, ports = side.server_addr, [0] * PORT_COUNT
     if forwarded:
         spaces = side.server, side.space
         addr, ports = side.addr, list(range(side.port, side.port + PORT_COUNT))
@@ -203,7 +226,7 @@ class CrowdedSide:
                 try:
                     for port in range(self.side.port + PORT_COUNT, self.side.port + PORT_COUNT + IDLE_PORTS):
                         server.listen(port)
-                        self._jobs.append(client.echo(self.side.server.addr4, port, each, IDLE_TIMEOUT))
+                        self._jobs.append(client.echo(self.side.server_addr, port, each, IDLE_TIMEOUT))
                 except LabError as error:
                     opened = len(self._jobs) * each
                     self._failure = f"of {self._idle} idle connections, only {opened} to {opened + each} open: {error}"
@@ -243,6 +266,10 @@ def _beside(measure: Measure, crowded: CrowdedSide, seconds: float) -> dict[str,
 # --- the cases ------------------------------------------------------------------------
 
 
+# It has no ports of the host, and no flows that could be idle.
+_WITHOUT_IDEAL = frozenset({IDEAL})
+
+
 def _cases() -> Iterator[Case]:
     for mtu in MTUS:
         for way in ("up", "down"):
@@ -259,7 +286,7 @@ def _cases() -> Iterator[Case]:
         "crr-forward": ("connections, forwarded", functools.partial(connections, forwarded=True)),
     }
     for name, (title, measure) in few.items():
-        yield Case(name, title, 1500, measure)
+        yield Case(name, title, 1500, measure, without=_WITHOUT_IDEAL if name == "crr-forward" else frozenset())
     yield Case(
         f"rr-{AT_ONCE}",
         f"transactions, {AT_ONCE} at once",
@@ -275,6 +302,7 @@ def _cases() -> Iterator[Case]:
                 1500,
                 functools.partial(_beside, measure),
                 bed,
+                _WITHOUT_IDEAL,
             )
 
 
