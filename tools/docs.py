@@ -75,6 +75,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "UDP": group("udp"),
         "migration": group("move"),
         "the rest": group("rest"),
+        "QEMU": group("qemu"),
     },
     "stream-v2.md": {
         "stages": lambda: stages_list(next(version for version in versions() if version.id == 2)),

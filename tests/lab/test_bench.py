@@ -58,6 +58,8 @@ def test_a_run_measures_in_turns_and_shares_beds() -> None:
     @contextmanager
     def bed(mtu: int, kinds: Sequence[Kind]) -> Iterator[SimpleNamespace]:
         made.append((mtu, list(map(str, kinds))))
+        if mtu == 9000:
+            raise LabError("no such place")
         yield SimpleNamespace(sides={kind: SimpleNamespace(name=str(kind), check=lambda: None) for kind in kinds})
 
     def case(name: str, mtu: int, without: str = "") -> Case:
@@ -70,7 +72,7 @@ def test_a_run_measures_in_turns_and_shares_beds() -> None:
         return Case(name, name, mtu, measure, bed, frozenset(without.split()))
 
     b = Program("b", ("b",))
-    cases = [case("one", 1500), case("two", 9000, "c"), case("three", 1500, "a")]
+    cases = [case("none", 9000), case("one", 1500), case("two", 4000, "c"), case("three", 1500, "a")]
     kept: list[int] = []
     results = run(
         cases,
@@ -80,7 +82,7 @@ def test_a_run_measures_in_turns_and_shares_beds() -> None:
         step=lambda text: None,
         keep=lambda results: kept.append(len(results.values)),
     )
-    assert made == [(1500, ["a", "b", "c"]), (9000, ["a", "b"])]
+    assert made == [(9000, ["a", "b", "c"]), (1500, ["a", "b", "c"]), (4000, ["a", "b"])]
     assert measured == [
         *(("one", kind) for kind in "abccbaabc"),
         *(("three", kind) for kind in "bccbc"),
@@ -88,7 +90,8 @@ def test_a_run_measures_in_turns_and_shares_beds() -> None:
     ]
     assert results.values["one"]["m"] == {kind: [0.5] * 3 for kind in "abc"}
     assert results.values["three"]["m"] == {"c": [0.5] * 3}
-    assert results.failures == ["three, b: out of order"] * 2
+    assert results.failures == ["none: no such place", *["three, b: out of order"] * 2]
     assert kept == [1, 2, 3]
     assert results.about["backends"] == {"b": "b"}
-    assert set(results.load) == set(results.titles) == {"one", "two", "three"}
+    assert set(results.load) == {"one", "two", "three"}
+    assert set(results.titles) == {"none", *results.load}

@@ -43,6 +43,7 @@ from godwit.vhost_user import VhostUserError
 NONE = "none"  # no back-end: the host itself in the guest's place
 KINDS: tuple[Kind, ...] = ("godwit", "passt", IDEAL, NONE)
 
+FAILURES = (LabError, OSError, VhostUserError, subprocess.SubprocessError)
 PATIENCE = 2  # failures after which a kind is left out of a case
 FORMAT = 1  # of what `Results.dump` gives
 
@@ -285,13 +286,23 @@ def run(
         wanted = [kind for kind in kinds if any(str(kind) not in case.without for case in together)]
         if not wanted:
             continue
-        with make_bed(mtu, wanted) as bed:
+        with contextlib.ExitStack() as stack:
+            try:
+                sides = stack.enter_context(make_bed(mtu, wanted)).sides
+            except FAILURES as error:
+                _note(results, step, f"{', '.join(case.name for case in together)}: {error}")
+                continue
             for case in together:
                 step(case.title)
                 results.load[case.name] = os.getloadavg()[0]
-                _measure(case, bed.sides, wanted, results, step)
+                _measure(case, sides, wanted, results, step)
                 keep(results)
     return results
+
+
+def _note(results: Results, step: Callable[[str], None], failure: str) -> None:
+    results.failures.append(failure)
+    step(f"  {failure}")
 
 
 def _measure(
@@ -305,10 +316,9 @@ def _measure(
             try:
                 measured = case.measure(sides[kind], results.seconds)
                 sides[kind].check()
-            except (LabError, OSError, VhostUserError, subprocess.SubprocessError) as error:
+            except FAILURES as error:
                 failed[str(kind)] = failed.get(str(kind), 0) + 1
-                results.failures.append(f"{case.name}, {kind}: {error}")
-                step(f"  {results.failures[-1]}")
+                _note(results, step, f"{case.name}, {kind}: {error}")
             else:
                 results.add(case.name, str(kind), measured)
 

@@ -49,7 +49,7 @@ def label(results: Results, case: str) -> str:
     """What a case is called among those of other groups."""
     title = results.titles.get(case, case)
     group = next((group for group, names in results.groups.items() if case in names), None)
-    return title if group is None or title.startswith(group) else f"{group}: {title}"
+    return title if group is None or title.lower().startswith(group) else f"{group}: {title}"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], right: int) -> str:

@@ -75,6 +75,12 @@ TARGETS: tuple[Target, ...] = (
     # Where the peer, too, passes 64 KiB at a time; and where only godwit has its guest leave that to the card.
     *_streams(65520, 1.5, 0.6),
     *_streams(1500, 4.0, 0.25),
+    # The same of a guest that is a whole machine, whose own pace says nothing of the back-end's.
+    *(
+        Target(f"qemu-{way}-{mtu}", "CPU s/GiB", bound)
+        for mtu, bound in ((65520, 0.6), (1500, 0.25))
+        for way in ("up", "down")
+    ),
     Target("rr", "p50 us", 0.8),
     Target("rr", "CPU us", 0.5),
     Target("crr", "connections/s", 1.5, least=True),
