@@ -17,6 +17,7 @@ import pytest
 
 from godwit.lab import tcp_bench
 from godwit.lab._tcp import Answerer, Echo, Receiver, Sender, ask, visit
+from godwit.lab.backend import Program
 from godwit.lab.bench import KINDS, PORT_COUNT, Bed, Case, Working
 from godwit.lab.errors import LabError
 from godwit.lab.netns import Namespace
@@ -259,14 +260,14 @@ def check(case: Case, kind: object, values: dict[str, float]) -> None:
 
 
 @pytest.fixture(scope="module")
-def crowded() -> Iterator[tcp_bench.CrowdedSide]:
-    with tcp_bench.CrowdedBed(200, 1500, ["godwit"]) as made:
-        yield made.sides["godwit"]
+def crowds() -> Iterator[tcp_bench.CrowdedBed]:
+    with tcp_bench.CrowdedBed(200, 1500, ["godwit", "none"]) as made:
+        yield made
 
 
-def test_beside_idle_connections(crowded: tcp_bench.CrowdedSide) -> None:
+def test_beside_idle_connections(crowds: tcp_bench.CrowdedBed) -> None:
     """They are there, and a case that is measured when they are not is a failure."""
-    case = CASES["rr-idle-5000"]
+    case, crowded = CASES["rr-idle-5000"], crowds.sides["godwit"]
     check(case, "godwit", case.measure(crowded, SECONDS))
     crowded.check()
     assert crowded.side.server.run("ss", "-Htn", "state", "established").stdout.count("\n") == 200
@@ -276,13 +277,26 @@ def test_beside_idle_connections(crowded: tcp_bench.CrowdedSide) -> None:
         crowded.check()
 
 
-def test_idle_connections_that_do_not_open() -> None:
+def test_idle_connections_that_do_not_open(crowds: tcp_bench.CrowdedBed) -> None:
     """One of the server's ports is taken; that is told each time, and not tried again."""
-    with tcp_bench.CrowdedBed(200, 1500, ["godwit"]) as bed:
-        crowded = bed.sides["godwit"]
-        port = crowded.side.port + PORT_COUNT + 3
-        with crowded.side.server.enter(), socket.create_server(("", port)):
-            for _ in range(2):
-                with pytest.raises(LabError, match=r"of 200 idle connections, only 30 to 40 open"):
-                    CASES["crr-idle-5000"].measure(crowded, SECONDS)
-        crowded.check()
+    crowded = crowds.sides["none"]
+    port = crowded.side.port + PORT_COUNT + 3
+    with crowded.side.server.enter(), socket.create_server(("", port)):
+        for _ in range(2):
+            with pytest.raises(LabError, match=r"of 200 idle connections, only 30 to 40 open"):
+                CASES["crr-idle-5000"].measure(crowded, SECONDS)
+    crowded.check()
+
+
+def test_stream_mode() -> None:
+    """A back-end without it is a failure of its own."""
+    other = Program("other", ("other", "{socket}"))
+    case = CASES["stream-mode-down-1500"]
+    with case.bed(1500, ["godwit", other]) as bed:
+        values = case.measure(bed.sides["godwit"], SECONDS)
+        bed.sides["godwit"].check()
+        assert set(values) == {"Gbit/s", "CPU s/GiB", "CPU s/s"}
+        assert all(value > 0 for value in values.values())
+        with pytest.raises(LabError, match="other is started by its own command line"):
+            case.measure(bed.sides[other], SECONDS)
+        bed.sides[other].check()

@@ -104,16 +104,19 @@ class Side:
 
 
 class Bed(Closing):
-    """A network at one MTU, with the sides that are compared. All stay up; only one is used at a time."""
+    """A network at one MTU, with the sides that are compared, each made by ``side``.
 
-    def __init__(self, mtu: int, kinds: Sequence[Kind]) -> None:
+    All stay up; only one is used at a time.
+    """
+
+    def __init__(self, mtu: int, kinds: Sequence[Kind], side: Callable[..., Side] = Side) -> None:
         self._cleanup = contextlib.ExitStack()
         try:
             folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-bench-"))
             os.chmod(folder, 0o755)  # passt becomes another user
             net = self._cleanup.enter_context(Network(mtu=mtu))
             self.sides = {
-                kind: Side(kind, net, folder, _FIRST_PORT + 1000 * number, self._cleanup)
+                kind: side(kind, net, folder, _FIRST_PORT + 1000 * number, self._cleanup)
                 for number, kind in enumerate(kinds)
             }
         except BaseException:

@@ -24,6 +24,8 @@ has read the end; the server's ports take turns.
 Of both, the rate, how long one takes for the client (``p50 us``, ``p99 us``), and
 the back-end's time for each (``CPU us``); alone and beside thousands of idle
 connections through the same back-end, which go to many of the server's ports.
+
+*In stream mode* the guest's frames go over a socket, not through rings.
 """
 
 from __future__ import annotations
@@ -35,12 +37,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from godwit.lab._tcp import PATIENCE, Answerer, Echo, Receiver, Sender, ask, visit
-from godwit.lab.backend import IDEAL, Kind
-from godwit.lab.bench import PORT_COUNT, Bed, Case, Side, Working
+from godwit.lab.backend import IDEAL, Backend, Kind
+from godwit.lab.bench import NONE, PORT_COUNT, Bed, Case, Side, Working
 from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError
+from godwit.lab.guest import StreamGuest
 from godwit.lab.ideal import CHARGEN, DISCARD
-from godwit.lab.netns import Namespace, wait_until
+from godwit.lab.netns import Namespace, Network, wait_until
 from godwit.lab.traffic import Traffic
 
 GIB = 1 << 30
@@ -49,6 +52,7 @@ WARM = 0.05  # seconds that questions, or short connections, go on before they c
 
 STREAMS = (1, 4, 16)
 MTUS = (65520, 9000, 1500)
+STREAM_MODE_MTUS = (65520, 1500)
 AT_ONCE = 16  # transactions
 IDLE = (5000, 19_000)
 IDLE_PORTS = 20  # of the server, for each side's idle connections
@@ -150,7 +154,7 @@ def _sampled(side: Side, seconds: float, end: Sender | Receiver, running: Workin
     if not total:
         raise LabError("nothing arrives")
     values = {"Gbit/s": total * 8 / took / 1e9}
-    if side.guest is not None:
+    if side.kind != NONE:
         values |= {"CPU s/GiB": cpu / total * GIB, "CPU s/s": cpu / took}
     if len(shares) > 1:
         values["fairness"] = fairness(shares)
@@ -169,7 +173,7 @@ def _timed(side: Side, what: str, work: Callable[[], list[int]]) -> dict[str, fl
         "p50 us": times[len(times) // 2] / 1e3,
         "p99 us": times[len(times) * 99 // 100] / 1e3,
     }
-    if side.guest is not None:
+    if side.kind != NONE:
         values["CPU us"] = cpu / len(times) * 1e6
     return values
 
@@ -263,6 +267,44 @@ def _beside(measure: Measure, crowded: CrowdedSide, seconds: float) -> dict[str,
     return measure(crowded.side, seconds)
 
 
+# --- stream mode ------------------------------------------------------------------------
+
+
+class StreamSide(Side):
+    """A back-end in stream mode and its guest: started when first needed, for not every back-end has it."""
+
+    def __init__(self, kind: Kind, net: Network, folder: str, port: int, cleanup: contextlib.ExitStack) -> None:
+        super().__init__(NONE, net, folder, port, cleanup)
+        self.kind = kind
+        self._net = net
+        self._folder = folder
+        self._cleanup = cleanup
+        self._stream_guest: StreamGuest | None = None
+
+    def open(self) -> None:
+        """Start both, once; `LabError` if the back-end does not start."""
+        if self._stream_guest is None:
+            net = self._net
+            backend = self._cleanup.enter_context(Backend(net.a, self._folder, self.kind, stream=True, mtu=net.mtu))
+            guest = self._cleanup.enter_context(StreamGuest(f"guest-{self.kind}", mtu=net.mtu))
+            guest.connect(backend.socket)
+            guest.configure()
+            self.space, self._pid, self._stream_guest = guest.space, backend.pid, guest
+
+    def check(self) -> None:
+        """Raise `LabError` if the back-end has sent what none may."""
+        if self._stream_guest is not None:
+            self._stream_guest.check()
+
+
+STREAM_BED = functools.partial(Bed, side=StreamSide)
+
+
+def _in_stream_mode(measure: Measure, side: StreamSide, seconds: float) -> dict[str, float]:
+    side.open()
+    return measure(side, seconds)
+
+
 # --- the cases ------------------------------------------------------------------------
 
 
@@ -303,6 +345,16 @@ def _cases() -> Iterator[Case]:
                 functools.partial(_beside, measure),
                 bed,
                 _WITHOUT_IDEAL,
+            )
+    for mtu in STREAM_MODE_MTUS:
+        for way in ("up", "down"):
+            yield Case(
+                f"stream-mode-{way}-{mtu}",
+                f"{way}, 1 stream, MTU {mtu}, in stream mode",
+                mtu,
+                functools.partial(_in_stream_mode, functools.partial(streams, up=way == "up", count=1)),
+                STREAM_BED,
+                frozenset({IDEAL, NONE}),
             )
 
 
