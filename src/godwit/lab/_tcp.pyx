@@ -319,6 +319,7 @@ cdef class Answerer(_Ends):
 
     def run(self):
         """Answer."""
+        cdef int patience = PATIENCE
         cdef uint8_t byte[1]
         cdef int i, fd, error = 0
         with nogil:
@@ -333,7 +334,7 @@ cdef class Answerer(_Ends):
                             error = errno
                         continue
                     # One that says nothing is the client's to tell of.
-                    if within(fd, TICK * 10) == 0 and recv(fd, byte, 1, 0) == 1:
+                    if within(fd, patience) == 0 and recv(fd, byte, 1, 0) == 1:
                         if send(fd, byte, 1, MSG_NOSIGNAL) == 1:
                             count_add(&self._bytes[i], 1)
                     close(fd)
