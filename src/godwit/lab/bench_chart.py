@@ -16,7 +16,7 @@ from godwit.lab.bench import Results
 from godwit.lab.bench_report import comparable, label, ratio
 from godwit.lab.bench_targets import OURS, PEER
 
-WIDTH, LABELS, FIGURES = 960, 330, 150  # pixels
+SCALE, FIGURES, LETTER, MARGIN = 480, 130, 6.6, 12  # pixels: of width, a letter's on the average
 TOP, ROW, BOTTOM = 72, 22, 30
 LEAST, MOST = 1 / 4, 32.0  # of the scale
 TICKS = (1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32)
@@ -37,9 +37,9 @@ _STYLE = """
 
 
 def _x(times: float) -> float:
-    """Where a ratio is; what is beyond the scale is at its end."""
+    """Where a ratio is on the scale; what is beyond it is at its end."""
     part = (math.log2(min(max(times, LEAST), MOST)) - math.log2(LEAST)) / (math.log2(MOST) - math.log2(LEAST))
-    return LABELS + part * (WIDTH - LABELS - FIGURES)
+    return part * SCALE
 
 
 def _times(value: float) -> str:
@@ -49,22 +49,24 @@ def _times(value: float) -> str:
 def svg(results: Results) -> str:
     """The chart."""
     bars = comparable(results)
-    height = TOP + ROW * len(bars) + BOTTOM
+    labels = [f"{label(results, target.case)}: {target.metric}" for target, _ in bars]
+    before = MARGIN + LETTER * max(map(len, labels), default=0)  # where the scale begins
+    width, height = math.ceil(before + SCALE + FIGURES), TOP + ROW * len(bars) + BOTTOM
     title = f"{OURS} beside {PEER}: how many times better"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         ' role="img" aria-labelledby="title summary">',
         f'<title id="title">{title}</title>',
         f'<desc id="summary">{escape(_summary(results))}</desc>',
         f"<style>{_STYLE}</style>",
-        f'<rect class="ground" width="{WIDTH}" height="{height}"/>',
-        f'<text class="text title" x="12" y="24">{title}</text>',
-        '<text class="faint" x="12" y="44">ratios of medians, turned so that right is better; the notch is the'
+        f'<rect class="ground" width="{width}" height="{height}"/>',
+        f'<text class="text title" x="{MARGIN}" y="24">{title}</text>',
+        f'<text class="faint" x="{MARGIN}" y="44">ratios of medians, turned so that right is better; the notch is the'
         " target</text>",
     ]
     bottom = height - BOTTOM
     for tick in TICKS:
-        x = _x(tick)
+        x = before + _x(tick)
         parts.append(
             f'<line class="{"one" if tick == 1 else "grid"}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{bottom}"/>'
         )
@@ -72,19 +74,18 @@ def svg(results: Results) -> str:
     for number, (target, value) in enumerate(bars):
         met = target.met(results)
         times = value if target.least else 1 / value
-        wanted = _x(target.bound if target.least else 1 / target.bound)
+        wanted = before + _x(target.bound if target.least else 1 / target.bound)
         y = TOP + ROW * number
         middle = y + ROW / 2 + 4
-        left, right = sorted((_x(1), _x(times)))
-        words = f"{label(results, target.case)}: {target.metric}"
+        left, right = sorted((before + _x(1), before + _x(times)))
         figure = f"{ratio(value)} × {'✓ met' if met else '✗ missed'}"
         parts += [
-            f'<text class="text" x="{LABELS - 8}" y="{middle}" text-anchor="end">{escape(words)}</text>',
+            f'<text class="text" x="{before - 8:.1f}" y="{middle}" text-anchor="end">{escape(labels[number])}</text>',
             f'<rect class="{"met" if met else "missed"}" x="{left:.1f}" y="{y + 4}" width="{max(right - left, 1):.1f}"'
             f' height="{ROW - 8}"/>',
             f'<line class="mark" x1="{wanted:.1f}" x2="{wanted:.1f}" y1="{y + 1}" y2="{y + ROW - 1}"'
             ' stroke-width="2"/>',
-            f'<text class="text" x="{WIDTH - FIGURES + 12}" y="{middle}">{figure}</text>',
+            f'<text class="text" x="{before + SCALE + MARGIN:.1f}" y="{middle}">{figure}</text>',
         ]
     return "\n".join([*parts, "</svg>", ""])
 

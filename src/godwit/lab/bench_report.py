@@ -27,7 +27,7 @@ def cell(summary: Summary | None) -> str:
 
 def ratio(value: float | None) -> str:
     """A ratio, empty where there is none."""
-    return "" if value is None else f"{value:.3g}" if value >= 100 else f"{value:.2f}"
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def heading(kind: str) -> str:
