@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from godwit.lab import rest_bench
 from godwit.lab.move_bench import MOVING
 from godwit.lab.rest_bench import CASES, RestBed, RestSide, full, idle, memory, pss, start, switches
 
@@ -63,7 +64,8 @@ def test_start(side: RestSide) -> None:
     assert 1 < start(side, 0.01)["start ms"] < 10_000
 
 
-def test_memory_and_wake_ups(side: RestSide) -> None:
+def test_memory_and_wake_ups(side: RestSide, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest_bench, "SETTLING", 0.1)
     found = memory(side, 1.0, counts=(50,))
     assert 5 < found["PSS MB"] < 100
     assert 0 <= found["bytes/flow of 50"] < 100_000

@@ -245,30 +245,29 @@ class MoveBed(Closing):
         self._cleanup.close()
 
 
-def _per_flow(steps: Steps, count: int) -> dict[str, float]:
+def _metrics(steps: Steps, count: int) -> dict[str, float]:
     found = {
         "stop ms": steps.stop * 1e3,
         "save ms": steps.save * 1e3,
         "load ms": steps.load * 1e3,
         "start ms": steps.start * 1e3,
-        "source CPU ms": steps.source_cpu * 1e3,
-        "target CPU ms": steps.target_cpu * 1e3,
     }
-    if count:
-        found |= {
-            "save us/flow": steps.save * 1e6 / count,
-            "save CPU us/flow": steps.source_cpu * 1e6 / count,
-            "load us/flow": steps.load * 1e6 / count,
-            "load CPU us/flow": steps.target_cpu * 1e6 / count,
-            "state bytes/flow": steps.state / count,
-        }
-    return found
+    if not count:
+        return {**found, "save CPU ms": steps.source_cpu * 1e3, "load CPU ms": steps.target_cpu * 1e3}
+    return {
+        **found,
+        "save us/flow": steps.save * 1e6 / count,
+        "save CPU us/flow": steps.source_cpu * 1e6 / count,
+        "load us/flow": steps.load * 1e6 / count,
+        "load CPU us/flow": steps.target_cpu * 1e6 / count,
+        "state bytes/flow": steps.state / count,
+    }
 
 
 def idle(side: MoveSide, seconds: float, *, count: int) -> dict[str, float]:
     """Move with idle connections. ``seconds`` does not matter: it takes what it takes."""
     side.have(count)
-    found = _per_flow(side.step_by_step(), count)
+    found = _metrics(side.step_by_step(), count)
     if count:
         side.crowd.expect_alive(_SAMPLE)
     blackout, silence = side.at_once()
@@ -293,7 +292,7 @@ def queued(side: MoveSide, seconds: float, *, count: int, up: bool) -> dict[str,
         if back:
             found["blackout ms"] = side.at_once()[0] * 1e3
         else:
-            found = _per_flow(side.step_by_step(quiet=False), count)
+            found = _metrics(side.step_by_step(quiet=False), count)
         if (right := full.read()) != count:
             raise LabError(f"of {count} connections with full queues, {count - right} lost something or were lost")
     return found

@@ -37,7 +37,7 @@ MTU = 1500
 STARTS = 3  # at least so many are measured at a time
 WATCHED = 5.0  # an idle back-end is watched for so long times the seconds that a case is given
 _GUEST_MEMORY = "/memfd:godwit-guest"
-_SETTLING = 1.0  # seconds before an idle back-end is looked at: the guest's stack has said what it says at first
+SETTLING = 4.0  # seconds before an idle back-end is looked at: it and the guest have done what they do at first
 _SPARE = 100  # of the descriptors that a process may have, the ends of the connections leave so many
 
 
@@ -124,7 +124,7 @@ def start(side: RestSide, seconds: float) -> dict[str, float]:
 def memory(side: RestSide, seconds: float, *, counts: Sequence[int]) -> dict[str, float]:
     """Memory with a guest and no connection, and what each of so many idle ones adds. ``seconds`` does not matter."""
     with side.serving() as (backend, crowd):
-        time.sleep(_SETTLING)
+        cpu_when_quiet(backend)
         none = pss(backend.pid)
         found = {"PSS MB": none / 1e6}
         for count in counts:
@@ -141,7 +141,7 @@ def idle(side: RestSide, seconds: float, *, count: int) -> dict[str, float]:
         if count:
             crowd.open(count)
             crowd.expect_alive()
-        time.sleep(_SETTLING)
+        time.sleep(SETTLING)
         began, woken, used = time.monotonic(), switches(backend.pid), cpu(backend.pid)
         time.sleep(WATCHED * seconds)
         woken, used = switches(backend.pid) - woken, cpu(backend.pid) - used
