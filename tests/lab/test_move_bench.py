@@ -39,7 +39,8 @@ def test_a_crowd_without_a_back_end(net: Network) -> None:
         net.switch("a")
         assert all(0 < gap < 5 for gap in made.gaps(time.monotonic()))
         for up in (True, False):
-            full = made.full(5, 8000, up=up)
+            full = made.open_full(5, up=up)
+            full.fill(8000)
             assert full.read() == 5
         made.expect_alive(10)
         # One that the server resets is missed.
@@ -47,7 +48,8 @@ def test_a_crowd_without_a_back_end(net: Network) -> None:
         with pytest.raises(LabError, match="of 46 connections 45 are alive; of all, 1 have ended"):
             made.expect_alive()
         # What is not what was sent is told from what is.
-        full = made.full(5, 8000, up=True)
+        full = made.open_full(5, up=True)
+        full.fill(8000)
         made._server.ask("drop", numbers=(made._next - 1, made._next))
         assert full.read() == 4
         made.drop()
@@ -74,10 +76,10 @@ def test_a_move_with_idle_connections(side: MoveSide) -> None:
     assert side.crowd.count == 0
 
 
-@pytest.mark.parametrize("up", [False, True], ids=["the guest does not read", "the peer does not read"])
+@pytest.mark.parametrize("up", [False, True], ids=["to the guest", "to the peer"])
 def test_a_move_with_full_queues(side: MoveSide, up: bool) -> None:
     found = queued(side, 1.0, count=20, up=up)
-    assert found["state bytes/flow"] > QUEUED
+    assert found["state bytes/flow"] >= QUEUED
     side.check()
 
 

@@ -167,7 +167,7 @@ MORE = frozenset(
         "transactions/s",
     }
 )
-NEITHER = frozenset({"CPU s/s", "sent/s"})
+NEITHER = frozenset({"CPU s/s", "sent/s", "state bytes/flow"})
 
 
 def better(metric: str) -> int:

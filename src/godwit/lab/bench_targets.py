@@ -106,7 +106,7 @@ TARGETS: tuple[Target, ...] = (
     *(
         Target(case, metric, 0.25)
         for case in ("queued-up", "queued-down")
-        for metric in ("save ms", "load ms", "source CPU ms")
+        for metric in ("save ms", "load ms", "save CPU us/flow")
     ),
     Target("start", "start ms", 200, than=None),
     Target("memory", "PSS MB", 45, than=None),

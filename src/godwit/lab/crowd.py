@@ -13,8 +13,9 @@ the kernel's search for a free port that is measured::
 Three kinds of connections:
 
 * ``ECHO``: idle but for ``check``, in which both ends send and compare known bytes.
-* ``FULL``: one end is sent what the other does not read until ``read``, so that
-  all but what the least buffer of a receiver takes stays with the sender's side.
+* ``FULL``: one end sends what the other does not read until it is told to. The
+  guest has the least receive buffer that there is: what it does not read stays
+  with its back-end, all but a segment or two.
 * ``TICK``: carry a byte every few milliseconds between ``start_ticks`` and
   ``gaps``, which tells how long each was silent.
 
@@ -39,7 +40,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from godwit.lab import stream
@@ -49,7 +50,6 @@ from godwit.lab.netns import Namespace
 
 ECHO, FULL, TICK = 1, 2, 3
 PORTS = range(6000, 6020)
-SMALL_PORTS = range(6100, 6104)  # their connections' receivers have the least buffer that there is
 MESSAGE = 64  # bytes of a check, each way
 TICK_SECONDS = 0.002  # between two bytes of one connection
 TICKERS = 4
@@ -206,13 +206,11 @@ class _End:
 
     # --- commands ---
 
-    def listen(self, ports: Sequence[int], small: bool) -> None:
+    def listen(self, ports: Sequence[int]) -> None:
         """Accept connections on these ports."""
         for port in ports:
             sock = socket.socket(socket.AF_INET6)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if small:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SMALL)
             sock.bind(("", port))
             sock.listen(4096)
             sock.setblocking(False)
@@ -425,8 +423,7 @@ class Crowd(Closing):
         try:
             self._server = self._cleanup.enter_context(_Process(server))
             self._client = self._cleanup.enter_context(_Process(guest))
-            self._server.ask("listen", ports=list(PORTS), small=False)
-            self._server.ask("listen", ports=list(SMALL_PORTS), small=True)
+            self._server.ask("listen", ports=list(PORTS))
         except BaseException:
             self.close()
             raise
@@ -490,19 +487,11 @@ class Crowd(Closing):
         self._echoes.clear()
         self._tickers.clear()
 
-    def full(self, count: int, size: int, *, up: bool) -> Full:
-        """Open ``count`` connections, and send ``size`` bytes over each that the guest (its peer, if ``up``) leaves."""
-        numbers = self._open(count, FULL, SMALL_PORTS)
-        sender, reader = (self._client, self._server) if up else (self._server, self._client)
-        sender.ask("fill", numbers=numbers, size=size)
-
-        def read() -> int:
-            right = cast(int, reader.ask("read", numbers=numbers, size=size, timeout=30.0))
-            for end in (self._client, self._server):
-                end.ask("drop", numbers=numbers)
-            return right
-
-        return Full(count, read)
+    def open_full(self, count: int, *, up: bool) -> Full:
+        """Open connections that the guest sends over (its peer, unless ``up``) and the other end does not read."""
+        numbers = self._open(count, FULL, PORTS)
+        ends = self._client, self._server
+        return Full(numbers, *(ends if up else reversed(ends)))
 
     def start_ticks(self) -> None:
         """Begin to send over some connections all the time."""
@@ -529,11 +518,25 @@ class Crowd(Closing):
 
 
 class Full:
-    """Connections with full queues. ``read`` empties and ends them: from how many all came, and nothing else."""
+    """Connections with full queues."""
 
-    def __init__(self, count: int, read: Callable[[], int]) -> None:
-        self.count = count
-        self.read = read
+    def __init__(self, numbers: tuple[int, int], sender: _Process, reader: _Process) -> None:
+        self._numbers = numbers
+        self._sender = sender
+        self._reader = reader
+        self._size = 0
+
+    def fill(self, size: int) -> None:
+        """Send so many bytes over each, once."""
+        self._sender.ask("fill", numbers=self._numbers, size=size)
+        self._size = size
+
+    def read(self) -> int:
+        """Read them, and end the connections; over how many all came, and nothing else."""
+        right = cast(int, self._reader.ask("read", numbers=self._numbers, size=self._size, timeout=30.0))
+        for end in (self._sender, self._reader):
+            end.ask("drop", numbers=self._numbers)
+        return right
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -42,7 +42,7 @@ from godwit.vhost_user import VhostUserError
 MTU = 1500
 MOVING = ("godwit", "passt")
 QUEUED = 24 * 1024  # bytes on each connection with full queues
-_TAKEN = 4096  # of which a receiver's least buffer takes less than so many
+_TAKEN = 4096  # what a guest takes all the same that does not read, at most
 _SAMPLE = 500  # connections that are used between two moves; after the second, all are
 _LINGER = 0.0  # seconds for a back-end to end, which would stay for the sake of connections that have left
 _QUIET = 0.05  # seconds in which a back-end uses no processor
@@ -147,6 +147,10 @@ class MoveSide(Closing):
             raise LabError(f"the guest does not move: {error}") from error
         scenario.where = target
         return migration
+
+    def cut(self) -> None:
+        """Cut the host off the network: until the next move."""
+        self._scenario.network.switch(None)
 
     def _settle(self) -> None:
         for backend in self._scenario.backends.values():
@@ -279,16 +283,19 @@ def idle(side: MoveSide, seconds: float, *, count: int) -> dict[str, float]:
 
 
 def queued(side: MoveSide, seconds: float, *, count: int, up: bool) -> dict[str, float]:
-    """Move with ``QUEUED`` bytes on each connection that the peer, or the guest unless ``up``, does not read.
+    """Move with ``QUEUED`` bytes at the back-end for each connection.
 
-    passt has the guest keep what the peer has no room for: the size of the state
-    tells how much was queued at the back-end. And it is busy all the time while a
-    guest does not read.
+    If ``up`` they come from the guest, and the network is cut off before they are
+    sent; otherwise they are for the guest, which does not read. passt is busy all
+    the time then: its processor time is not waited for to end.
     """
     side.have(0)
     found: dict[str, float] = {}
     for back in (False, True):
-        full = side.crowd.full(count, QUEUED + _TAKEN, up=up)
+        full = side.crowd.open_full(count, up=up)
+        if up:
+            side.cut()
+        full.fill(QUEUED + (0 if up else _TAKEN))
         if back:
             found["blackout ms"] = side.at_once()[0] * 1e3
         else:
@@ -321,8 +328,8 @@ CASES: tuple[Case, ...] = tuple(
     )
     for name, title, measure, without in (
         ("idle-0", "without connections", _idle(0), _NONE),
-        ("queued-up", "1000, 24 KiB each that the peer does not read", _queued(up=True), _NONE),
-        ("queued-down", "1000, 24 KiB each that the guest does not read", _queued(up=False), _NONE),
+        ("queued-up", "1000, 24 KiB each on the way to the peer", _queued(up=True), _NONE),
+        ("queued-down", "1000, 24 KiB each on the way to the guest", _queued(up=False), _NONE),
         ("idle-1000", "1000 idle", _idle(1000), _NONE),
         ("idle-9000", "9000 idle", _idle(9000), _NONE),
         ("idle-10000", "10,000 idle (beyond passt's limit)", _idle(10_000), _NOT_PASST),
