@@ -93,7 +93,8 @@ debug: venv ## an unoptimised build with debug information, in build/debug/lib
 # its end, which is no leak; and its own allocator would hide overruns inside its arenas.
 # Not what takes long and has the data plane do what others do, too, or is about the laboratory itself.
 ASAN_LEAVES := $(patsubst %,tests/lab/test_%.py,outcomes fault_matrix endurance addresses guard failures \
-	clients services hosts options agent debian image netns qmp traffic)
+	clients services hosts options agent debian image netns qmp traffic \
+	bench bench_report move_bench rest_bench tcp_bench)
 
 asan: venv prerequisites-lab prerequisites-test ## the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	GODWIT_SANITIZE=1 $(call VARIANT,sanitize)

@@ -19,7 +19,7 @@ from godwit.lab.errors import LabError, UnavailableError
 
 def test_a_short_run(tmp_path: Path) -> None:
     """Without passt, which would have to be fetched."""
-    words = ["--of", "godwit,none", "--rounds", "1", "--seconds", "0.1"]
+    words = ["--of", "godwit,ideal,none", "--rounds", "1", "--seconds", "0.1"]
     words += ["--json", str(tmp_path / "values"), "--svg", str(tmp_path / "chart")]
     for case in ("up-1400-paced", "down-1400-paced", "forward-1400-paced", "latency-64"):
         words += ["--case", case]
@@ -45,6 +45,8 @@ def test_a_short_run(tmp_path: Path) -> None:
             assert measured["delivered/s"][0] > 100
             assert measured["reordered"] == [0]
         assert results.values[case]["CPU us"]["godwit"][0] > 0
+        assert ("ideal" in results.values[case]["delivered/s"]) == (case != "forward-1400-paced")
+    assert results.ratio("up-1400-paced", "delivered/s", "ideal", "none") == pytest.approx(1, abs=0.5)
     assert (tmp_path / "chart").read_text().startswith("<svg")
 
 

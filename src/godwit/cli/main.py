@@ -19,7 +19,7 @@ COMMANDS = {
     "repair": ("godwit.cli.repair", "help a back-end to move TCP connections (needs CAP_NET_ADMIN)"),
     "inspect": ("godwit.cli.inspect", "show what is in a device state"),
     "demo": ("godwit.cli.demo", "migrate a guest with open connections, there and back"),
-    "bench": ("godwit.cli.bench", "measure godwit and passt beside each other"),
+    "bench": ("godwit.cli.bench", "measure godwit, passt and other back-ends beside each other"),
 }
 
 
