@@ -45,7 +45,7 @@ KINDS: tuple[Kind, ...] = ("godwit", "passt", IDEAL, NONE)
 
 FAILURES = (LabError, OSError, VhostUserError, subprocess.SubprocessError)
 PATIENCE = 2  # failures after which a kind is left out of a case
-FORMAT = 1  # of what `Results.dump` gives
+FORMAT = 1  # of what `Results.dumps` gives
 
 PORT_COUNT = 10
 _FIRST_PORT = 20_000

@@ -124,7 +124,10 @@ def verdict(target: Target, results: Results) -> str:
 
 
 def targets(results: Results) -> str:
-    """Every target, and what was reached."""
+    """How many targets are met, and for every one what was reached."""
+    verdicts = [target.met(results) for target in TARGETS]
+    met, measured = verdicts.count(True), len(verdicts) - verdicts.count(None)
+    unknown = "" if measured == len(verdicts) else f"; {len(verdicts) - measured} more were not measured"
     head = ["case", "metric", OURS, PEER, "target", "reached", ""]
     rows = []
     before = ""
@@ -142,7 +145,7 @@ def targets(results: Results) -> str:
             ]
         )
         before = title
-    return _markdown(head, rows, 2)
+    return f"{met} of {measured} are met{unknown}.\n\n{_markdown(head, rows, 2)}"
 
 
 def _reached(target: Target, results: Results) -> str:
