@@ -169,7 +169,7 @@ class Backend:
         def listening() -> bool:
             if self._process.poll() is not None:
                 raise LabError(f"{self.name} ended with {self._process.returncode}: {self.messages()[-2000:]}")
-            return self._listens_at <= _listening(self.pid)
+            return all(map(os.path.exists, self._listens_at)) and self._listens_at <= _listening(self.pid)
 
         paths = ", ".join(sorted(self._listens_at))
         wait_until(listening, f"{self.name} to listen at {paths}", patience, interval=0.0005)

@@ -5,7 +5,9 @@ Each measurement has a back-end and a guest of its own, so that none finds what
 another has left: memory that a process has once used it mostly keeps.
 
 * *PSS* is the memory of the back-end's process, what it shares with others
-  divided among them, without the guest's memory, which is not its own.
+  divided among them, without the guest's memory, which is not its own. What
+  connections add is what it alone has, and has written to: how many others use the
+  same libraries changes all the time.
 * *wake-ups* are context switches of all its threads, of its own accord or not.
 * At the limit of descriptors the next connection of the guest is to be refused,
   and told so; all others live, also after a migration.
@@ -23,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from godwit.lab.backend import IDEAL, Backend, Kind
 from godwit.lab.bench import NONE, Case
@@ -87,18 +90,30 @@ class RestBed(Closing):
         self._cleanup.close()
 
 
-def pss(pid: int) -> int:
-    """Memory of a process in bytes: proc_pid_smaps(5), its proportional share, without a guest's memory."""
-    total = 0
-    of_the_guest = False
-    with open(f"/proc/{pid}/smaps") as file:
-        for line in file:
-            words = line.split()
-            if "-" in words[0]:  # address range, permissions, offset, device, inode, path
-                of_the_guest = len(words) > 5 and words[5].startswith(_GUEST_MEMORY)
-            elif words[0] == "Pss:" and not of_the_guest:
-                total += int(words[1]) * 1024
-    return total
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a process in bytes: its proportional share, and what it alone has and has written to."""
+
+    pss: int
+    own: int
+
+    @classmethod
+    def of(cls, pid: int) -> Memory:
+        """Read proc_pid_smaps(5), and leave out a guest's memory."""
+        pss = own = 0
+        of_the_guest = False
+        with open(f"/proc/{pid}/smaps") as file:
+            for line in file:
+                words = line.split()
+                if "-" in words[0]:  # address range, permissions, offset, device, inode, path
+                    of_the_guest = len(words) > 5 and words[5].startswith(_GUEST_MEMORY)
+                elif of_the_guest:
+                    continue
+                elif words[0] == "Pss:":
+                    pss += int(words[1]) * 1024
+                elif words[0] == "Private_Dirty:":
+                    own += int(words[1]) * 1024
+        return cls(pss, own)
 
 
 def switches(pid: int) -> int:
@@ -112,26 +127,27 @@ def switches(pid: int) -> int:
 
 def start(side: RestSide, seconds: float) -> dict[str, float]:
     """How long a back-end takes from its start until it listens."""
-    took: list[float] = []
+    took: list[tuple[float, float]] = []
     end = time.monotonic() + seconds
     while len(took) < STARTS or time.monotonic() < end:
         backend = side.start()
-        took.append(backend.start_seconds)
+        took.append((backend.start_seconds, cpu(backend.pid)))
         backend.close()
-    return {"start ms": statistics.median(took) * 1e3}
+    clock, processor = (statistics.median(column) * 1e3 for column in zip(*took, strict=True))
+    return {"start ms": clock, "start CPU ms": processor}
 
 
 def memory(side: RestSide, seconds: float, *, counts: Sequence[int]) -> dict[str, float]:
     """Memory with a guest and no connection, and what each of so many idle ones adds. ``seconds`` does not matter."""
     with side.serving() as (backend, crowd):
         cpu_when_quiet(backend)
-        none = pss(backend.pid)
-        found = {"PSS MB": none / 1e6}
+        none = Memory.of(backend.pid)
+        found = {"PSS MB": none.pss / 1e6}
         for count in counts:
             crowd.open(count - crowd.count)
             crowd.expect_alive()
             cpu_when_quiet(backend)
-            found[f"bytes/flow of {count}"] = (pss(backend.pid) - none) / count
+            found[f"bytes/flow of {count}"] = (Memory.of(backend.pid).own - none.own) / count
     return found
 
 
