@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The loop of the ideal back-end (``ideal``): takes frames from one ring, and puts what ``_far`` has to say into the other.
+"""The loop of the ideal back-end (``ideal``), between the two rings and what ``_far`` has to say.
 
 While a ring is being changed, the thread is not there: each change ends it and
 lets it begin anew (`Loop._parked`). That is slow, and happens a dozen times.
@@ -353,7 +353,8 @@ cdef class Loop:
             if self._chains == pending:
                 return NO_BUFFERS
             n = -1
-            if pending > 0 and not rx.broken:
+            # Chains may have no bytes, and so no pieces.
+            if pending > 0 and not rx.broken and self._chains < MAX_CHAIN:
                 n = queue_chain(rx, &self._memory, self._chains, True, self._out + self._pieces, self._guest_addr,
                                 MAX_CHAIN - self._pieces, &self._heads[self._chains], &part)
             if n < 0:
@@ -368,9 +369,8 @@ cdef class Loop:
     cdef void _give(self, Queue *rx, uint8_t *headers, uint32_t known, uint32_t size) noexcept nogil:
         """Give the guest a frame of `size` bytes in the buffers found, the first `known` of which are `headers`."""
         cdef iovec start
-        cdef uint32_t part
-        cdef int i, chains = 0
-        cdef uint32_t left = size
+        cdef uint32_t part, left = size
+        cdef int chains = 0
         while left:
             part = self._sizes[chains] if self._sizes[chains] < left else left
             queue_used(rx, self._heads[chains], part)
