@@ -50,7 +50,11 @@ from godwit.dataplane.virtqueue cimport (
 )
 from godwit.lab._far cimport AT_NUM_BUFFERS, FAR_HEADERS, Far, Source, far_due, far_hear, far_say
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef enum:
+    YIELDS = 50         # of the processor to others, before the thread sleeps
     BATCH = 64          # frames before the guest is shown that they were taken
     MOST = 1 << 20      # bytes of a frame
 
@@ -277,7 +281,7 @@ cdef class Loop:
         cdef epoll_event events[4]
         cdef uint16_t rx_seen, tx_seen
         cdef Outcome heard, said
-        cdef int i
+        cdef int i, idle = 0
         while not load32_acquire(&self._end):
             rx_seen, tx_seen = queue_seen(rx), queue_seen(tx)
             heard = said = DONE
@@ -289,12 +293,19 @@ cdef class Loop:
                 if said == DONE:
                     said = self._say(rx)
             if heard == DONE or said == DONE:
+                idle = 0
+                continue
+            if idle < YIELDS:
+                # A kick is work for the front-end, so it is asked for only when nothing comes for a while.
+                idle += 1
+                sched_yield()
                 continue
             if heard == NOTHING and queue_notify_on(tx, &self._memory, tx_seen):
                 continue
             if (heard == NO_BUFFERS or said == NO_BUFFERS) and queue_notify_on(rx, &self._memory, rx_seen):
                 continue
             epoll_wait(self._epoll, events, 4, -1)
+            idle = 0
             queue_notify_off(rx, &self._memory)
             queue_notify_off(tx, &self._memory)
 
