@@ -19,7 +19,7 @@ VARIANT = $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)
 export CC PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo bench test test-vm vm-tools fuzz fuzz-keep outcomes faults endurance endurance-vm lint debug asan annotate check clean
+.PHONY: help venv build demo bench probes test test-vm vm-tools fuzz fuzz-keep outcomes faults endurance endurance-vm lint debug asan annotate check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ demo: build prerequisites-lab ## a guest with open connections migrates there an
 bench: build prerequisites-lab vm-tools ## godwit beside passt, into docs/performance.md; BENCH_ARGS goes to godwit bench
 	$(BIN)/godwit bench $(BENCH_ARGS) --json docs/performance.json --svg docs/performance.svg || [ $$? -eq 1 ]
 	$(PY) tools/docs.py
+
+probes: build prerequisites-lab ## what else the data plane's system calls could be, measured; five minutes
+	$(PY) tools/probes/run.py
 
 test: build prerequisites-lab prerequisites-test ## the test suite without virtual machines
 	$(PY) -m pytest $(PYTEST_ARGS)
