@@ -12,30 +12,56 @@ GUEST = Side(V4 + b"\xc0\x00\x02\x02", V4 + b"\xc0\x00\x02\x0a", 80, 40000)
 HOST = Side(V4 + b"\xc0\x00\x02\x0a", V4 + b"\xc0\x00\x02\x02", 40000, 80)
 
 
+STATE = FlowState(
+    pif=(2, 1),
+    sides=(GUEST, HOST),
+    retries=0,
+    ws_from_tap=7,
+    ws_to_tap=8,
+    events=0x04,
+    tap_mss=1460,
+    sndbuf=0,
+    flags=0,
+    seq_dup_ack_approx=0,
+    wnd_from_tap=1000,
+    wnd_to_tap=0xFFFF,
+    seq_to_tap=0,
+    seq_ack_from_tap=0,
+    seq_from_tap=0,
+    seq_ack_to_tap=0,
+    seq_init_from_tap=0,
+)
+
+
 @pytest.mark.parametrize("at", [0, 0xFFFFFFFF, 0xFFFFFFFF - 0xFFFF, 0x7FFFFFFF])
 def test_a_flow_anywhere_in_sequence_space_is_the_same_when_it_moves_on(at: int) -> None:
     """Numbers and the window beyond them wrap (RFC 9293, 3.4)."""
-    state = FlowState(
-        pif=(2, 1),
-        sides=(GUEST, HOST),
-        retries=0,
-        ws_from_tap=7,
-        ws_to_tap=8,
-        events=0x04,
-        tap_mss=1460,
-        sndbuf=0,
-        flags=0,
-        seq_dup_ack_approx=0,
-        wnd_from_tap=1000,
-        wnd_to_tap=0xFFFF,
-        seq_to_tap=at,
-        seq_ack_from_tap=at,
-        seq_from_tap=at,
-        seq_ack_to_tap=at,
-        seq_init_from_tap=at,
-    )
+    state = STATE._replace(seq_to_tap=at, seq_ack_from_tap=at, seq_from_tap=at, seq_ack_to_tap=at, seq_init_from_tap=at)
     engine = Engine(16)
     try:
         assert engine.flow_state(engine.import_flow(state)) == state
+    finally:
+        engine.close()
+
+
+def own_memory() -> int:
+    """Bytes that this process has for itself."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon:")) * 1024
+
+
+def test_a_flow_takes_less_than_a_quarter_of_a_kilobyte() -> None:
+    """Its place in the table and its shares of the hash table; a guest may have 131072."""
+    count = 40_000
+    engine = Engine()
+    try:
+        engine.import_flow(STATE)
+        before = own_memory()
+        for number in range(1, count + 1):
+            guest = GUEST._replace(our_addr=V4 + number.to_bytes(4, "big"))
+            engine.import_flow(STATE._replace(sides=(guest, HOST)))
+        used = own_memory() - before
+        # Buckets lie scattered: all of their pages are touched, half a megabyte for as many flows as there can be.
+        assert 200 * count < used < 232 * count + (4 << 17)
     finally:
         engine.close()

@@ -643,10 +643,19 @@ cdef class Engine(EngineBase):
                         "index": i, "kind": {FLOW_TCP: "tcp", FLOW_UDP: "udp", FLOW_PING: "ping"}[f.kind],
                         "guest": (f.guest_addr[:16], f.guest_port), "our": (f.our_addr[:16], f.our_port),
                         "remote": (f.remote_addr[:16], f.remote_port), "events": f.events, "flags": f.flags,
-                        "in_flight": f.seq_to_guest - f.seq_ack_from_guest, "window": f.window,
-                        "bytes_from_guest": f.bytes_from_guest, "bytes_to_guest": f.bytes_to_guest,
+                        **tcp_numbers(f),
                     })
         return found
+
+
+cdef dict tcp_numbers(Flow *f):
+    """What people read of a TCP flow besides its ends; zeros of any other."""
+    if f.kind != FLOW_TCP:
+        return {"in_flight": 0, "window": 0, "bytes_from_guest": 0, "bytes_to_guest": 0}
+    return {
+        "in_flight": f.seq_to_guest - f.seq_ack_from_guest, "window": f.window,
+        "bytes_from_guest": f.bytes_from_guest, "bytes_to_guest": f.bytes_to_guest,
+    }
 
 
 cdef bint udp_takes(Flow *port, const uint8_t *host) noexcept:

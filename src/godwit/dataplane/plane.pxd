@@ -96,69 +96,102 @@ cdef enum FlowFlag:
     FF_ANSWERED = 0x1000000 # UDP: the guest has sent to this peer
     FF_SHARED = 0x2000000   # UDP: another flow is, or was, of the same port and the same peer
 
-# Bytes that a socket's buffers did not take: of a flow that has migrated, or
-# of a guest that was promised more room than there was.
-cdef struct Carry:
-    uint8_t *data
-    uint32_t size
-    uint32_t at             # bytes that are done with
+# A flow is declared in C, since Cython knows no unnamed unions: what only TCP
+# has and what only UDP and pings have share their place. Which of them a flow
+# has, its kind says; nobody may touch the other's.
+cdef extern from *:
+    """
+    #include <stdint.h>
 
-cdef struct Flow:
-    uint8_t kind
-    uint8_t events
-    int sock
-    uint32_t flags
-    uint32_t generation     # odd/even use does not matter; changes at each release
-    uint32_t hash_next      # next in the bucket; next free slot when free
-    uint32_t touched_next
-    uint32_t wait_next      # the list that waits for receive buffers
-    uint32_t wait_prev
-    uint32_t heap_pos
-    uint64_t deadline       # ms, CLOCK_MONOTONIC; 0: none
-    uint64_t last_due       # its key in the heap: the deadline when it was last moved
-    uint64_t last_active    # ms
-    # Who talks to whom. On the guest's side "our" is the peer as the guest sees it.
-    uint8_t guest_addr[16]
-    uint8_t our_addr[16]
-    uint8_t remote_addr[16]
-    uint8_t local_addr[16]  # of the host's socket; known after a load, else asked at a save
-    uint16_t guest_port     # ICMP: the identifier
-    uint16_t our_port
-    uint16_t remote_port
-    uint16_t local_port
-    # TCP. Sequence numbers are those between guest and us.
-    uint32_t seq_to_guest       # next to send
-    uint32_t seq_max_to_guest   # highest ever sent + 1 (differs during retransmission)
-    uint32_t seq_ack_from_guest # first not acknowledged by the guest
-    uint32_t seq_from_guest     # next expected
-    uint32_t seq_ack_to_guest   # last acknowledged by us
-    uint32_t seq_init_from_guest
-    uint32_t seq_fin            # of our FIN to the guest, if FF_FIN_KNOWN
-    uint32_t acked              # acknowledged by the guest, still in the socket's queue
-    uint32_t window             # the guest's, bytes from seq_ack_from_guest
-    uint32_t edge               # right edge of the window that the guest was given
-    uint32_t granted            # its size when it was last computed
-    uint64_t bytes_from_guest   # payload that the socket took, and that was sent once at least
-    uint64_t bytes_to_guest
-    uint16_t mss                # towards the guest
-    uint16_t frames_seen        # frames_from_guest, its low bits, at the last retransmission
-    uint16_t wnd_sent           # the window field of the last segment
-    uint8_t ws_from_guest
-    uint8_t ws_to_guest
-    uint8_t retries
-    uint8_t dup_acks
-    Carry *carry_to_guest   # before what the socket has; NULL: none, the usual
-    Carry *carry_to_sock    # before what the guest sends
-    # UDP and ping
-    uint32_t port           # UDP: the index of its FLOW_UDP_PORT
-    uint32_t remote_next    # UDP: next in the bucket of Plane.remotes
-    uint32_t peers          # UDP port: how many flows have it
-    uint32_t scope          # interface of a link-local peer
-    uint16_t ping_seq       # of the last request
-    uint32_t reply_done     # ping: of a reply that goes in fragments, as in datagram.pxd
-    uint32_t reply_ident
-    uint8_t ttl             # what the socket was last told; 0: nothing
-    uint8_t tos
+    /* Bytes that a socket's buffers did not take: of a flow that has migrated,
+       or of a guest that was promised more room than there was. */
+    struct Carry {
+        uint8_t *data;
+        uint32_t size;
+        uint32_t at;                    /* bytes that are done with */
+    };
+
+    struct Flow {
+        uint8_t kind, events, retries, dup_acks;
+        int sock;
+        uint32_t flags;
+        uint32_t generation;            /* odd/even use does not matter; changes at each release */
+        uint32_t hash_next;             /* next in the bucket; next free slot when free */
+        uint32_t touched_next;
+        uint32_t wait_next, wait_prev;  /* the list that waits for receive buffers */
+        uint32_t heap_pos;
+        uint16_t mss;                   /* towards the guest */
+        uint16_t frames_seen;           /* frames_from_guest, its low bits, at the last retransmission */
+        uint64_t deadline;              /* ms, CLOCK_MONOTONIC; 0: none */
+        uint64_t last_due;              /* its key in the heap: the deadline when it was last moved */
+        uint64_t last_active;           /* ms */
+        /* Who talks to whom. On the guest's side "our" is the peer as the guest sees it. */
+        uint8_t guest_addr[16], our_addr[16], remote_addr[16];
+        uint8_t local_addr[16];         /* of the host's socket; known after a load, else asked at a save */
+        uint16_t guest_port;            /* ICMP: the identifier */
+        uint16_t our_port, remote_port, local_port;
+        struct Carry *carry_to_guest;   /* before what the socket has; NULL: none, the usual */
+        struct Carry *carry_to_sock;    /* before what the guest sends */
+        union {
+            struct {    /* TCP. Sequence numbers are those between guest and us. */
+                uint64_t bytes_from_guest;      /* payload that the socket took, and that was sent once at least */
+                uint64_t bytes_to_guest;
+                uint32_t seq_to_guest;          /* next to send */
+                uint32_t seq_max_to_guest;      /* highest ever sent + 1 (differs during retransmission) */
+                uint32_t seq_ack_from_guest;    /* first not acknowledged by the guest */
+                uint32_t seq_from_guest;        /* next expected */
+                uint32_t seq_ack_to_guest;      /* last acknowledged by us */
+                uint32_t seq_init_from_guest;
+                uint32_t seq_fin;               /* of our FIN to the guest, if FF_FIN_KNOWN */
+                uint32_t acked;                 /* acknowledged by the guest, still in the socket's queue */
+                uint32_t window;                /* the guest's, bytes from seq_ack_from_guest */
+                uint32_t edge;                  /* right edge of the window that the guest was given */
+                uint32_t granted;               /* its size when it was last computed */
+                uint16_t wnd_sent;              /* the window field of the last segment */
+                uint8_t ws_from_guest, ws_to_guest;
+            };
+            struct {    /* UDP and ping */
+                uint32_t port;          /* UDP: the index of its FLOW_UDP_PORT */
+                uint32_t remote_next;   /* UDP: next in the bucket of Plane.remotes */
+                uint32_t peers;         /* UDP port: how many flows have it */
+                uint32_t scope;         /* interface of a link-local peer */
+                uint32_t reply_done;    /* ping: of a reply that goes in fragments, as in datagram.pxd */
+                uint32_t reply_ident;
+                uint16_t ping_seq;      /* of the last request */
+                uint8_t ttl, tos;       /* what the socket was last told; 0: nothing */
+            };
+        };
+    };
+    _Static_assert(sizeof(struct Flow) == 216, "there are up to 128 Ki flows: mind their size");
+    """
+    cdef struct Carry:
+        uint8_t *data
+        uint32_t size
+        uint32_t at
+    cdef struct Flow:
+        uint8_t kind, events, retries, dup_acks
+        int sock
+        uint32_t flags, generation, hash_next, touched_next, wait_next, wait_prev, heap_pos
+        uint16_t mss, frames_seen
+        uint64_t deadline, last_due, last_active
+        uint8_t guest_addr[16]
+        uint8_t our_addr[16]
+        uint8_t remote_addr[16]
+        uint8_t local_addr[16]
+        uint16_t guest_port, our_port, remote_port, local_port
+        Carry *carry_to_guest
+        Carry *carry_to_sock
+        # TCP
+        uint64_t bytes_from_guest, bytes_to_guest
+        uint32_t seq_to_guest, seq_max_to_guest, seq_ack_from_guest
+        uint32_t seq_from_guest, seq_ack_to_guest, seq_init_from_guest
+        uint32_t seq_fin, acked, window, edge, granted
+        uint16_t wnd_sent
+        uint8_t ws_from_guest, ws_to_guest
+        # UDP and ping
+        uint32_t port, remote_next, peers, scope, reply_done, reply_ident
+        uint16_t ping_seq
+        uint8_t ttl, tos
 
 cdef struct AddrMap:
     uint8_t guest[16]       # as the guest names it
