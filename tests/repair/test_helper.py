@@ -139,9 +139,15 @@ def queued(sock: socket.socket, which: int) -> int:
     return int.from_bytes(fcntl.ioctl(sock, which, bytes(4)), sys.byteorder)
 
 
-def test_in_repair_mode_nothing_arrives(listener: RepairListener, start: Callable[..., Helper]) -> None:
-    """The helper's filter: what comes is neither queued nor acknowledged, and comes after all in the end."""
-    serving(listener, start(listener.path))
+@pytest.mark.parametrize("prefix", [(), ("setpriv", "--bounding-set=-bpf,-sys_admin")])
+def test_in_repair_mode_nothing_arrives(
+    listener: RepairListener, start: Callable[..., Helper], prefix: tuple[str, ...]
+) -> None:
+    """The helper's filter: what comes is neither queued nor acknowledged, and comes after all in the end.
+
+    It is one for all sockets, or where the kernel does not let it have that, one for each.
+    """
+    serving(listener, start(listener.path, *prefix))
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ours = stack.enter_context(socket.create_connection(server.getsockname()))

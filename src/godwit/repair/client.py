@@ -13,6 +13,7 @@ helper hangs, and belong into a worker thread.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import logging
@@ -26,10 +27,10 @@ import time
 from collections.abc import Sequence
 from typing import Final, Self
 
+from godwit.repair._modes import count_in_mode
 from godwit.repair.protocol import (
     GUARD_NAME,
     MAX_SOCKETS,
-    TCP_REPAIR,
     MessageError,
     Repair,
     RepairError,
@@ -178,23 +179,20 @@ def peer_of(sock: socket.socket) -> tuple[int, int]:
 
 def in_repair(fd: int) -> bool:
     """Whether a TCP socket is in repair mode. Reading that needs no capability; ``OSError`` if it is no such socket."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
-    try:
-        return bool(sock.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR))
-    finally:
-        sock.detach()
+    return count_in_mode(array.array("i", (fd,)), True) == 1
 
 
 def _in_mode(fds: Sequence[int], mode: Repair) -> int:
-    """How many sockets, from the first, are in the mode."""
-    wanted = mode == Repair.ON
-    for number, fd in enumerate(fds):
-        try:
-            if in_repair(fd) != wanted:
-                return number
-        except OSError as error:
-            raise RepairError(f"reading TCP_REPAIR of a socket: {error.strerror}") from error
-    return len(fds)
+    """How many sockets, from the first, are in the mode.
+
+    A helper takes them in their order: where the last one is in it all are.
+    """
+    try:
+        if count_in_mode(array.array("i", fds[-1:]), mode == Repair.ON):
+            return len(fds)
+        return count_in_mode(array.array("i", fds), mode == Repair.ON)
+    except OSError as error:
+        raise RepairError(f"reading TCP_REPAIR of a socket: {error.strerror}") from error
 
 
 class RepairListener:

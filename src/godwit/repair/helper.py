@@ -29,15 +29,15 @@ import os
 import select
 import socket
 import stat
-import struct
 import time
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from godwit.repair import privileges
+from godwit.repair._modes import drop_all, set_mode
 from godwit.repair.guard import Guard, GuardError
-from godwit.repair.protocol import GUARD_NAME, TCP_REPAIR, MessageError, Repair, close_all, encode, receive_request
+from godwit.repair.protocol import GUARD_NAME, MessageError, Repair, close_all, encode, receive_request
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,6 @@ GUARD_SECONDS: Final = 300.0
 
 #: What the sockets of back-ends are called, in a directory that is watched.
 SUFFIX: Final = ".repair"
-
-# asm-generic/socket.h; the socket module has neither.
-_SO_ATTACH_FILTER: Final = 26
-_SO_DETACH_FILTER: Final = 27
-
-_DROP_ALL: Final = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET | BPF_K, 0 bytes
-_FILTER: Final = struct.pack("HP", 1, ctypes.addressof(_DROP_ALL))  # struct sock_fprog
 
 _IN_ATTRIB: Final = 0x004
 _IN_MOVED_TO: Final = 0x080
@@ -82,6 +75,7 @@ def run(path: str, guarded: Sequence[IPv4Address | IPv6Address] = (), seconds: f
                 "TCP_REPAIR needs the capability CAP_NET_ADMIN in the user namespace of the back-end's network: "
                 "run this as root, or give it that capability"
             )
+        program = drop_all()  # first: it may need more than what is kept
         # Until the connection is made: the socket may be another user's.
         privileges.keep_only({privileges.CAP_NET_ADMIN, privileges.CAP_DAC_OVERRIDE})
         name = GUARD_NAME + b"%d" % os.getpid() if guarded else b""
@@ -91,7 +85,7 @@ def run(path: str, guarded: Sequence[IPv4Address | IPv6Address] = (), seconds: f
             guard = stack.enter_context(contextlib.closing(Guard(guarded))) if guarded else None
             if guard is not None:
                 log.info("keeping back resets from %s for %g s at most", ", ".join(map(str, guard.addresses)), seconds)
-            serve(sock, guard, seconds)
+            serve(sock, guard, seconds, program)
     except (HelperError, GuardError) as error:
         log.error("%s", error)
         return 1
@@ -100,10 +94,12 @@ def run(path: str, guarded: Sequence[IPv4Address | IPv6Address] = (), seconds: f
     return 0
 
 
-def serve(sock: socket.socket, guard: Guard | None = None, seconds: float = GUARD_SECONDS) -> None:
+def serve(
+    sock: socket.socket, guard: Guard | None = None, seconds: float = GUARD_SECONDS, program: int | None = None
+) -> None:
     """Do what a back-end asks until it closes the connection.
 
-    ``guard`` is closed with the first request that ends a repair mode, or after
+    ``program`` is the filter that sockets in repair mode get (`_modes.drop_all`). ``guard`` is closed with the first request that ends a repair mode, or after
     ``seconds``.
 
     :raises HelperError: a request that is none, or one that failed. What was
@@ -123,8 +119,9 @@ def serve(sock: socket.socket, guard: Guard | None = None, seconds: float = GUAR
             return
         mode, fds = request
         try:
-            for number, fd in enumerate(fds):
-                _set_repair(fd, mode, number)
+            done, error = set_mode(fds, mode, program)
+            if error:
+                raise HelperError(_why(fds[done], mode, done, error))
         finally:
             close_all(fds)
         log.debug("TCP_REPAIR %s on %d sockets", mode.name, len(fds))
@@ -145,32 +142,16 @@ def _readable(sock: socket.socket, until: float) -> bool:
     return bool(waiting.poll(max(0.0, until - time.monotonic()) * 1000))
 
 
-def _set_repair(fd: int, mode: Repair, number: int) -> None:
-    """Set the mode of one socket."""
+def _why(fd: int, mode: Repair, number: int, error: int) -> str:
+    """Why one of the sockets of a request could not be set."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        raise HelperError(f"descriptor {number} of the request is no socket")
-    sock = socket.socket(fileno=fd)
-    try:
-        if (
-            sock.family not in (socket.AF_INET, socket.AF_INET6)
-            or sock.type != socket.SOCK_STREAM
-            or sock.proto != socket.IPPROTO_TCP
-        ):
-            raise HelperError(f"socket {number} of the request is not TCP")
-        if mode == Repair.ON:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _FILTER)
-        else:
-            # First: the answer to the window probe of OFF is wanted.
-            with contextlib.suppress(FileNotFoundError):  # another helper has set the mode
-                sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
-        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, mode)
-    except OSError as error:
-        why = error.strerror
-        if error.errno == errno.EPERM:
-            why = "not permitted (a listening socket, or one of a network in another user namespace)"
-        raise HelperError(f"TCP_REPAIR {mode.name} on socket {number} of the request: {why}") from error
-    finally:
-        sock.detach()
+        return f"descriptor {number} of the request is no socket"
+    if error == errno.EPROTOTYPE:
+        return f"socket {number} of the request is not TCP"
+    why = os.strerror(error)
+    if error == errno.EPERM:
+        why = "not permitted (a listening socket, or one of a network in another user namespace)"
+    return f"TCP_REPAIR {mode.name} on socket {number} of the request: {why}"
 
 
 def _new_socket(name: bytes) -> socket.socket:

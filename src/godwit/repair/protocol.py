@@ -82,7 +82,7 @@ def send_request(sock: socket.socket, mode: Repair, fds: Sequence[int]) -> None:
     sock.sendmsg([encode(mode)], [rights], socket.MSG_NOSIGNAL)
 
 
-def receive_request(sock: socket.socket) -> tuple[Repair, list[int]] | None:
+def receive_request(sock: socket.socket) -> tuple[Repair, array.array[int]] | None:
     """Take one message; the descriptors are the caller's. None at the end of the stream.
 
     ``MessageError``, with every descriptor closed, for anything but a known
@@ -104,7 +104,7 @@ def receive_request(sock: socket.socket) -> tuple[Repair, list[int]] | None:
     except MessageError:
         close_all(fds)
         raise
-    return mode, list(fds)
+    return mode, fds
 
 
 def close_all(fds: Iterable[int]) -> None:
