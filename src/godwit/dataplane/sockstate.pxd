@@ -5,7 +5,9 @@ All functions work on a descriptor alone and return 0 or a negative error
 number. docs/platform/tcp-repair.md has the kernel behaviour relied on.
 """
 
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+
+from godwit.dataplane.sys cimport pollfd, sockaddr_storage, socklen_t
 
 cdef struct SockState:
     uint32_t seq_snd        # of the first byte in the send queue (in a stream of passt: FIRST_BYTE)
@@ -30,8 +32,18 @@ cdef int sock_freeze(int fd, bint v6) noexcept nogil
 cdef bint sock_is_connecting(int fd) noexcept nogil
 cdef void sock_hurry(int fd, bint on) noexcept nogil
 cdef int sock_thaw(int fd, bint v6) noexcept nogil
+# A new socket, frozen; or a negative error number.
+cdef int sock_create(bint v6) noexcept nogil
+# Fills in what sock_dump() has to know, of many sockets in one call.
+cdef void sock_look(pollfd *looked, int count) noexcept nogil
 # `queues` is malloc'ed: the send queue, then the receive queue. NULL when both are empty.
-cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil
-cdef int sock_restore(int fd, const SockState *s, const uint8_t *rcvq) noexcept nogil
+cdef int sock_dump(const pollfd *looked, SockState *s, uint8_t **queues) noexcept nogil
+cdef socklen_t sock_end(sockaddr_storage *out, const uint8_t *a, uint16_t port, uint32_t scope) noexcept nogil
+# Bytes of a receive queue that surely fit into a new socket.
+cdef uint32_t receive_room()
+# `step` says where it failed, by its index in STEPS.
+cdef int sock_connect(int fd, const sockaddr_storage *local, const sockaddr_storage *remote, socklen_t size,
+                      const SockState *given, const uint8_t *rcvq, uint32_t room, uint32_t *left_out,
+                      int *step) noexcept nogil
 cdef int sock_complete(int fd, const SockState *s, const uint8_t *sndq) noexcept nogil
 cdef int sock_finish(int fd, const SockState *s, const uint8_t *unsent) noexcept nogil

@@ -80,7 +80,9 @@ cdef extern from "<linux/tcp.h>" nogil:
         uint8_t tcpi_options
         uint8_t tcpi_snd_wscale
         uint8_t tcpi_rcv_wscale
+        uint32_t tcpi_unacked
         uint32_t tcpi_segs_in
+        uint32_t tcpi_notsent_bytes
     cdef struct tcp_repair_opt:
         uint32_t opt_code
         uint32_t opt_val
@@ -123,6 +125,7 @@ cdef extern from *:
         IPV6_MINHOPCOUNT
         IPPROTO_IP
         SIOCOUTQNSD
+        POLLIN
         POLLPRI
         SO_DETACH_FILTER
 
@@ -205,6 +208,24 @@ cdef void sock_hurry(int fd, bint on) noexcept nogil:
     set_int(fd, IPPROTO_TCP, TCP_RTO_MAX_MS, HURRY_RTO if on else LINUX_RTO)
 
 
+cdef int sock_create(bint v6) noexcept nogil:
+    cdef int rc, fd = socket(AF_INET6 if v6 else AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
+    if fd < 0:
+        return -errno
+    # Repair mode, which begins before the socket is bound, has SO_REUSEADDR in it.
+    set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1)
+    set_int(fd, SOL_SOCKET, SO_OOBINLINE, 1)    # this and the next: see begin(), tcp.pyx
+    set_int(fd, SOL_SOCKET, SO_KEEPALIVE, 1)
+    # Before the queues: a connection without a measured round-trip time waits
+    # 3 s before it retransmits, and its timer starts when they are written.
+    sock_hurry(fd, True)
+    rc = sock_freeze(fd, v6)
+    if rc != 0:
+        close(fd)
+        return rc
+    return fd
+
+
 cdef bint sock_is_connecting(int fd) noexcept nogil:
     """Whether a SYN of ours waits for its answer."""
     cdef tcp_info info
@@ -238,21 +259,31 @@ cdef int peek_queue(int fd, uint8_t *out, uint32_t size, uint32_t *got) noexcept
             return -errno
 
 
-cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
+cdef void sock_look(pollfd *looked, int count) noexcept nogil:
+    """Ask for all at once what sock_dump() has to know of each."""
+    cdef int i
+    for i in range(count):
+        looked[i].events = POLLIN | POLLPRI
+        looked[i].revents = POLLIN
+    if poll(looked, count, 0) < 0:
+        for i in range(count):
+            looked[i].revents = POLLPRI     # not known: it is not dumped
+
+
+cdef int sock_dump(const pollfd *looked, SockState *s, uint8_t **queues) noexcept nogil:
     cdef tcp_info info
     cdef tcp_repair_window window
+    cdef int fd = looked.fd
     cdef socklen_t n = sizeof(info)
-    cdef pollfd urgent
     cdef sockaddr_storage local
-    cdef int outq, notsent, inq, rc, error = 0
+    cdef int outq = 0, notsent = 0, inq = 0, rc, error = 0
+    cdef bint known
     queues[0] = NULL
     memset(s, 0, sizeof(SockState))
-    # With an offset set, peeking in repair mode starts anywhere. Without the
-    # option there is no offset either.
-    set_int(fd, SOL_SOCKET, SO_PEEK_OFF, -1)
     memset(&info, 0, sizeof(info))
     if getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &n) != 0:
         return -errno
+    known = n >= sizeof(info)
     s.tcpi_state = info.tcpi_state
     s.tcpi_options = info.tcpi_options
     s.snd_ws = info.tcpi_snd_wscale
@@ -272,9 +303,7 @@ cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
     elif s.tcpi_state != ESTABLISHED and s.tcpi_state != CLOSE_WAIT and not fin_sent(s.tcpi_state):
         return -EINVAL
     # A peek ends before an urgent byte, and what comes after it would be lost.
-    urgent.fd = fd
-    urgent.events = POLLPRI
-    if poll(&urgent, 1, 0) < 0 or urgent.revents & POLLPRI:
+    if looked.revents & POLLPRI:
         return -EINVAL
     rc = get_u32(fd, TCP_MAXSEG, &s.mss)
     if rc == 0 and s.tcpi_options & TCPI_OPT_TIMESTAMPS:
@@ -292,7 +321,11 @@ cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
     if s.tcpi_state == CLOSE_WAIT or s.tcpi_state == LAST_ACK or s.tcpi_state == CLOSED:
         s.rcv_wnd += 1
         s.rcv_wup -= 1
-    if ioctl(fd, SIOCOUTQ, &outq) != 0 or ioctl(fd, SIOCOUTQNSD, &notsent) != 0 or ioctl(fd, SIOCINQ, &inq) != 0:
+    # Of an idle connection that says all there is to know of its queues.
+    if not (known and s.tcpi_state == ESTABLISHED and info.tcpi_unacked == 0 and info.tcpi_notsent_bytes == 0):
+        if ioctl(fd, SIOCOUTQ, &outq) != 0 or ioctl(fd, SIOCOUTQNSD, &notsent) != 0:
+            return -errno
+    if looked.revents != 0 and ioctl(fd, SIOCINQ, &inq) != 0:
         return -errno
     if outq < 0 or notsent < 0 or inq < 0 or outq > MAX_QUEUE or inq > MAX_QUEUE:
         return -ENOBUFS
@@ -300,6 +333,9 @@ cdef int sock_dump(int fd, SockState *s, uint8_t **queues) noexcept nogil:
         queues[0] = <uint8_t *>malloc(<size_t>outq + inq)
         if queues[0] == NULL:
             return -ENOMEM
+        # With an offset set, peeking in repair mode starts anywhere. Without
+        # the option there is no offset either.
+        set_int(fd, SOL_SOCKET, SO_PEEK_OFF, -1)
     rc = dump_queues(fd, s, queues[0], outq, notsent, inq)
     # No queue selected: as it was, for a repair that is only turned off.
     set_u32(fd, TCP_REPAIR_QUEUE, TCP_NO_QUEUE)
@@ -406,6 +442,102 @@ cdef int sock_restore(int fd, const SockState *s, const uint8_t *rcvq) noexcept 
     return 0
 
 
+cdef socklen_t sock_end(sockaddr_storage *out, const uint8_t *a, uint16_t port, uint32_t scope) noexcept nogil:
+    """An address of 16 bytes as the kernel takes it."""
+    cdef sockaddr_in *a4 = <sockaddr_in *>out
+    cdef sockaddr_in6 *a6 = <sockaddr_in6 *>out
+    memset(out, 0, sizeof(sockaddr_storage))
+    if is_v4(a):
+        a4.sin_family = AF_INET
+        put16(&a4.sin_port, port)
+        memcpy(&a4.sin_addr, a + 12, 4)
+        return sizeof(sockaddr_in)
+    a6.sin6_family = AF_INET6
+    put16(&a6.sin6_port, port)
+    memcpy(&a6.sin6_addr, a, 16)
+    if is_link_local6(a):
+        a6.sin6_scope_id = scope
+    return sizeof(sockaddr_in6)
+
+
+cdef void send_room(int fd, uint32_t bytes_sent) noexcept nogil:
+    """Make the send buffer of an unconnected socket large enough, or as large as we may.
+
+    Repair mode obeys its limit. The kernel goes on to size it by itself
+    (SO_BUF_LOCK), from there.
+    """
+    cdef int size = 0, wanted = bytes_sent + bytes_sent // 8 + 2 * PIECE
+    cdef socklen_t n = sizeof(size)
+    if bytes_sent <= DEFAULT_ROOM:
+        return
+    set_int(fd, SOL_SOCKET, SO_SNDBUF, wanted // 2)     # which doubles it
+    set_int(fd, SOL_SOCKET, SO_BUF_LOCK, 0)
+    if getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &n) == 0 and size >= wanted:
+        return
+    # Beyond net.core.wmem_max (208 KiB before Linux 6.18): on connect the
+    # kernel has room for an initial window of segments; so let them be large.
+    set_int(fd, IPPROTO_TCP, TCP_MAXSEG, MOST_MSS)
+
+
+# Where sock_connect() may fail.
+cdef enum:
+    AT_BIND = 0
+    AT_TIMESTAMP
+    AT_SEQUENCE
+    AT_CONNECT
+    AT_FILLING
+
+STEPS = (
+    "binding to the address of the connection", "TCP_TIMESTAMP", "TCP_QUEUE_SEQ", "connecting in repair mode",
+    "filling the connection",
+)
+
+
+cdef int sock_connect(int fd, const sockaddr_storage *local, const sockaddr_storage *remote, socklen_t size,
+                      const SockState *given, const uint8_t *rcvq, uint32_t room, uint32_t *left_out,
+                      int *step) noexcept nogil:
+    """Make a socket in repair mode the connection that `given` describes: all but the send queue.
+
+    This host's buffers may be smaller than the source's: bytes from the start
+    of the receive queue that are beyond `room` are left out. The end of the
+    queue goes into the socket: its numbers must be right.
+    """
+    cdef SockState s = given[0]
+    cdef uint32_t first_byte = s.seq_snd
+    cdef int rc
+    if fin_sent(s.tcpi_state) and not s.tcpi_options & SEQ_OF_FIRST_BYTE:
+        first_byte -= 1
+    left_out[0] = s.rcvq - room if s.rcvq > DEFAULT_ROOM and s.rcvq > room else 0
+    step[0] = AT_BIND
+    if bind(fd, <const sockaddr *>local, size) != 0:
+        return -errno
+    step[0] = AT_TIMESTAMP
+    if s.tcpi_options & TCPI_OPT_TIMESTAMPS:
+        rc = set_u32(fd, TCP_TIMESTAMP, s.timestamp)
+        if rc != 0:
+            return rc
+    step[0] = AT_SEQUENCE
+    rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+    if rc == 0:
+        rc = set_u32(fd, TCP_QUEUE_SEQ, first_byte)
+    if rc == 0:
+        rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
+    if rc == 0:
+        rc = set_u32(fd, TCP_QUEUE_SEQ, s.seq_rcv + left_out[0])
+    if rc != 0:
+        return rc
+    # The size of segments is settled by connect(): the MSS among the options
+    # comes too late for it, and segments would stay at the least size, 536.
+    set_int(fd, IPPROTO_TCP, TCP_MAXSEG, <int>min(s.mss, <uint32_t>MOST_MSS))
+    send_room(fd, s.sndq - s.notsent)
+    step[0] = AT_CONNECT
+    if connect(fd, <const sockaddr *>remote, size) != 0:
+        return -errno
+    step[0] = AT_FILLING
+    s.rcvq -= left_out[0]
+    return sock_restore(fd, &s, rcvq + left_out[0])
+
+
 cdef int sock_complete(int fd, const SockState *s, const uint8_t *sndq) noexcept nogil:
     """Still in repair mode, at the commit: the part of the send queue that was sent.
 
@@ -509,20 +641,8 @@ def knock(bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, 
 
 def create(bint v6):
     """A TCP socket, frozen from the start, non-blocking. Returns its descriptor."""
-    cdef int one = 1, rc
-    cdef int fd = socket(AF_INET6 if v6 else AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
-    check(-errno if fd < 0 else 0, "socket")
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
-    setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &one, sizeof(one))   # this and the next: see begin(), tcp.pyx
-    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one))
-    # Before the queues: a connection without a measured round-trip time waits
-    # 3 s before it retransmits, and its timer starts when they are written.
-    sock_hurry(fd, True)
-    rc = sock_freeze(fd, v6)
-    if rc != 0:
-        close(fd)
-        check(rc, "freezing a socket")
+    cdef int fd = sock_create(v6)
+    check(fd, "making a frozen socket")
     return fd
 
 
@@ -530,9 +650,12 @@ def dump(int fd):
     """(SocketState, send queue, receive queue) of a frozen socket in repair mode."""
     cdef SockState s
     cdef uint8_t *queues
+    cdef pollfd looked
     cdef int rc
+    looked.fd = fd
     with nogil:
-        rc = sock_dump(fd, &s, &queues)
+        sock_look(&looked, 1)
+        rc = sock_dump(&looked, &s, &queues)
     check(rc, "reading a socket's state")
     try:
         state = SocketState(
@@ -553,42 +676,9 @@ cdef SockState native(state):
 
 
 cdef socklen_t fill(sockaddr_storage *out, bytes addr, uint16_t port, uint32_t scope) except 0:
-    cdef const uint8_t *a = addr
-    cdef sockaddr_in *a4 = <sockaddr_in *>out
-    cdef sockaddr_in6 *a6 = <sockaddr_in6 *>out
     if len(addr) != 16:
         raise ValueError(f"an address of {len(addr)} bytes")
-    memset(out, 0, sizeof(sockaddr_storage))
-    if is_v4(a):
-        a4.sin_family = AF_INET
-        put16(&a4.sin_port, port)
-        memcpy(&a4.sin_addr, a + 12, 4)
-        return sizeof(sockaddr_in)
-    a6.sin6_family = AF_INET6
-    put16(&a6.sin6_port, port)
-    memcpy(&a6.sin6_addr, a, 16)
-    if is_link_local6(a):
-        a6.sin6_scope_id = scope
-    return sizeof(sockaddr_in6)
-
-
-cdef void send_room(int fd, uint32_t bytes_sent) noexcept nogil:
-    """Make the send buffer of an unconnected socket large enough, or as large as we may.
-
-    Repair mode obeys its limit. The kernel goes on to size it by itself
-    (SO_BUF_LOCK), from there.
-    """
-    cdef int size = 0, wanted = bytes_sent + bytes_sent // 8 + 2 * PIECE
-    cdef socklen_t n = sizeof(size)
-    if bytes_sent <= DEFAULT_ROOM:
-        return
-    set_int(fd, SOL_SOCKET, SO_SNDBUF, wanted // 2)     # which doubles it
-    set_int(fd, SOL_SOCKET, SO_BUF_LOCK, 0)
-    if getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &n) == 0 and size >= wanted:
-        return
-    # Beyond net.core.wmem_max (208 KiB before Linux 6.18): on connect the
-    # kernel has room for an initial window of segments; so let them be large.
-    set_int(fd, IPPROTO_TCP, TCP_MAXSEG, MOST_MSS)
+    return sock_end(out, addr, port, scope)
 
 
 cdef uint32_t receive_room():
@@ -616,38 +706,17 @@ def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t 
     """
     cdef SockState s = native(state)
     cdef sockaddr_storage local, remote
-    cdef socklen_t local_size = fill(&local, our_addr, our_port, scope)
-    cdef socklen_t remote_size = fill(&remote, end_addr, end_port, scope)
+    cdef socklen_t size = fill(&local, our_addr, our_port, scope)
     cdef const uint8_t *incoming = rcvq
-    cdef int rc
-    cdef uint32_t room, first_byte, left_out = 0
+    cdef uint32_t room = receive_room(), left_out = 0
+    cdef int rc, step = 0
     if len(rcvq) != s.rcvq or s.notsent > s.sndq:
         raise ValueError("a queue that does not fit its length")
-    first_byte = s.seq_snd
-    if fin_sent(s.tcpi_state) and not s.tcpi_options & SEQ_OF_FIRST_BYTE:
-        first_byte -= 1
-    check(-errno if bind(fd, <sockaddr *>&local, local_size) != 0 else 0, "binding to the address of the connection")
-    if s.tcpi_options & TCPI_OPT_TIMESTAMPS:
-        check(set_u32(fd, TCP_TIMESTAMP, s.timestamp), "TCP_TIMESTAMP")
-    check(set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE), "TCP_REPAIR_QUEUE")
-    check(set_u32(fd, TCP_QUEUE_SEQ, first_byte), "TCP_QUEUE_SEQ")
-    check(set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE), "TCP_REPAIR_QUEUE")
-    # This host's buffers may be smaller than the source's. The end of the queue
-    # goes into the socket: its numbers must be right.
-    if s.rcvq > DEFAULT_ROOM:
-        room = receive_room()
-        if s.rcvq > room:
-            left_out = s.rcvq - room
-    check(set_u32(fd, TCP_QUEUE_SEQ, s.seq_rcv + left_out), "TCP_QUEUE_SEQ")
-    # The size of segments is settled by connect(): the MSS among the options
-    # comes too late for it, and segments would stay at the least size, 536.
-    set_int(fd, IPPROTO_TCP, TCP_MAXSEG, <int>min(s.mss, <uint32_t>MOST_MSS))
-    send_room(fd, s.sndq - s.notsent)
-    check(-errno if connect(fd, <sockaddr *>&remote, remote_size) != 0 else 0, "connecting in repair mode")
+    if fill(&remote, end_addr, end_port, scope) != size:
+        raise ValueError("the ends of a connection are of one family")
     with nogil:
-        s.rcvq -= left_out
-        rc = sock_restore(fd, &s, incoming + left_out)
-    check(rc, "filling the connection")
+        rc = sock_connect(fd, &local, &remote, size, &s, incoming, room, &left_out, &step)
+    check(rc, STEPS[step])
     return left_out
 
 

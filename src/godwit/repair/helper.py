@@ -99,7 +99,8 @@ def serve(
 ) -> None:
     """Do what a back-end asks until it closes the connection.
 
-    ``program`` is the filter that sockets in repair mode get (`_modes.drop_all`). ``guard`` is closed with the first request that ends a repair mode, or after
+    ``program`` is the filter that sockets in repair mode get (`_modes.drop_all`).
+    ``guard`` is closed with the first request that ends a repair mode, or after
     ``seconds``.
 
     :raises HelperError: a request that is none, or one that failed. What was
