@@ -11,9 +11,16 @@ import pytest
 
 from godwit.daemon import datagrams, mover
 from godwit.daemon.linger import Linger
-from godwit.daemon.mover import TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_LAST_ACK, Mover, _report
-from godwit.dataplane import Engine, FlowState, Observed, Ping, Side, SocketState, UdpPeer, UdpPort
-from godwit.net.native import DATAGRAM_COST
+from godwit.daemon.mover import NOT_SAVED, Mover, _report
+from godwit.dataplane import Engine, FlowState, Observed, Ping, Side, SocketState, UdpPeer, UdpPort, sockstate
+from godwit.net.native import DATAGRAM_COST, FLOW
+from godwit.net.records import (
+    SOCKET,
+    TCP_CLOSE_WAIT,
+    TCP_ESTABLISHED,
+    TCP_FIN_WAIT1,
+    TCP_LAST_ACK,
+)
 from godwit.net.state import NEVER_SEEN
 from godwit.repair import Repair, RepairError, RepairListener
 
@@ -57,6 +64,21 @@ class Rig:
         self.engine.set_flow_socket(flow, ours.detach())
         return flow
 
+    def record(self, flow: int) -> bytes:
+        return self.mover.flow_records([flow], native=True)
+
+    def dump(self, *flows: int) -> list[bytes | str]:
+        return list(self.mover.dump(flows))
+
+    def prepare(self, states: Sequence[FlowState]) -> list[int]:
+        """Flows that come, and their indices."""
+        before = len(self.came())
+        self.mover.prepare(b"".join(map(FLOW.encode, states)), native=True)
+        return self.came()[before:]
+
+    def came(self) -> list[int]:
+        return [] if self.mover._arrivals is None else self.mover._arrivals.flows()
+
     def close(self) -> None:
         self.engine.close()
         self.listener.close()
@@ -68,7 +90,7 @@ class Rig:
 def rig(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     made = Rig(tmp_path)
     monkeypatch.setattr(made.mover, "_set_mode", made.set_mode)  # in place of a helper's process
-    monkeypatch.setattr(made.mover, "_is_local", lambda flow: False)
+    made.mover._local_moves = True
     yield made
     made.close()
 
@@ -84,8 +106,8 @@ def is_reset(sock: socket.socket) -> bool:
 def test_what_is_not_in_the_stream_is_no_flow_that_moved(rig: Rig) -> None:
     moved, left = rig.add(), rig.add()
     rig.mover.freeze()
-    assert rig.mover.dump(moved) is not None
-    assert rig.mover.dump(left) is not None
+    [both] = rig.dump(moved, left)
+    assert len(both) == 2 * SOCKET.size
     rig.mover.give_up(left, "of no reason")
     fds, ports = rig.mover.leave()
     assert ports == []
@@ -99,11 +121,11 @@ def test_what_is_not_in_the_stream_is_no_flow_that_moved(rig: Rig) -> None:
         rig.peers[0].recv(1)
 
 
-def test_a_flow_with_the_host_itself_does_not_move(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rig.mover, "_is_local", rig.engine.flow_is_local)
+def test_a_flow_with_the_host_itself_does_not_move(rig: Rig) -> None:
+    rig.mover._local_moves = False
     flow = rig.add()
     rig.mover.freeze()
-    assert rig.mover.dump(flow) is None
+    assert rig.dump(flow) == [NOT_SAVED]
     assert rig.mover.leave() == ([], [])
     rig.mover.close_flows()
     assert is_reset(rig.peers[0])
@@ -161,13 +183,13 @@ def test_a_commit_that_fails_in_its_midst_leaves_no_connection_hanging(
     rig.engine.start()
     flow = rig.add()
     rig.mover.freeze()
-    state = rig.engine.flow_state(flow)
-    dumped = rig.mover.dump(flow)
-    assert dumped is not None
+    state = rig.record(flow)
+    [dumped] = rig.dump(flow)
+    assert isinstance(dumped, bytes)
     [fd], _ = rig.mover.leave()
     socket.socket(fileno=fd).close()  # in repair mode this says nothing
-    [flow] = rig.mover.prepare([state])
-    rig.mover.restore(flow, *dumped)
+    rig.mover.prepare(state, native=True)
+    rig.mover.restore(0, dumped)
     with monkeypatch.context() as patch:
         patch.setattr(rig.mover, "_finish", fails)
         with pytest.raises(RuntimeError, match="roof"):
@@ -184,8 +206,8 @@ def test_a_flow_that_was_reset_is_in_the_stream_as_lost(rig: Rig) -> None:
         rig.engine.reset_flow(flow)
     rig.mover.freeze()
     assert list(rig.mover.flows()) == [flow]
-    assert rig.mover.flow_state(flow).sides[1].our_port != 0
-    assert rig.mover.dump(flow) is None
+    assert rig.engine.flow_state(flow).sides[1].our_port != 0
+    assert rig.dump(flow) == [NOT_SAVED]
     rig.mover.thaw()
 
 
@@ -207,11 +229,18 @@ def test_the_state_of_a_flow_that_carries_bytes(rig: Rig, kernel: int, guest_clo
             fd = rig.engine.release_flow(flow)
             flow = rig.engine.import_flow(known._replace(events=known.events | 0x20 | 0x10))
             rig.engine.set_flow_socket(flow, fd)
-    rig.engine.carry(flow, b"", b"carried")
-    state = SocketState(1, 1, 0, 0, 0, 1460, 0, 1, 1000, 1000, 1000, 1, 7, 7, kernel, 0)
-    whole, sndq, _ = rig.mover._whole(flow, state, b"", b"")
-    assert whole.tcpi_state == written
-    assert sndq == b"carried"
+    rig.peers[0].send(b"queued")
+    if kernel == TCP_CLOSE_WAIT:
+        rig.peers[0].shutdown(socket.SHUT_WR)
+    rig.engine.carry(flow, b"before, ", b"carried")
+    rig.mover.freeze()
+    [dumped] = rig.dump(flow)
+    assert isinstance(dumped, bytes)
+    state = SocketState._make(SOCKET.unpack(dumped[: SOCKET.size]))
+    assert state.tcpi_state == written
+    assert (state.sndq, state.notsent, state.rcvq) == (7, 7, 14)
+    assert dumped[SOCKET.size :] == b"carriedbefore, queued"
+    assert bool(state.tcpi_options & sockstate.FIRST_BYTE) == guest_closed
 
 
 def test_what_a_source_says_is_short_and_one_line_in_the_log(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,12 +272,12 @@ def test_what_was_prepared_is_of_one_transfer(rig: Rig, end: str) -> None:
         states.append(rig.engine.flow_state(flow))
         rig.engine.forget_flow(flow)
     for _ in range(2):
-        first = list(rig.mover.prepare(states[:1]))
-        both = [*first, *rig.mover.prepare(states[1:])]
-        assert list(rig.mover.prepared()) == both
-        assert len(both) == 3
+        rig.prepare(states[:1])
+        rig.prepare(states[1:])
+        assert rig.mover._arrivals is not None
+        assert len(rig.mover._arrivals) == 3
         getattr(rig.mover, end)()
-        assert list(rig.mover.prepared()) == []
+        assert rig.mover._arrivals is None
 
 
 def test_a_discard_that_fails_leaves_nothing_behind(rig: Rig) -> None:
@@ -259,7 +288,7 @@ def test_a_discard_that_fails_leaves_nothing_behind(rig: Rig) -> None:
         flow = rig.add()
         states.append(rig.engine.flow_state(flow))
         rig.engine.forget_flow(flow)
-    flows = rig.mover.prepare(states)
+    flows = rig.prepare(states)
     rig.mover.add_udp_port(UdpPort(0, GUEST, 5000, V4 + bytes(4), 45678, 0))
     assert len(rig.engine.udp_ports()) == 1
     rig.engine.forget_flow(flows[1])
@@ -267,7 +296,7 @@ def test_a_discard_that_fails_leaves_nothing_behind(rig: Rig) -> None:
         rig.mover.discard()
     assert rig.engine.udp_ports() == []
     assert rig.engine.tcp_flows() == []
-    assert list(rig.mover.prepared()) == []
+    assert rig.came() == []
     with pytest.raises(ValueError, match="without park"):
         rig.engine.unpark()
     rig.mover.add_udp_port(UdpPort(0, GUEST, 5000, V4 + bytes(4), 45678, 0))
@@ -307,8 +336,9 @@ def test_attempts_that_come_take_no_more_descriptors_than_there_are(rig: Rig, ca
         )
         for number in range(8)
     ]
-    for flow in rig.mover.prepare(states):
-        rig.mover.open_anew(flow)
+    rig.prepare(states)
+    for number in range(len(states)):
+        rig.mover.open_anew(number)
     rig.mover.commit()
     flows = rig.engine.tcp_flows(handshakes=True)
     assert sum(rig.engine.flow_socket(flow)[0] >= 0 for flow in flows) == 2
@@ -344,17 +374,18 @@ def test_what_a_socket_has_no_room_for_counts_as_what_is_to_be_sent(rig: Rig, mo
     """A stream cannot have the target keep more than its share, on either way."""
     flow = rig.add()
     rig.mover.freeze()
-    dumped = rig.mover.dump(flow)
-    assert dumped is not None
-    state = rig.engine.flow_state(flow)
+    [dumped] = rig.dump(flow)
+    assert isinstance(dumped, bytes)
+    state = rig.record(flow)
     for fd in rig.mover.leave().connections:
         socket.socket(fileno=fd).close()
-    large = bytes(200 << 20)
+    large = bytes(60 << 20)
+    filled = SOCKET.encode(SocketState._make(SOCKET.unpack(dumped))._replace(rcvq=len(large))) + large
     for share, lost in ((1.0, ""), (1e-9, "all queues together are too large for this host")):
         monkeypatch.setattr(mover, "QUEUES_SHARE", share)
-        [flow] = rig.mover.prepare([state])
-        rig.mover.restore(flow, dumped[0]._replace(rcvq=len(large)), b"", large)
-        assert rig.mover._arrivals[flow].lost == lost
+        rig.mover.prepare(state, native=True)
+        rig.mover.restore(0, filled)
+        assert rig.mover._lost.get(0, "") == lost
         rig.mover.discard()
 
 

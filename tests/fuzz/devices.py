@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Devices to save and to load: the tests' own, with ids that are no numbers of a stream."""
+"""Devices to save and to load: the tests' own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from random import Random
 
-from godwit.dataplane.state import Datagram, FlowState, Observed, Ping, SocketState, UdpPeer, UdpPort
+from godwit.dataplane.state import Datagram, Observed, Ping, UdpPeer, UdpPort
 from godwit.net import native
 from godwit.net.native import NATIVE, PING, UDP_PEER, UDP_PORT, WAITING, Waiting
 from godwit.net.records import EVENT_SYN_FROM_GUEST, FLOW, OBSERVED
@@ -28,32 +27,10 @@ def require(holds: bool, what: str) -> None:
 
 
 class Device(Mover):
-    """One whose ids are no numbers of a stream."""
+    """One that is saved as it was loaded."""
 
-    def prepared(self) -> Sequence[int]:
-        return range(3, 3 + 7 * len(self.states), 7)
-
-    def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
-        super().prepare(flows)
-        return self.prepared()[-len(flows) :]
-
-    def restore(self, flow: int, socket: SocketState, sndq: bytes, rcvq: bytes) -> None:
-        super().restore(self.number(flow), socket, sndq, rcvq)
-
-    def mark_lost(self, flow: int, why: str = "") -> None:
-        super().mark_lost(self.number(flow), why)
-
-    def open_anew(self, flow: int) -> None:
-        super().open_anew(self.number(flow))
-
-    def dump(self, flow: int) -> Dumped | None:
+    def dump_one(self, flow: int) -> Dumped | None:
         return self.sockets.get(flow)  # None too for what was never restored
-
-    def number(self, flow: int) -> int:
-        """Of a flow's id."""
-        number, odd = divmod(flow - 3, 7)
-        require(not odd and 0 <= number < len(self.states), f"there is no flow {flow}")
-        return number
 
     def content(self) -> dict[str, object]:
         """All that came."""

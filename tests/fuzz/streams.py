@@ -18,7 +18,7 @@ from typing import Any, Final
 from godwit.dataplane.state import FlowState, SocketState
 from godwit.migration import MAGIC, BadRecordError, Header, Kind, Part, Reader, Record, UnsoundError
 from godwit.migration.entries import END, HEAD, REQUIRED
-from godwit.migration.layout import Data, Many, Number, One, Text
+from godwit.migration.layout import Data, Many, Number, One, Packed, Text
 from godwit.migration.section import MAX_RECORD, Leaf
 from godwit.net import native
 from godwit.net.records import FLOW, LOST, OBSERVED, SOCKET, STATE_LOST, V4_MAPPED
@@ -112,6 +112,8 @@ def payload(rng: Random, kind: Kind[Any], notes: Any) -> bytes | None:
                 values.append(rng.randrange(4))
             case One(record):
                 values.append(record.build(sound(rng, record)))
+            case Packed(record, most):
+                values.append(b"".join(record.pack(sound(rng, record)) for _ in range(rng.randrange(min(4, most + 1)))))
             case Many(record, most):
                 values.append([sound(rng, record) for _ in range(rng.randrange(min(4, most + 1)))])
             case Data():

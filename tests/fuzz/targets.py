@@ -28,7 +28,9 @@ from godwit.migration import (
 )
 from godwit.migration.inspect import inspect
 from godwit.net.config import Withdrawn
+from godwit.net.native import FLOW as NATIVE_FLOW
 from godwit.net.native import NATIVE
+from godwit.net.records import FLOW, SOCKET
 from godwit.net.state import NEVER_SEEN, FlowMover
 from godwit.net.versions import versions
 
@@ -48,6 +50,7 @@ TEXT: Final = 65536  # bytes of the configuration
 REASON: Final = 130  # characters of a reason that is kept
 UDP_KINDS: Final = (0, 2, 3)
 TCP_STATES: Final = (1, 4, 5, 8, 9, 11)  # that can be restored
+TCP_NONE: Final = (0, 6, 7)  # lost, or ended
 ACCEPTED: Final = 0x01  # of a flow's events
 SYN_FROM_GUEST: Final = 0x02
 ESTABLISHED: Final = 0x04
@@ -144,33 +147,46 @@ class Recorder:
             self.calls[name] += 1
             require(not self.over or (name, arguments) == ("set_observed", (NEVER_SEEN,)), f"{name} after the end")
             if watch is not None:
-                watch(self, *arguments)
+                watch(self, *arguments, **options)
             return method(*arguments, **options)
 
         return call
 
-    def _prepare(self, flows: Sequence[FlowState]) -> None:
+    def _prepare(self, records: bytes, *, native: bool) -> None:
+        record = NATIVE_FLOW if native else FLOW
+        require(len(records) % record.size == 0, "no whole records")
+        flows = [record.build(flat) for flat in record.unpack_many(records)]
         within(len(flows), 1, BATCH)
         within(len(flows) + len(self.device.states), 1, FLOWS)
         for flow in flows:
             check_flow(flow)
 
-    def _restore(self, flow: int, socket: SocketState, sndq: bytes, rcvq: bytes) -> None:
-        self._once(flow)
-        check_socket(socket, sndq, rcvq)
+    def _restore(self, first: int, sockets: bytes) -> None:
+        """Whatever is in there is looked at by itself, before the device has any of it."""
+        at = 0
+        while at < len(sockets):
+            socket = SocketState._make(SOCKET.unpack(sockets[at : at + SOCKET.size]))
+            at += SOCKET.size
+            self._once(first)
+            if socket.tcpi_state not in TCP_NONE:
+                check_socket(socket, sockets[at:][: socket.sndq], sockets[at + socket.sndq :][: socket.rcvq])
+            if socket.tcpi_state:
+                at += socket.sndq + socket.rcvq
+            first += 1
+        require(at == len(sockets), "queues that are cut off")
 
-    def _mark_lost(self, flow: int, why: str = "") -> None:
-        self._once(flow)
+    def _mark_lost(self, number: int, why: str = "") -> None:
+        self._once(number)
         require(len(why) <= REASON and (not why or why.isprintable()), f"a reason that no log can have: {why!r}")
 
-    def _open_anew(self, flow: int) -> None:
-        self._once(flow)
-        state = self.device.states[self.device.number(flow)]
+    def _open_anew(self, number: int) -> None:
+        self._once(number)
+        state = self.device.states[number]
         require(state.pif[0] == 2 and state.events == SYN_FROM_GUEST, "a call that is not the guest's")
 
-    def _once(self, flow: int) -> None:
-        number = self.device.number(flow)
-        require(number not in self.device.sockets.keys() | self.device.unanswered, f"flow {flow} comes twice")
+    def _once(self, number: int) -> None:
+        require(0 <= number < len(self.device.states), f"there is no flow {number}")
+        require(not (number in self.device.sockets or number in self.device.unanswered), f"flow {number} comes twice")
 
     def _add_ping(self, ping: Ping) -> None:
         within(len(self.device.echoes) + 1, 1, FLOWS)

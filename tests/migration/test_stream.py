@@ -151,7 +151,7 @@ def test_read_timeout(pipe: list[int]) -> None:
 def test_write_timeout(pipe: list[int]) -> None:
     writer = Writer(pipe[1], timeout=0.05)
     with pytest.raises(TimedOutError, match="written"):
-        writer.push_bytes(bytes(1 << 20))
+        writer.push_bytes(bytes(4 << 20))
 
 
 def test_reader_gone(pipe: list[int]) -> None:
@@ -173,7 +173,7 @@ def test_reader_goes_while_we_wait(pipe: list[int]) -> None:
     thread = threading.Thread(target=leave)
     thread.start()
     with pytest.raises(PeerGoneError):
-        Writer(pipe[1], timeout=10).push_bytes(bytes(1 << 20))
+        Writer(pipe[1], timeout=10).push_bytes(bytes(4 << 20))
     thread.join()
 
 
@@ -184,7 +184,7 @@ def test_cancel_ends_a_wait(pipe: list[int], side: str) -> None:
     thread.start()
     reader, writer = Reader(pipe[0], cancel=cancel), Writer(pipe[1], cancel=cancel)
     with pytest.raises(AbortedError, match="front-end gone"):
-        reader.pull_u8() if side == "read" else writer.push_bytes(bytes(1 << 20))
+        reader.pull_u8() if side == "read" else writer.push_bytes(bytes(4 << 20))
     thread.join()
     cancel.close()
 

@@ -53,7 +53,7 @@ class FakeHelper:
                 mode, fds = request
                 self.requests.append((mode, len(fds)))
                 try:
-                    answer = self._act(len(self.requests), mode, fds)
+                    answer = self._act(len(self.requests), mode, list(fds))
                 finally:
                     close_all(fds)
                 if answer is None:

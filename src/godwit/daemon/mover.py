@@ -22,7 +22,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from godwit.daemon.awaited import PATIENCE, Awaited, Waiting, is_here, names
@@ -40,25 +39,16 @@ from godwit.dataplane import (
     SocketState,
     UdpPeer,
     UdpPort,
+    layouts,
+    moving,
     sockstate,
 )
 from godwit.migration.layout import printable
 from godwit.net.change import differences
 from godwit.net.config import Withdrawn
-from godwit.net.records import address_text
+from godwit.net.records import SOCKET, STATE_LOST, address_text
 from godwit.net.state import NEVER_SEEN
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
-
-# TCP states as TCP_INFO gives them (the kernel's tcp_states.h).
-TCP_ESTABLISHED = 1
-TCP_FIN_WAIT1 = 4
-TCP_CLOSE = 7
-TCP_CLOSE_WAIT = 8
-TCP_LAST_ACK = 9
-TCP_CLOSING = 11
-TCP_PEER_CLOSED = frozenset((TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING))
-
-EV_FIN_TO_SOCK = 0x10  # of FlowState.events
 
 log = logging.getLogger(__name__)
 
@@ -79,20 +69,12 @@ MAX_REASONS = 20
 # no room for.
 QUEUES_SHARE = 1 / 4
 
+# Bytes of sockets that are in memory at once as they are saved, or the queues of one.
+PIECE = 1 << 18
 
-@dataclass
-class _Arrival:
-    """A flow that was loaded: its descriptor (-1: none), and what is written at the commit."""
-
-    state: FlowState
-    fd: int = -1
-    in_repair: bool = False
-    lost: str = ""
-    has_place: bool = True  # there are descriptors for it
-    opens: bool = False  # there is no socket yet: it is opened at the commit
-    socket: SocketState | None = None
-    sndq: bytes = b""
-    waiting: Waiting | None = None  # for its address
+NOT_SAVED = "the source could not save it"
+NO_MEMORY = "all queues together are too large for this host"
+_STATE = SOCKET.index("tcpi_state")
 
 
 class Left(NamedTuple):
@@ -189,18 +171,20 @@ class Mover:
         self.helper_expected = False
         self._parked = False
         self._held_alone = False  # what is asked of the helper is for flows that are held while the guest runs
-        self._frozen: list[int] = []  # source: flows whose socket is frozen
+        self._frozen: Sequence[int] = []  # source: flows whose socket is frozen
         self._in_repair: set[int] = set()  # of those, the ones in repair mode
         self._saved: set[int] = set()  # and of those, the ones whose socket is in the stream
         self._frozen_listeners: list[int] = []
         self._departures = UdpDepartures(engine)  # source
-        self._arrivals: dict[int, _Arrival] = {}  # target: by flow
-        self._prepared: list[int] = []  # target: all flows that came, -1 for one that has no place
+        self._local_moves = False  # a flow whose peer is this host itself moves like others: in tests
+        self._arrivals: moving.Arrivals | None = None  # target: the flows that came, by their number
+        self._lost: dict[int, str] = {}  # target: of these the ones that are, and why
+        self._opens: list[int] = []  # target: those whose socket is opened at the commit
+        self._waits: dict[int, Waiting] = {}  # target: those that wait for their address
         self._arriving = UdpArrivals(engine, self._reclaim, freebind=freebind)  # target
         self._pings: list[int] = []  # target: the flows of echoes that came
         self._seen_before: Observed | None = None  # target: the guest's addresses before those that came
         self._lingerers: list[str] = []  # target: who may have sockets of the flows that come
-        self._room = 0  # target: bytes that queues may still take in our memory
         self._told_elsewhere = Withdrawn()  # target: where the guest comes from
 
     # ---- another process on this host goes on
@@ -209,7 +193,9 @@ class Mover:
     def settled(self) -> bool:
         """Nothing moves, no connection waits for a helper, and none that hangs may still touch any."""
         with self._lock:
-            return not (self._parked or self._frozen or self._arrivals or self._rescue.held() or self._watches())
+            return not (
+                self._parked or self._frozen or self._arrivals is not None or self._rescue.held() or self._watches()
+            )
 
     @property
     def listeners_frozen(self) -> bool:
@@ -300,22 +286,16 @@ class Mover:
             sockstate.freeze_listener(fd)
             self._frozen_listeners.append(fd)
         self._engine.accept_waiting()
-        for flow in self._engine.tcp_flows(handshakes=True):
-            fd, v6 = self._engine.flow_socket(flow)
-            if fd < 0:
-                continue  # reset, and the guest is to hear of it where it goes
-            try:
-                sockstate.freeze(fd, v6)
-            except OSError as error:
-                log.error("flow %d cannot move: %s", flow, error)
-                continue
-            self._frozen.append(flow)
+        # A flow without a socket was reset, and the guest is to hear of it where it goes.
+        self._frozen, failed = moving.freeze(self._engine)
+        for flow, error in failed:
+            log.error("flow %d cannot move: %s", flow, os.strerror(error))
         # Those that stood still for want of a helper need none to move.
         self._rescue.release(self._frozen)
-        self._in_repair.update(flow for flow in self._frozen if self._is_in_repair(flow))
         if not self._frozen:
             return
         if not self.helper_expected and (self._repair is None or not self._repair.connected()):
+            self._in_repair.update(flow for flow in self._frozen if self._is_in_repair(flow))
             log.warning(
                 "no repair helper is connected: %d connections cannot move and will be reset; "
                 "start `godwit repair` or passt-repair for %s",
@@ -323,71 +303,56 @@ class Mover:
                 "the repair socket" if self._repair is None else self._repair.path,
             )
             return
-        self._set_mode([self._engine.flow_socket(flow)[0] for flow in self._frozen], Repair.ON)
+        self._set_mode(moving.sockets(self._engine, self._frozen), Repair.ON)
         self._in_repair.update(self._frozen)
 
-    def flows(self, *, handshakes: bool = False) -> Sequence[int]:
-        """The TCP flows that are established on the guest's side; or with ``handshakes`` those in a handshake, too."""
-        return self._engine.tcp_flows(handshakes)
+    def flows(self) -> Sequence[int]:
+        """All TCP flows, also those without a socket, and those in a handshake."""
+        return self._engine.tcp_flows(handshakes=True)
 
     def is_connecting(self, flow: int) -> bool:
         """The guest has opened it, and its peer has not answered."""
         return self._engine.flow_is_connecting(flow)
 
-    def flow_state(self, flow: int) -> FlowState:
-        """The flow as the guest's side knows it."""
-        return self._engine.flow_state(flow)
+    def flow_records(self, flows: Sequence[int], *, native: bool) -> bytes:
+        """The flows as the guest's side knows them."""
+        return moving.flow_records(self._engine, flows, native)
 
-    def dump(self, flow: int) -> tuple[SocketState, bytes, bytes] | None:
-        """The socket and its queues; None: it cannot move."""
-        if (waiting := self._awaited.get(flow)) is not None:
-            return waiting.on_time(), waiting.sndq, waiting.rcvq
-        if flow not in self._in_repair:
-            return None
-        if self._is_local(flow):
-            self.give_up(flow, "its peer is on this host, and does not move with it")
-            return None
-        fd, _v6 = self._engine.flow_socket(flow)
-        try:
-            state, sndq, rcvq = sockstate.dump(fd)
-        except OSError as error:
-            self.give_up(flow, str(error))
-            return None
-        self._saved.add(flow)
-        return self._whole(flow, state, sndq, rcvq)
+    def dump(self, flows: Sequence[int]) -> Iterator[bytes | str]:
+        """The sockets and their queues; of one that cannot move, why."""
+        first = 0
+        for place, flow in enumerate(flows):
+            waiting = self._awaited.get(flow)
+            if waiting is None and flow in self._in_repair:
+                continue
+            yield from self._dump(flows[first:place])
+            yield NOT_SAVED if waiting is None else SOCKET.encode(waiting.on_time()) + waiting.sndq + waiting.rcvq
+            first = place + 1
+        yield from self._dump(flows[first:])
+
+    def _dump(self, flows: Sequence[int]) -> Iterator[bytes | str]:
+        """Those that are in repair mode."""
+        at = 0
+        while at < len(flows):
+            end, found, error = moving.dump(self._engine, flows, at, PIECE, self._local_moves)
+            self._saved.update(flows[at:end])
+            if found:
+                yield found
+            at = end
+            if error:
+                here = error == errno.EXDEV
+                why = "its peer is on this host, and does not move with it" if here else os.strerror(error)
+                self.give_up(flows[at], why)
+                yield NOT_SAVED
+                at += 1
 
     def _is_local(self, flow: int) -> bool:
-        return self._engine.flow_is_local(flow)
+        return self._engine.flow_is_local(flow) and not self._local_moves
 
     def give_up(self, flow: int, why: str) -> None:
         """The flow is not in the stream, or as lost: it is reset when the guest has moved."""
         log.error("flow %d cannot move: %s", flow, why)
         self._saved.discard(flow)
-
-    def _whole(self, flow: int, state: SocketState, sndq: bytes, rcvq: bytes) -> tuple[SocketState, bytes, bytes]:
-        """What the kernel has, and what an earlier migration left with the flow."""
-        to_guest, to_sock = self._engine.carried(flow)
-        tcp_state = state.tcpi_state
-        if to_sock and self._engine.flow_state(flow).events & EV_FIN_TO_SOCK:
-            tcp_state = TCP_LAST_ACK if tcp_state == TCP_CLOSE_WAIT else TCP_FIN_WAIT1
-        if tcp_state == TCP_CLOSE:
-            # Both have closed and know it. What is left is for the guest to read; no FIN is due.
-            tcp_state = TCP_CLOSE_WAIT
-        elif self._engine.peer_closed(flow):
-            tcp_state = {TCP_ESTABLISHED: TCP_CLOSE_WAIT}.get(tcp_state, TCP_LAST_ACK)
-        return (
-            state._replace(
-                tcpi_state=tcp_state,
-                # Whatever the state says now, no FIN is in the number of the first byte.
-                tcpi_options=state.tcpi_options | (sockstate.FIRST_BYTE if tcp_state != state.tcpi_state else 0),
-                sndq=len(sndq) + len(to_sock),
-                notsent=state.notsent + len(to_sock),
-                rcvq=len(rcvq) + len(to_guest),
-                seq_rcv=(state.seq_rcv - len(to_guest)) & 0xFFFFFFFF,
-            ),
-            sndq + to_sock,
-            to_guest + rcvq,
-        )
 
     def thaw(self) -> None:
         """Go on here as if nothing had been asked, also after a freeze that got half-way."""
@@ -443,7 +408,7 @@ class Mover:
         return in_repair(self._engine.flow_socket(flow)[0])
 
     def _clear(self) -> None:
-        self._frozen.clear()
+        self._frozen = []
         self._in_repair.clear()
         self._saved.clear()
         self._departures.clear()
@@ -456,7 +421,7 @@ class Mover:
             return
         try:
             # Repair.OFF, not OFF_NO_WP: the window probe makes the peer tell us where it is.
-            self._set_mode([self._engine.flow_socket(flow)[0] for flow in flows], Repair.OFF)
+            self._set_mode(moving.sockets(self._engine, flows), Repair.OFF)
         except RepairError as error:
             log.error("the repair helper failed as connections were to leave repair mode: %s", error)
 
@@ -518,103 +483,80 @@ class Mover:
             if self._parked:
                 return
             self._park()  # from here on nobody looks for sockets in repair mode but us
-        self._room = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * QUEUES_SHARE)
+            memory = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * QUEUES_SHARE)
+            self._arrivals = moving.Arrivals(self._engine, self.scope, memory)
         self._lingerers = lingerers()
 
     def _reclaim(self, sides: Sequence[Side]) -> None:
         """Have whoever lingers with sockets of these ends close them."""
         self._lingerers = reclaim(sides, self._lingerers)
 
-    def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
+    def prepare(self, records: bytes, *, native: bool) -> None:
         """Flows in the table, with frozen sockets in repair mode where they can be had."""
         self._begin_load()
-        self._reclaim([_host_side(state) for state in flows])
-        ids = [self._place(state) for state in flows]
-        self._enter_repair(flow for flow in ids if flow >= 0)
-        self._prepared += ids
-        return ids
+        arrivals = self._came()
+        if self._lingerers:
+            self._reclaim(layouts.ends(records, native))
+        first = len(arrivals)
+        for number, why in arrivals.prepare(records, native):
+            if arrivals.flow(number) < 0:
+                log.error("a connection is lost: %s", why)
+            else:
+                self._lose(number, why)
+        self._enter_repair(first)
 
-    def _enter_repair(self, flows: Iterable[int]) -> None:
-        """Of these, as far as they have sockets."""
-        ready = [flow for flow in flows if self._arrivals[flow].fd >= 0]
+    def _came(self) -> moving.Arrivals:
+        """What has come, of which there is something."""
+        assert self._arrivals is not None
+        return self._arrivals
+
+    def _enter_repair(self, first: int) -> None:
+        """Of what has come from that number on, as far as it has sockets."""
+        arrivals = self._came()
+        numbers, fds = arrivals.sockets(first)
         done = 0
         try:
-            self._set_mode([self._arrivals[flow].fd for flow in ready], Repair.ON)
-            done = len(ready)
+            self._set_mode(fds, Repair.ON)
+            done = len(fds)
         except RepairError as error:
             done = error.done
             log.error("%s", error)
-        for flow in ready[:done]:
-            self._arrivals[flow].in_repair = True
-        for flow in ready[done:]:
-            self._lose(flow, "no repair helper")
+        arrivals.enter_repair(numbers[:done])
+        for number in numbers[done:]:
+            self._lose(number, "no repair helper")
 
-    def prepared(self) -> Sequence[int]:
-        """All flows that came, in their order; -1 for one that has no place here."""
-        return self._prepared
+    def restore(self, first: int, sockets: bytes) -> None:
+        """Fill the sockets of prepared flows."""
+        arrivals = self._came()
+        for number, at, size, error, step in arrivals.restore(first, sockets):
+            data = sockets[at : at + size]
+            if not error:
+                ended = SOCKET.unpack(data[: SOCKET.size])[_STATE] != STATE_LOST
+                self.mark_lost(number, "it ended meanwhile" if ended else "")
+            elif error == errno.EDQUOT:
+                self._lose(number, NO_MEMORY)
+            else:
+                self._refused(number, OSError(error, f"{step}: {os.strerror(error)}"), data)
 
-    def _place(self, state: FlowState) -> int:
-        full = self._engine.is_full()
-        try:
-            flow = self._engine.import_flow(state)
-        except ValueError as error:
-            log.error("a connection is lost: %s", error)
-            return -1
-        arrival = self._arrivals[flow] = _Arrival(state, has_place=not full)
-        if full:
-            self._lose(flow, "there are too few descriptors for it")
+    def _refused(self, number: int, error: OSError, data: bytes) -> None:
+        """The kernel does not take a socket; its address may come yet."""
+        state = self._engine.flow_state(self._came().flow(number))
+        address = _host_side(state).our_addr
+        here = error.errno != errno.EADDRNOTAVAIL or is_here(address, self.scope)
+        if here or not self._freebind:
+            self._lose(number, _advice(error, address, here=here))
+        elif not self._came().take_memory(len(data) - SOCKET.size):
+            self._lose(number, NO_MEMORY)
         else:
-            self._open(flow, arrival)
-        return flow
+            socket = SocketState._make(SOCKET.unpack(data[: SOCKET.size]))
+            middle = SOCKET.size + socket.sndq
+            self._await(number, Waiting(state, _host_side(state), socket, data[SOCKET.size : middle], data[middle:]))
 
-    def _open(self, flow: int, arrival: _Arrival) -> None:
-        """Give a flow a socket, frozen."""
-        try:
-            arrival.fd = sockstate.create(self._engine.flow_socket(flow)[1])
-        except OSError as error:
-            self._lose(flow, str(error))
-        else:
-            self._engine.set_flow_socket(flow, arrival.fd)
-
-    def restore(self, flow: int, socket: SocketState, sndq: bytes, rcvq: bytes) -> None:
-        """Fill the socket of a prepared flow."""
-        arrival = self._arrivals.get(flow)
-        if arrival is None or not arrival.in_repair or arrival.lost:
-            return
-        host = _host_side(arrival.state)
-        try:
-            left_out = sockstate.restore(
-                arrival.fd,
-                host.our_addr,
-                host.our_port,
-                host.end_addr,
-                host.end_port,
-                self.scope,
-                socket,
-                rcvq,
-            )
-        except OSError as error:
-            here = error.errno != errno.EADDRNOTAVAIL or is_here(host.our_addr, self.scope)
-            if here or not self._freebind:
-                self._lose(flow, _advice(error, host.our_addr, here=here))
-            elif self._has_room(flow, len(sndq) + len(rcvq)):
-                self._await(flow, Waiting(arrival.state, host, socket, sndq, rcvq))
-            return
-        if not self._has_room(flow, len(sndq) + left_out):
-            return
-        arrival.socket = socket
-        arrival.sndq = sndq
-        if left_out:
-            self._engine.carry(flow, rcvq[:left_out], b"")
-        if socket.tcpi_state in TCP_PEER_CLOSED:
-            self._engine.note_peer_closed(flow)
-
-    def open_anew(self, flow: int) -> None:
+    def open_anew(self, number: int) -> None:
         """Nobody had answered this one: it needs no socket that is restored, and no helper."""
-        arrival = self._arrivals.get(flow)
-        if arrival is not None and arrival.has_place:
-            self._lose(flow, "")
-            arrival.opens = True
+        if self._came().flow(number) >= 0 and self._came().has_place(number):
+            self._lose(number, "")
+            self._opens.append(number)
 
     def pings(self) -> Sequence[Ping]:
         """The guest's echoes."""
@@ -627,20 +569,10 @@ class Mover:
         if index is not None:
             self._pings.append(index)
 
-    def _has_room(self, flow: int, size: int) -> bool:
-        """Whether there is memory for so much of a queue; else the flow is lost."""
-        if size > self._room:
-            self._lose(flow, "all queues together are too large for this host")
-            return False
-        self._room -= size
-        return True
-
-    def _await(self, flow: int, waiting: Waiting) -> None:
+    def _await(self, number: int, waiting: Waiting) -> None:
         """Its address may come yet. A new socket is made then: the one that is there is bound to nothing."""
-        arrival = self._arrivals[flow]
-        self._engine.drop_flow_socket(flow)
-        arrival.fd = -1
-        arrival.waiting = waiting
+        self._came().free_socket(number)
+        self._waits[number] = waiting
         self._awaited.scope = self.scope
         self._awaited.keep(waiting.ours.our_addr, waiting.ours.our_port)
 
@@ -648,21 +580,23 @@ class Mover:
         """The addresses of some flows that wait are here, others have waited too long. The data plane is parked."""
         self._held_alone = True
         try:
-            self._room = sum(len(one.sndq) + len(one.rcvq) for one in came.values())
-            for flow, waiting in came.items():
-                self._arrivals[flow] = _Arrival(waiting.state)
-                self._open(flow, self._arrivals[flow])
-            self._enter_repair(came)
-            for flow, waiting in came.items():
-                self.restore(flow, waiting.on_time(), waiting.sndq, waiting.rcvq)
+            memory = sum(len(one.sndq) + len(one.rcvq) for one in came.values())
+            arrivals = self._arrivals = moving.Arrivals(self._engine, self.scope, memory)
+            for flow in came:
+                number, why = arrivals.adopt(flow)
+                if why is not None:
+                    self._lose(number, why)
+            self._enter_repair(0)
+            for number, waiting in enumerate(came.values()):
+                self.restore(number, SOCKET.encode(waiting.on_time()) + waiting.sndq + waiting.rcvq)
             for flow, waiting in late.items():
+                number, _why = arrivals.adopt(flow)
                 address = address_text(waiting.ours.our_addr)
-                why = f"the address {address} has not come to this host within {PATIENCE:.0f} s"
-                self._arrivals[flow] = _Arrival(waiting.state, lost=why)
+                self._lose(number, f"the address {address} has not come to this host within {PATIENCE:.0f} s")
             self._let_flows_go()
         finally:
             self._held_alone = False
-            self._arrivals.clear()
+            self._forget_arrivals()
         self._schedule(HURRY_SECONDS, self._engine.calm)
 
     def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
@@ -682,18 +616,15 @@ class Mover:
         """Datagrams of a port that came; they are delivered after the commit."""
         self._arriving.add_datagrams(number, datagrams)
 
-    def mark_lost(self, flow: int, why: str = "") -> None:
+    def mark_lost(self, number: int, why: str = "") -> None:
         """The source could not move this flow."""
-        self._lose(flow, f"the source could not move it{f': {why}' if why else ''}")
+        self._lose(number, f"the source could not move it{f': {why}' if why else ''}")
 
-    def _lose(self, flow: int, why: str) -> None:
-        arrival = self._arrivals.get(flow)
-        if arrival is None:
-            return
-        arrival.lost = why
-        if arrival.fd >= 0:
-            self._engine.drop_flow_socket(flow)
-            arrival.fd = -1
+    def _lose(self, number: int, why: str) -> None:
+        arrivals = self._came()
+        if arrivals.flow(number) >= 0:
+            self._lost[number] = why
+            arrivals.lose(number)
 
     def commit(self) -> None:
         """The guest runs here: end repair mode, write the rest, thaw, and go."""
@@ -716,66 +647,54 @@ class Mover:
             self._let_flows_go()
 
     def _let_flows_go(self) -> None:
-        waiting = {flow: one.waiting for flow, one in self._arrivals.items() if one.waiting and not one.lost}
-        for flow, arrival in self._arrivals.items():
-            if not (arrival.lost or arrival.opens or arrival.waiting or arrival.socket):
-                self._lose(flow, "it was not restored")
-        good = [flow for flow, arrival in self._arrivals.items() if arrival.socket and not arrival.lost]
-        done = 0
-        if good:
-            # Thawed first: the answer to the probe that ends repair mode shall not be missed.
-            for flow in good:
-                self._thaw_socket(flow)
-                self._complete(flow)
-            good = [flow for flow in good if not self._arrivals[flow].lost]
-            try:
-                self._set_mode([self._arrivals[flow].fd for flow in good], Repair.OFF)
-                done = len(good)
-            except RepairError as error:
-                done = error.done
-                log.error("%s", error)
-        for flow in good[:done]:
-            self._finish(flow)
-        for flow in good[done:]:
-            self._lose(flow, "no repair helper")
-        lost = {flow: arrival for flow, arrival in self._arrivals.items() if arrival.lost}
-        peers = [_host_side(arrival.state) for flow, arrival in lost.items() if not self._is_local(flow)]
+        if self._arrivals is None:
+            return
+        arrivals = self._came()
+        for number in arrivals.not_restored():
+            if number not in self._waits:
+                self._lose(number, "it was not restored")
+        for number, error in arrivals.complete():
+            self._lose(number, f"filling the send queue: {os.strerror(error)}")
+        numbers, fds = arrivals.sockets(0, restored=True)
+        done = len(fds)
+        try:
+            if fds:
+                self._set_mode(fds, Repair.OFF)
+        except RepairError as error:
+            done = error.done
+            log.error("%s", error)
+        self._finish(numbers[:done])
+        for number in numbers[done:]:
+            self._lose(number, "no repair helper")
+        self._end_lost()
+
+    def _finish(self, numbers: Sequence[int]) -> None:
+        """These are out of repair mode."""
+        for number, error in self._came().finish(numbers):
+            self._lose(number, f"writing what was not sent yet: {os.strerror(error)}")
+
+    def _end_lost(self) -> None:
+        """Reset what is lost, open what is opened here, and say how many there are."""
+        flow_of = self._came().flow
+        opens = [flow_of(number) for number in self._opens]
+        lost = {flow_of(number): why for number, why in self._lost.items() if number not in self._opens}
+        states = {flow: self._engine.flow_state(flow) for flow in lost}
+        peers = [_host_side(state) for flow, state in states.items() if not self._is_local(flow)]
         for flow in lost:
             self._engine.reset_flow(flow)
-        for flow, arrival in self._arrivals.items():
-            if arrival.opens:
-                self._engine.open_flow(flow)
-        going = len(self._arrivals) - len(lost) - len(waiting)
+        for flow in opens:
+            self._engine.open_flow(flow)
+        waits = {flow_of(number): waiting for number, waiting in self._waits.items() if number not in self._lost}
+        going = len(self._arrived()) - len(lost) - len(waits)
         log.info("%d connections go on here, %d were lost", going, len(lost))
-        if waiting:
-            missing = names(one.ours.our_addr for one in waiting.values())
-            log.warning("%d connections wait for their address to come to this host: %s", len(waiting), missing)
-        self._awaited.wait(waiting)
-        _report((arrival.lost, arrival.state) for arrival in lost.values())
+        if waits:
+            missing = names(one.ours.our_addr for one in waits.values())
+            log.warning("%d connections wait for their address to come to this host: %s", len(waits), missing)
+        self._awaited.wait(waits)
+        _report((why, states[flow]) for flow, why in lost.items())
         if lost and self._repair is not None:
             self._repair.end_guard()  # resets are wanted now
         self._knocks.begin(peers, self.scope)
-
-    def _complete(self, flow: int) -> None:
-        arrival = self._arrivals[flow]
-        assert arrival.socket is not None  # or it would have been lost
-        try:
-            sockstate.complete(arrival.fd, arrival.socket, arrival.sndq)
-        except OSError as error:
-            self._lose(flow, str(error))
-
-    def _finish(self, flow: int) -> None:
-        arrival = self._arrivals[flow]
-        assert arrival.socket is not None  # or it would have been lost
-        unsent = arrival.sndq[len(arrival.sndq) - arrival.socket.notsent :]
-        try:
-            taken = sockstate.finish(arrival.fd, arrival.socket, unsent)
-        except OSError as error:
-            self._lose(flow, str(error))
-            return
-        if taken < len(unsent):
-            self._engine.carry(flow, b"", unsent[taken:])
-        self._engine.resume_flow(flow, watch=True)
 
     def discard(self) -> None:
         """Close all that was loaded; in repair mode a close says nothing."""
@@ -783,7 +702,7 @@ class Mover:
             each.callback(self._loaded)
             each.callback(self._engine.forget_pings, list(self._pings))
             each.callback(self._arriving.discard)
-            for flow in self._arrivals:
+            for flow in self._arrived():
                 each.callback(self._engine.forget_flow, flow)
             each.callback(self._awaited.forget)
             self._told_elsewhere = Withdrawn()
@@ -791,7 +710,8 @@ class Mover:
     def give_up_all(self) -> None:
         """After a transfer: should its end have failed, what stands still since is reset rather than left to hang."""
         with self._lock:
-            left = {*self._frozen, *self._arrivals}
+            came = self._arrived()
+            left = {*self._frozen, *came}
             if not left and not self._parked:
                 return
             log.error("%d connections are reset: the end of the migration has failed", len(left))
@@ -804,13 +724,24 @@ class Mover:
                 left = {flow for flow in left if self._engine.flow_generation(flow) is not None}
                 repaired = [flow for flow in left if (fd := self._engine.flow_socket(flow)[0]) >= 0 and in_repair(fd)]
                 self._leave_repair(repaired)  # in repair mode a reset is not said
+                came = [flow for flow in came if flow in left]
+                peers = [_host_side(self._engine.flow_state(flow)) for flow in came]
                 for flow in left:
                     self._engine.reset_flow(flow)
-                self._knocks.begin([_host_side(one.state) for one in self._arrivals.values()], self.scope)
+                self._knocks.begin(peers, self.scope)
+
+    def _arrived(self) -> list[int]:
+        """The flows that have come and have a place in the table."""
+        return [] if self._arrivals is None else self._arrivals.flows()
+
+    def _forget_arrivals(self) -> None:
+        self._arrivals = None
+        self._lost.clear()
+        self._opens.clear()
+        self._waits.clear()
 
     def _loaded(self) -> None:
         """What came is the guest's, or gone: forget about it, and go on."""
-        self._arrivals.clear()
-        self._prepared.clear()
+        self._forget_arrivals()
         self._pings.clear()
         self._unpark()

@@ -3,7 +3,8 @@
 
 import os
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.errno cimport EEXIST
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from godwit.dataplane._base cimport EngineBase, carried_from, check, copy_bytes
@@ -22,7 +23,9 @@ from godwit.dataplane.flow cimport (
 )
 from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_loopback, is_unspecified, is_v4, to_host
 from godwit.dataplane.icmp cimport PING_TIMEOUT, ping_open
+from godwit.dataplane.layouts cimport End, Moved
 from godwit.dataplane.loop cimport clock_ms
+from godwit.dataplane.moving cimport moved_in, moved_out
 from godwit.dataplane.plane cimport (
     EV_ACCEPTED,
     EV_ESTABLISHED,
@@ -160,38 +163,16 @@ cdef class Engine(EngineBase):
 
     def flow_state(self, uint32_t index):
         """The FlowState of a TCP flow, to be written into a stream."""
-        cdef Flow *f = self.flow(index)
-        cdef bint from_guest = f.flags & FF_FROM_GUEST != 0
-        tcp_local_end(f)
-        guest = Side(f.our_addr[:16], f.guest_addr[:16], f.our_port, f.guest_port)
-        host = Side(f.local_addr[:16], f.remote_addr[:16], f.local_port, f.remote_port)
-        window = f.window >> f.ws_from_guest
-        granted = (f.edge - f.seq_from_guest) >> f.ws_to_guest if <int>(f.edge - f.seq_from_guest) > 0 else 0
+        cdef Moved m
+        moved_out(self.p, self.flow(index), &m)
+        guest = Side(m.guest_our.addr[:16], m.guest_end.addr[:16], m.guest_our.port, m.guest_end.port)
+        host = Side(m.host_our.addr[:16], m.host_end.addr[:16], m.host_our.port, m.host_end.port)
         return FlowState(
-            pif=(PIF_GUEST, PIF_HOST) if from_guest else (PIF_HOST, PIF_GUEST),
-            sides=(guest, host) if from_guest else (host, guest),
-            retries=min(f.retries, 7),
-            ws_from_tap=f.ws_from_guest,
-            ws_to_tap=f.ws_to_guest,
-            # How it came to be established is said by `pif` alone, as in every stream of passt's, which
-            # takes a flow with these bits for one in its handshake. And a FIN that is being sent again
-            # was sent: the numbers below count it.
-            events=((f.events & ~(EV_ACCEPTED | EV_SYN_FROM_GUEST) if f.events & EV_ESTABLISHED else f.events)
-                    | (EV_FIN_TO_GUEST if f.flags & FF_FIN_KNOWN else 0)),
-            tap_mss=f.mss,
-            sndbuf=0,
-            flags=0,
-            seq_dup_ack_approx=0,
-            wnd_from_tap=min(window, 0xFFFF),
-            wnd_to_tap=min(granted, 0xFFFF),
-            seq_to_tap=f.seq_max_to_guest,
-            seq_ack_from_tap=f.seq_ack_from_guest,
-            seq_from_tap=f.seq_from_guest,
-            seq_ack_to_tap=f.seq_ack_to_guest,
-            seq_init_from_tap=f.seq_init_from_guest,
-            bytes_from_guest=f.bytes_from_guest,
-            bytes_to_guest=f.bytes_to_guest,
-            idle=min(<uint64_t>max(<int64_t>(self.p.now - f.last_active), 0), 0xFFFFFFFF),
+            (PIF_GUEST, PIF_HOST) if m.from_guest else (PIF_HOST, PIF_GUEST),
+            (guest, host) if m.from_guest else (host, guest),
+            m.retries, m.ws_from_guest, m.ws_to_guest, m.events, m.mss, 0, 0, 0, m.wnd_from_guest, m.wnd_to_guest,
+            m.seq_to_guest, m.ack_from_guest, m.seq_from_guest, m.ack_to_guest, m.init_from_guest,
+            m.bytes_from_guest, m.bytes_to_guest, m.idle,
         )
 
     def import_flow(self, state):
@@ -199,40 +180,24 @@ cdef class Engine(EngineBase):
 
         ValueError: it is in the table already, or the table is full.
         """
-        cdef Flow *f
-        cdef bint from_guest = state.pif[0] == PIF_GUEST
-        guest = state.sides[0 if from_guest else 1]
-        host = state.sides[1 if from_guest else 0]
-        cdef bytes guest_addr = guest.end_addr, our_addr = guest.our_addr
-        if flow_find(self.p, FLOW_TCP, guest_addr, guest.end_port, our_addr, guest.our_port) != NULL:
-            raise ValueError("two flows between the same ends")
+        cdef Moved m
+        cdef Flow *f = NULL
+        cdef int rc
+        m.from_guest = state.pif[0] == PIF_GUEST
+        guest = state.sides[0 if m.from_guest else 1]
+        host = state.sides[1 if m.from_guest else 0]
+        end_in(&m.guest_our, guest.our_addr, guest.our_port)
+        end_in(&m.guest_end, guest.end_addr, guest.end_port)
+        end_in(&m.host_our, host.our_addr, host.our_port)
+        end_in(&m.host_end, host.end_addr, host.end_port)
+        m.retries, m.ws_from_guest, m.ws_to_guest, m.events, m.mss = state[2:7]
+        m.wnd_from_guest, m.wnd_to_guest = state[10:12]
+        m.seq_to_guest, m.ack_from_guest, m.seq_from_guest, m.ack_to_guest, m.init_from_guest = state[12:17]
+        m.bytes_from_guest, m.bytes_to_guest, m.idle = state[17:]
         self.p.now = clock_ms(self.p)
-        # Also beyond the limit: without a descriptor it is reset, and has to be there for that.
-        f = flow_new_beyond(self.p, FLOW_TCP, guest_addr, guest.end_port, our_addr, guest.our_port)
-        if f == NULL:
-            raise ValueError("the flow table is full")
-        copy_bytes(f.remote_addr, host.end_addr, 16, "address")
-        copy_bytes(f.local_addr, host.our_addr, 16, "address")
-        f.remote_port = host.end_port
-        f.local_port = host.our_port
-        f.flags = (FF_FROM_GUEST if from_guest else 0) | (0 if is_v4(f.guest_addr) else FF_V6) | FF_HELD
-        f.events = state.events | (EV_SYN_FROM_GUEST if state.events & EV_ESTABLISHED else 0)
-        f.ws_from_guest = state.ws_from_tap
-        f.ws_to_guest = state.ws_to_tap
-        f.mss = min(max(state.tap_mss, 64), 65532)
-        f.window = state.wnd_from_tap << state.ws_from_tap
-        f.seq_to_guest = f.seq_max_to_guest = state.seq_to_tap
-        f.seq_ack_from_guest = state.seq_ack_from_tap
-        f.seq_from_guest = state.seq_from_tap
-        f.seq_ack_to_guest = state.seq_ack_to_tap
-        f.seq_init_from_guest = state.seq_init_from_tap
-        f.edge = (state.seq_ack_to_tap + (state.wnd_to_tap << state.ws_to_tap)) & 0xFFFFFFFF
-        f.bytes_from_guest = state.bytes_from_guest
-        f.bytes_to_guest = state.bytes_to_guest
-        f.last_active = max(<int64_t>self.p.now - <int64_t>state.idle, 0)
-        if f.events & EV_FIN_TO_GUEST:
-            f.flags |= FF_FIN_KNOWN
-            f.seq_fin = f.seq_to_guest - 1
+        rc = moved_in(self.p, &m, &f)
+        if rc != 0:
+            raise ValueError("two flows between the same ends" if rc == -EEXIST else "the flow table is full")
         return flow_index(self.p, f)
 
     def set_flow_socket(self, uint32_t index, int fd):
@@ -646,6 +611,11 @@ cdef class Engine(EngineBase):
                         **tcp_numbers(f),
                     })
         return found
+
+
+cdef object end_in(End *end, bytes addr, uint16_t port):
+    copy_bytes(end.addr, addr, 16, "address")
+    end.port = port
 
 
 cdef dict tcp_numbers(Flow *f):

@@ -32,6 +32,8 @@ cdef int sock_freeze(int fd, bint v6) noexcept nogil
 cdef bint sock_is_connecting(int fd) noexcept nogil
 cdef void sock_hurry(int fd, bint on) noexcept nogil
 cdef int sock_thaw(int fd, bint v6) noexcept nogil
+# The same for a socket in repair mode that sock_finish() is to follow.
+cdef int sock_open(int fd, bint v6) noexcept nogil
 # A new socket, frozen; or a negative error number.
 cdef int sock_create(bint v6) noexcept nogil
 # Fills in what sock_dump() has to know, of many sockets in one call.

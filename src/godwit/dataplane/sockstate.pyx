@@ -186,12 +186,16 @@ cdef int sock_freeze(int fd, bint v6) noexcept nogil:
 
 
 cdef int sock_thaw(int fd, bint v6) noexcept nogil:
-    # A repair helper locks a socket by a filter, and another one may have
-    # ended the repair mode: without this the connection would be deaf.
-    set_int(fd, SOL_SOCKET, SO_DETACH_FILTER, 0)
     # The end of repair mode takes this from a socket, and then nobody could
     # listen on its port any more.
     set_int(fd, SOL_SOCKET, SO_REUSEADDR, 1)
+    return sock_open(fd, v6)
+
+
+cdef int sock_open(int fd, bint v6) noexcept nogil:
+    # A repair helper locks a socket by a filter, and another one may have
+    # ended the repair mode: without this the connection would be deaf.
+    set_int(fd, SOL_SOCKET, SO_DETACH_FILTER, 0)
     if v6:
         return set_int(fd, IPPROTO_IPV6, IPV6_MINHOPCOUNT, 0)
     return set_int(fd, IPPROTO_IP, IP_MINTTL, 0)
@@ -401,7 +405,7 @@ cdef int write_queue(int fd, const uint8_t *data, uint32_t size, uint32_t *done)
 
 
 cdef int sock_restore(int fd, const SockState *s, const uint8_t *rcvq) noexcept nogil:
-    """Fill a connected socket in repair mode: all but the send queue."""
+    """Fill a connected socket in repair mode, its receive queue selected: all but the send queue."""
     cdef tcp_repair_opt options[4]
     cdef tcp_repair_window window
     cdef int rc, n = 2
@@ -410,11 +414,9 @@ cdef int sock_restore(int fd, const SockState *s, const uint8_t *rcvq) noexcept 
     # anywhere in sequence space with this one.
     if s.rcv_wnd > MAX_WINDOW + 1:
         return -EINVAL
-    rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
-    if rc == 0:
-        rc = write_queue(fd, rcvq, s.rcvq, &done)
-        if rc == 0 and done < s.rcvq:
-            rc = -ENOBUFS
+    rc = write_queue(fd, rcvq, s.rcvq, &done)
+    if rc == 0 and done < s.rcvq:
+        rc = -ENOBUFS
     if rc != 0:
         return rc
     set_int(fd, IPPROTO_TCP, TCP_MAXSEG, 0)     # as large as the options say (send_room)
@@ -545,7 +547,10 @@ cdef int sock_complete(int fd, const SockState *s, const uint8_t *sndq) noexcept
     does not keep the kernel from sending it again when the time has come.
     """
     cdef uint32_t done, sent = s.sndq - s.notsent
-    cdef int rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+    cdef int rc
+    if sent == 0 and s.tcpi_state != FIN_WAIT2:
+        return 0
+    rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
     if rc == 0:
         rc = write_queue(fd, sndq, sent, &done)
         if rc == 0 and done < sent:

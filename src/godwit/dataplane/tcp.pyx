@@ -579,7 +579,8 @@ cdef void resume_handshake(Plane *p, Flow *f) noexcept nogil:
         return
     if f.flags & FF_PEER_FIN:
         f.flags |= FF_EOF
-    tcp_hurry(f, True)
+    if not f.flags & FF_HURRY:
+        tcp_hurry(f, True)
     if p.peek_offset:
         setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
     tcp_send_syn(p, f)
@@ -599,7 +600,8 @@ cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil:
         offset = 0
     if f.flags & FF_PEER_FIN:
         f.flags |= FF_EOF
-    tcp_hurry(f, True)
+    if not f.flags & FF_HURRY:
+        tcp_hurry(f, True)
     if p.peek_offset:
         setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &offset, sizeof(offset))
     # Whether it is writable the loop was told while the flow was held, or never.

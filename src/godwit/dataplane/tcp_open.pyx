@@ -214,6 +214,7 @@ cdef void connect_out(Plane *p, Flow *f, const uint8_t *host) noexcept nogil:
     cdef int rc
     memcpy(f.remote_addr, host, 16)
     f.remote_port = f.our_port
+    f.local_port = 0    # whatever it was where the flow comes from: asked when it is wanted
     f.sock = stream_socket(p, not is_v4(host))
     if f.sock < 0 or (not is_loopback(host) and bind_outbound(p, f.sock, is_v4(host), 0) != 0):
         drop(p, DROP_NO_SOCKET)

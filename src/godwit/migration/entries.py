@@ -47,6 +47,9 @@ class Kind(Generic[Context]):
     ``layout``; ``part`` is for errors (``bad``), and has what lies behind them.
     ``check(notes, part, *values)`` comes before it, in the inspector too: what
     entries must be beside each other. ``notes`` lasts for one reading (`Entries`).
+    ``run(context, notes, data, at)`` may load many such entries at once, and say
+    where they end: those that lie whole in ``data`` from ``at`` on and with which
+    nothing at all is wrong. The others are read one by one.
     """
 
     type: int
@@ -55,6 +58,7 @@ class Kind(Generic[Context]):
     load: Callable[..., None]
     check: Callable[..., None] | None = None
     required: bool = True
+    run: Callable[[Context, Any, bytes, int], int] | None = None
     numbered: bool = False  # others refer to one of these by its number: the inspector shows it
     doc: str = ""
 
@@ -62,9 +66,30 @@ class Kind(Generic[Context]):
         if not END < self.type <= 0xFFFF:
             raise ValueError(f"{self.name}: no entry can have type {self.type}")
 
+    @property
+    def flags(self) -> int:
+        """What its entries have there."""
+        return REQUIRED if self.required else 0
 
-#: Writes one entry: its kind, and the values of its elements.
-Push = Callable[..., None]
+
+class Push:
+    """Writes entries. Called: one, of its kind, with the values of its elements."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def __call__(self, kind: Kind[Any], *values: Any) -> None:
+        self._writer.check_cancelled()
+        parts = [element.push(value) for element, value in zip(kind.layout, values, strict=True)]
+        length = sum(map(len, parts))
+        parts.insert(0, HEAD.pack(kind.type, kind.flags, length))
+        for part in parts if length > SMALL else (b"".join(parts),):
+            self._writer.push_bytes(part)
+
+    def packed(self, entries: bytes) -> None:
+        """Whole entries."""
+        self._writer.check_cancelled()
+        self._writer.push_bytes(entries)
 
 
 class Entries(Stage[Context]):
@@ -108,23 +133,26 @@ class Entries(Stage[Context]):
             raise ValueError(f"{name}: two kinds of one type")
 
     def _save(self, context: Context, writer: Writer) -> None:
-        def push(kind: Kind[Context], *values: Any) -> None:
-            writer.check_cancelled()
-            parts = [element.push(value) for element, value in zip(kind.layout, values, strict=True)]
-            length = sum(map(len, parts))
-            parts.insert(0, HEAD.pack(kind.type, REQUIRED if kind.required else 0, length))
-            for part in parts if length > SMALL else (b"".join(parts),):
-                writer.push_bytes(part)
-
         writer.begin_check()
-        self._save_all(context, push)
+        self._save_all(context, Push(writer))
         check = writer.check
         writer.push_bytes(HEAD.pack(END, REQUIRED, 4) + check.to_bytes(4, "big"))
 
     def _load(self, context: Context, reader: Reader) -> None:
         unknown: Counter[int] = Counter()
         notes = self._notes()
-        for before, number, flags, kind, part in self._entries(reader):
+
+        def load_runs() -> None:
+            while True:
+                reader.check_cancelled()
+                data, at = reader.ahead()
+                kind = self._known.get(int.from_bytes(data[at : at + 2], "big"))
+                end = at if kind is None or kind.run is None else kind.run(context, notes, data, at)
+                if end == at:
+                    return
+                reader.pull_bytes(end - at)
+
+        for before, number, flags, kind, part in self._entries(reader, load_runs):
             if kind is not None:
                 values = pull_all(kind.layout, part)
                 if kind.check is not None:
@@ -161,11 +189,15 @@ class Entries(Stage[Context]):
         size = HEAD.size + 4
         yield Item(reader.offset - size, size, "check value", {"crc32": "right"})
 
-    def _entries(self, reader: Reader) -> Iterator[tuple[int, int, int, Kind[Context] | None, Part]]:
+    def _entries(
+        self, reader: Reader, before_each: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, int, int, Kind[Context] | None, Part]]:
         """Offset, type, flags, kind if known, and payload of each entry; at the end the check value is compared."""
         reader.begin_check()
         while True:
             reader.check_cancelled()
+            if before_each is not None:
+                before_each()
             before, check = reader.offset, reader.check
             number, flags, length = HEAD.unpack(reader.pull_bytes(HEAD.size))
             if number == END:

@@ -106,7 +106,7 @@ class Many(Element):
         """Size, number, and the fields of each."""
         return self.record.sized_many(value)
 
-    def pull(self, part: Part, before: Values) -> list[tuple[Any, ...]]:
+    def pull(self, part: Part, before: Values) -> Any:
         """The flat tuples."""
         return self.record.pull_sized_many(part, self.most)
 
@@ -121,6 +121,29 @@ class Many(Element):
             f"the size of a record (u16), their number (u32, at most {self.most}) and so many of "
             f"[{self.record.name}](#{anchor(self.record.name)})"
         )
+
+
+@dataclass(frozen=True)
+class Packed(Many):
+    """The same where the bytes of the records, one after another, are the value: for very many.
+
+    ``odd`` gives the places of those that are not surely sound: only these are looked at by the declaration.
+    """
+
+    odd: Callable[[bytes], Sequence[int]]
+
+    def push(self, value: Any) -> bytes:
+        """Size, number, and the records."""
+        return self.record.packed_many(value)
+
+    def pull(self, part: Part, before: Values) -> Any:
+        """The records, all of the size that is known here."""
+        return self.record.pull_packed_many(part, self.most, self.odd)
+
+    def show(self, part: Part, before: Values) -> tuple[Any, list[Shown]]:
+        """One after another."""
+        records = self.pull(part, before)
+        return records, [shown(self.record, flat) for flat in self.record.unpack_many(records)]
 
 
 @dataclass(frozen=True)

@@ -305,8 +305,21 @@ class Record(Generic[Value]):
         """The bytes of flat tuples that passed ``check``, behind the size of one (u16) and their number (u32)."""
         return b"".join((_SIZE.pack(self.size), _COUNT.pack(len(flats)), *map(self.pack, flats)))
 
+    def packed_many(self, records: bytes) -> bytes:
+        """The same for records that are packed already."""
+        return _SIZE.pack(self.size) + _COUNT.pack(len(records) // self.size) + records
+
     def pull_sized_many(self, reader: Puller, limit: int, name: str = "") -> list[tuple[Any, ...]]:
         """Read what ``sized_many`` gives, as flat tuples; at most ``limit`` of them. Raises as ``pull_sized``."""
+        return self.unpack_many(self.pull_packed_many(reader, limit, None, name))
+
+    def pull_packed_many(
+        self, reader: Puller, limit: int, odd: Callable[[bytes], Sequence[int]] | None = None, name: str = ""
+    ) -> bytes:
+        """The same as the bytes of the records, each as large as it is here.
+
+        ``odd`` may know which of them are not surely sound, by their place: then the others are not looked at here.
+        """
         size = self._pull_size(reader, name)
         (count,) = _COUNT.unpack(reader.pull_bytes(_COUNT.size))
         if count > limit:
@@ -314,13 +327,10 @@ class Record(Generic[Value]):
         data = reader.pull_bytes(size * count)
         if size != self.size:
             data = b"".join(self._fitted(data[at : at + size]) for at in range(0, len(data), size))
-        flats = self.unpack_many(data)
-        for number, flat in enumerate(flats):
-            try:
-                self.check(flat)
-            except UnsoundError as error:
-                raise self.bad(error, flat, reader, (count - number) * size, f"{name or self.name} {number}") from None
-        return flats
+        for number in range(count) if odd is None else odd(data):
+            flat = self.unpack(data[number * self.size : (number + 1) * self.size])
+            self.check_pulled(flat, reader, (count - number) * size, f"{name or self.name} {number}")
+        return data
 
     def _pull_size(self, reader: Puller, name: str) -> int:
         (size,) = _SIZE.unpack(reader.pull_bytes(_SIZE.size))

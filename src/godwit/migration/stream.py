@@ -12,7 +12,9 @@ away is then an error of the write, ``PeerGoneError``.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import select
 import threading
@@ -32,6 +34,8 @@ from godwit.migration.errors import (
 
 #: How much is read ahead, and how much is gathered before it is written. A pipe holds 64 KiB by default.
 CHUNK: Final = 256 * 1024
+#: What a pipe shall hold, where we may say so: the less often both sides have to wait for each other (pipe(7)).
+PIPE: Final = 1 << 20
 #: A part of a stream that is no longer than this is read as a whole: most are, and small values are then cheap to pull.
 SMALL: Final = 4096
 
@@ -98,6 +102,8 @@ class _Stream:
         if isinstance(file, int):
             self._fd = file
             os.set_blocking(file, False)
+            with contextlib.suppress(OSError):  # no pipe, or the user has large ones already: it may be as it is
+                fcntl.fcntl(file, fcntl.F_SETPIPE_SZ, PIPE)
         else:
             self._file = file
 
@@ -208,6 +214,13 @@ class Reader(_Stream, Puller):
     def place(self) -> tuple[str, int]:
         """The stage and the offset."""
         return self.stage, self.offset
+
+    def ahead(self) -> tuple[bytes, int]:
+        """What was read ahead: a buffer, and where in it the next byte lies; it may be at its end. Nothing is taken.
+
+        For whoever finds many small things in it at once, to pull them together.
+        """
+        return self._buffer, self._pos
 
     def at_end(self) -> bool:
         """Wait for one more byte or the end of the stream; True for the end."""

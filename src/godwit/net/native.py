@@ -14,10 +14,11 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+from godwit.dataplane import layouts
 from godwit.dataplane.state import Datagram, FlowState, Observed, Ping, Side, SocketState, UdpPeer, UdpPort
 from godwit.migration import Entries, Field, Kind, Part, Record, UnsoundError, Version
 from godwit.migration.entries import Push
-from godwit.migration.layout import Data, Many, Number, One, Text, printable
+from godwit.migration.layout import Data, Many, Number, One, Packed, Text, printable
 from godwit.migration.section import octets, u8, u16, u32, u64
 from godwit.net.records import (
     EVENT_ACCEPTED,
@@ -30,13 +31,21 @@ from godwit.net.records import (
     PIF_GUEST,
     PIF_HOST,
     SOCKET,
-    STATES_ENDED,
     V4_MAPPED,
     address_family,
     address_text,
     check_ends,
 )
-from godwit.net.state import BATCH, NEVER_SEEN, PREPARE_STAGE, FlowMover, queues_behind, sound_socket, usable
+from godwit.net.state import (
+    BATCH,
+    NEVER_SEEN,
+    PREPARE_STAGE,
+    FlowMover,
+    queues_behind,
+    sound_flows,
+    sound_sockets,
+    usable,
+)
 from godwit.net.told import MAX_NAMES, MAX_TOLD, TOLD, flats_of, told_of
 
 log = logging.getLogger(__name__)
@@ -112,6 +121,9 @@ FLOW: Final[Record[FlowState]] = Record(
     doc="A TCP connection as the guest's side knows it. Before bit 0x04 is among its events it is in its handshake: "
     "with 0x01 the guest has not answered our SYN, with 0x02 it has not acknowledged our answer to its own.",
 )
+
+
+_EVENTS_AT: Final = FLOW.leaves[FLOW.index("events")].offset
 
 
 UDP_PORT: Final[Record[UdpPort]] = Record(
@@ -214,21 +226,27 @@ def _load_observed(mover: FlowMover, _part: Part, observed: Observed) -> None:
     mover.set_observed(usable(observed))
 
 
-def _load_flows(mover: FlowMover, _part: Part, flats: Sequence[tuple[Any, ...]]) -> None:
-    if flats and len(mover.prepare([FLOW.build(flat) for flat in flats])) != len(flats):
-        raise RuntimeError(f"{len(flats)} flows prepared, another number of ids returned")
+def _load_flows(mover: FlowMover, _part: Part, records: bytes) -> None:
+    if records:
+        mover.prepare(records, native=True)
 
 
 def _load_socket(mover: FlowMover, _part: Part, number: int, state: SocketState, sndq: bytes, rcvq: bytes) -> None:
-    flow = mover.prepared()[number]
-    if state.tcpi_state in STATES_ENDED:
-        mover.mark_lost(flow, "it ended meanwhile")
-    else:
-        mover.restore(flow, state, sndq, rcvq)
+    mover.restore(number, SOCKET.encode(state) + sndq + rcvq)
+
+
+def _load_sockets(mover: FlowMover, notes: _Notes, data: bytes, at: int) -> int:
+    end, first, count, sockets = layouts.sockets_of(data, at, SOCKET_KIND.type)
+    numbers = range(first, first + count)
+    if not count or numbers.stop > notes.flows or not notes.settled.isdisjoint(numbers):
+        return at  # one by one, it is said what is wrong
+    notes.settled.update(numbers)
+    mover.restore(first, sockets)
+    return end
 
 
 def _load_attempt(mover: FlowMover, _part: Part, number: int) -> None:
-    mover.open_anew(mover.prepared()[number])
+    mover.open_anew(number)
 
 
 def _load_pings(mover: FlowMover, _part: Part, flats: Sequence[tuple[Any, ...]]) -> None:
@@ -237,7 +255,7 @@ def _load_pings(mover: FlowMover, _part: Part, flats: Sequence[tuple[Any, ...]])
 
 
 def _load_lost(mover: FlowMover, _part: Part, number: int, why: str) -> None:
-    mover.mark_lost(mover.prepared()[number], printable(why, SHOWN_WHY))
+    mover.mark_lost(number, printable(why, SHOWN_WHY))
 
 
 class _Notes:
@@ -259,9 +277,10 @@ def _check_once(notes: _Notes, part: Part, _value: object) -> None:
     notes.once.add(part.name)
 
 
-def _check_flows(notes: _Notes, part: Part, flats: Sequence[tuple[Any, ...]]) -> None:
-    notes.opened.update(notes.flows + n for n, flat in enumerate(flats) if flat[9] == EVENT_SYN_FROM_GUEST)
-    notes.flows += len(flats)
+def _check_flows(notes: _Notes, part: Part, records: bytes) -> None:
+    events = records[_EVENTS_AT :: FLOW.size]
+    notes.opened.update(notes.flows + n for n, value in enumerate(events) if value == EVENT_SYN_FROM_GUEST)
+    notes.flows += len(events)
     if notes.flows > MAX_FLOWS:
         raise part.bad(part.name, "count", notes.flows, f"must be at most {MAX_FLOWS} in all", part.offset - part.start)
 
@@ -334,7 +353,7 @@ OBSERVED_KIND: Final[Kind[FlowMover]] = Kind(
 FLOWS_KIND: Final[Kind[FlowMover]] = Kind(
     3,
     "TCP flows",
-    (Many(FLOW, BATCH),),
+    (Packed(FLOW, BATCH, lambda records: layouts.odd_flows(records, native=True)),),
     _load_flows,
     check=_check_flows,
     numbered=True,
@@ -350,6 +369,7 @@ SOCKET_KIND: Final[Kind[FlowMover]] = Kind(
     ),
     _load_socket,
     check=_check_number,
+    run=_load_sockets,
     doc="The kernel's side of one flow; once for each flow at most.",
 )
 LOST_KIND: Final[Kind[FlowMover]] = Kind(
@@ -470,12 +490,7 @@ def _save(mover: FlowMover, push: Push) -> None:
     told = mover.guest_told()
     push(TOLD_KIND, flats_of(told), " ".join(told.search))
     push(OBSERVED_KIND, mover.observed())
-    moving = _save_flows(mover, push)
-    for number, flow in enumerate(moving):
-        if mover.is_connecting(flow):
-            push(ATTEMPT_KIND, number)
-        elif why := _save_socket(mover, push, number, flow):
-            push(LOST_KIND, number, why)
+    _save_flows(mover, push)
     pings = [PING.flatten(ping) for ping in mover.pings() if _is_sound(PING, ping)]
     for first in range(0, len(pings), MAX_PEERS):
         push(PINGS_KIND, pings[first : first + MAX_PEERS])
@@ -530,31 +545,23 @@ def _is_sound(record: Record[Any], value: Any) -> bool:
     return True
 
 
-def _save_flows(mover: FlowMover, push: Push) -> Sequence[int]:
-    """Write the flows; gives those that could be, in the order of their numbers."""
-    moving: list[int] = []
-    flats: list[tuple[Any, ...]] = []
-    for flow in mover.flows(handshakes=True):
-        flat = FLOW.flatten(mover.flow_state(flow))
-        try:
-            FLOW.check(flat)
-        except UnsoundError as error:
-            mover.give_up(flow, f"{FLOW.leaves[error.leaf].name} {error.why}")
-            continue
-        moving.append(flow)
-        flats.append(flat)
-    for first in range(0, len(flats), BATCH):
-        push(FLOWS_KIND, flats[first : first + BATCH])
-    return moving
-
-
-def _save_socket(mover: FlowMover, push: Push, number: int, flow: int) -> str:
-    """Write one socket; else why it cannot be."""
-    found = sound_socket(mover, flow)
-    if isinstance(found, str):
-        return found
-    push(SOCKET_KIND, number, *found)
-    return ""
+def _save_flows(mover: FlowMover, push: Push) -> None:
+    """Write the flows, and then the socket of each, or what there is in its place."""
+    flows, records, begun = sound_flows(mover, FLOW, native=True)
+    for first in range(0, len(records), BATCH * FLOW.size):
+        push(FLOWS_KIND, records[first : first + BATCH * FLOW.size])
+    attempts = [place for place in begun if mover.is_connecting(flows[place])]
+    number = 0
+    for place in (*attempts, len(flows)):
+        for count, sockets in sound_sockets(mover, flows[number:place]):
+            if isinstance(sockets, str):
+                push(LOST_KIND, number, sockets)
+            else:
+                push.packed(layouts.entries(sockets, SOCKET_KIND.type, SOCKET_KIND.flags, number))
+            number += count
+        if place < len(flows):
+            push(ATTEMPT_KIND, place)
+            number = place + 1
 
 
 def _discard(mover: FlowMover) -> None:

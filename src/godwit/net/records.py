@@ -172,18 +172,6 @@ FLOW: Final[Record[FlowState]] = Record(
 )
 
 
-def flow_of(flat: tuple[Any, ...]) -> FlowState:
-    """``FLOW.build``, spelt out: this runs for each flow of a stream."""
-    first, second = Side._make(flat[2:6]), Side._make(flat[6:10])
-    return FlowState._make(((flat[0], flat[1]), (first, second), *flat[10:15], flat[15] << 8, *flat[16:], 0, 0, 0))
-
-
-def flat_of(flow: FlowState) -> tuple[Any, ...]:
-    """``FLOW.flatten``, spelt out."""
-    sides = flow.sides
-    return (*flow.pif, *sides[0], *sides[1], *flow[2:7], flow.sndbuf >> 8, *flow[8:17])
-
-
 def _check_socket(flat: tuple[Any, ...]) -> None:
     if flat[3] > flat[2]:
         raise UnsoundError(3, f"must be at most sndq, {flat[2]}")

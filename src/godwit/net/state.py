@@ -13,12 +13,12 @@ a flow that could not be dumped or restored is that flow's loss alone.
 from __future__ import annotations
 
 import logging
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
+from godwit.dataplane import layouts
 from godwit.dataplane.state import Datagram, FlowState, Observed, Ping, SocketState, UdpPeer, UdpPort
-from godwit.migration import Item, Part, Reader, Section, Stage, UnsoundError, Version, Writer
+from godwit.migration import Item, Part, Reader, Record, Section, Stage, UnsoundError, Version, Writer
 from godwit.migration.layout import Data, Shown, show_all
 from godwit.migration.section import shown
 from godwit.net.config import Withdrawn
@@ -32,12 +32,11 @@ from godwit.net.records import (
     OBSERVED,
     SOCKET,
     STATE_LOST,
-    STATES_ENDED,
-    flat_of,
-    flow_of,
 )
 
 log = logging.getLogger(__name__)
+
+_EVENTS: Final = FLOW.index("events")
 
 #: Flows read and prepared at once: four full messages to the repair helper.
 BATCH: Final = 4 * 253
@@ -73,20 +72,21 @@ class FlowMover(Protocol):
     def thaw(self) -> None:
         """Source: undo ``freeze``, also a half-way one, at any time until the front-end is gone."""
 
-    def flows(self, *, handshakes: bool = False) -> Sequence[int]:
-        """Source, frozen: the TCP flows that are established on the guest's side, also those that cannot be dumped.
-
-        With ``handshakes`` those in a handshake, too.
-        """
+    def flows(self) -> Sequence[int]:
+        """Source, frozen: all TCP flows, also those that cannot be dumped, and those that are in their handshake."""
 
     def is_connecting(self, flow: int) -> bool:
         """Source, frozen: the guest has opened it and its peer has not answered; there is nothing to dump."""
 
-    def flow_state(self, flow: int) -> FlowState:
-        """Source, frozen: the flow."""
+    def flow_records(self, flows: Sequence[int], *, native: bool) -> bytes:
+        """Source, frozen: their records, one after another, for this stream or for ``native``; not checked."""
 
-    def dump(self, flow: int) -> tuple[SocketState, bytes, bytes] | None:
-        """Source, frozen: the socket, its send queue and its receive queue. None: it cannot move."""
+    def dump(self, flows: Sequence[int]) -> Iterator[bytes | str]:
+        """Source, frozen: their sockets, in their order.
+
+        Bytes are the socket records of some, each with its send queue and its receive queue behind it; a text says why
+        one cannot move.
+        """
 
     def give_up(self, flow: int, why: str) -> None:
         """Source, frozen: this flow is not in the stream, or as lost: to be reset when the guest has moved."""
@@ -103,20 +103,20 @@ class FlowMover(Protocol):
     def set_told(self, told: Withdrawn) -> None:
         """Target: what it was told where it comes from, to be taken back at the commit where it does not hold here."""
 
-    def prepared(self) -> Sequence[int]:
-        """Target: the ids of all flows that were prepared, in their order."""
+    def prepare(self, records: bytes, *, native: bool) -> None:
+        """Target: make flows and frozen sockets in repair mode, silently, for sound records of up to ``BATCH`` flows.
 
-    def prepare(self, flows: Sequence[FlowState]) -> Sequence[int]:
-        """Target: make flows and frozen sockets in repair mode, silently; an id for each.
-
-        Called once for every batch of ``BATCH`` flows. A flow whose socket
-        cannot be made has an id all the same and is reset at the commit.
+        Flows are numbered from 0 on, in the order in which they come. One whose
+        socket cannot be made is reset at the commit.
         """
 
-    def restore(self, flow: int, socket: SocketState, sndq: bytes, rcvq: bytes) -> None:
-        """Target: fill the socket of a prepared flow, silently; on failure the flow is reset at the commit."""
+    def restore(self, first: int, sockets: bytes) -> None:
+        """Target: fill the sockets of the flows from number ``first`` on, silently; what fails is reset at the commit.
 
-    def open_anew(self, flow: int) -> None:
+        ``sockets`` are sound records with their queues, as ``dump`` gives them; among them may be lost and ended ones.
+        """
+
+    def open_anew(self, number: int) -> None:
         """Target: the guest has opened it, and its peer has not answered: ask it again at the commit."""
 
     def pings(self) -> Sequence[Ping]:
@@ -125,7 +125,7 @@ class FlowMover(Protocol):
     def add_ping(self, ping: Ping) -> None:
         """Target: one of them; it may be that there is no place for it."""
 
-    def mark_lost(self, flow: int, why: str = "") -> None:
+    def mark_lost(self, number: int, why: str = "") -> None:
         """Target: the source could not move this flow: reset it on the guest's side at the commit."""
 
     def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
@@ -171,6 +171,83 @@ def _take_observed(mover: FlowMover, observed: Observed) -> None:
     mover.set_observed(usable(observed))
 
 
+class Begun(NamedTuple):
+    """Flows to be written, their records, and which of them, by their place, are not established."""
+
+    flows: Sequence[int]
+    records: bytes
+    begun: Sequence[int]
+
+
+def _established(flat: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A flow as version 2 has it; None for one that it has no place for."""
+    if flat[_EVENTS] & EVENT_ESTABLISHED:
+        return flat
+    return (*flat[:_EVENTS], EVENT_ESTABLISHED, *flat[_EVENTS + 1 :]) if flat[_EVENTS] == EVENT_ACCEPTED else None
+
+
+def sound_flows(
+    mover: FlowMover,
+    record: Record[FlowState],
+    *,
+    native: bool,
+    as_written: Callable[[tuple[Any, ...]], tuple[Any, ...] | None] = lambda flat: flat,
+) -> Begun:
+    """All flows that can be in a stream; what is wrong with another one is said, and it is given up."""
+    flows = mover.flows()
+    records = mover.flow_records(flows, native=native)
+    size, events = record.size, record.leaves[record.index("events")].offset
+    begun = [place for place, value in enumerate(records[events::size]) if not value & EVENT_ESTABLISHED]
+    odd = layouts.odd_flows(records, native)
+    if not odd:
+        return Begun(flows, records, begun)
+    kept: list[int] = []
+    parts: list[bytes] = []
+    still_begun: list[int] = []
+    for place, flow in enumerate(flows):
+        part = records[place * size : (place + 1) * size]
+        flat = as_written(record.unpack(part))
+        if flat is None:
+            continue
+        try:
+            record.check(flat)
+        except UnsoundError as error:
+            mover.give_up(flow, f"{record.leaves[error.leaf].name} {error.why}")
+            continue
+        if not part[events] & EVENT_ESTABLISHED:
+            still_begun.append(len(kept))
+        kept.append(flow)
+        parts.append(record.pack(flat))
+    return Begun(kept, b"".join(parts), still_begun)
+
+
+def sound_sockets(mover: FlowMover, flows: Sequence[int]) -> Iterator[tuple[int, bytes | str]]:
+    """How many flows, in their order, and their sockets with the queues, to be written; or of one why there is none."""
+    done = 0
+    for found in mover.dump(flows):
+        if isinstance(found, str):
+            yield 1, found
+            done += 1
+            continue
+        at = 0
+        while at < len(found):
+            count, end = layouts.sound_sockets(found, at, len(flows) - done)
+            if count:
+                yield count, found[at:end]
+                done, at = done + count, end
+                continue
+            flat = SOCKET.unpack(found[at : at + SOCKET.size])
+            try:
+                SOCKET.check(flat)
+            except UnsoundError as error:
+                why = f"{SOCKET.leaves[error.leaf].name} {flat[error.leaf]} {error.why}"
+            else:
+                raise RuntimeError("sockets that end before their queues do")
+            mover.give_up(flows[done], why)
+            yield 1, why
+            done, at = done + 1, at + SOCKET.size + flat[2] + flat[4]
+
+
 def _save_flows(mover: FlowMover, writer: Writer) -> None:
     """Write the count, the flows, and in the same order each socket with its queues.
 
@@ -179,108 +256,57 @@ def _save_flows(mover: FlowMover, writer: Writer) -> None:
     written as if it had been established, and lost: so the target tells the
     caller, to whom the source's kernel has answered.
     """
-    moving: list[tuple[int, bool]] = []  # a flow, and whether it has only begun
-    records: list[bytes] = []
-    for flow in mover.flows(handshakes=True):
-        state = mover.flow_state(flow)
-        begun = not state.events & EVENT_ESTABLISHED
-        if begun and state.events != EVENT_ACCEPTED:
-            continue
-        flat = flat_of(state._replace(events=EVENT_ESTABLISHED) if begun else state)
-        try:
-            FLOW.check(flat)
-            records.append(FLOW.pack(flat))
-        except UnsoundError as error:
-            mover.give_up(flow, f"{FLOW.leaves[error.leaf].name} {error.why}")
-            continue
-        except struct.error as error:
-            mover.give_up(flow, str(error))
-            continue
-        moving.append((flow, begun))
-    writer.push_u32(len(moving))
-    writer.push_bytes(b"".join(records))
-    for flow, begun in moving:
-        writer.check_cancelled()
-        if begun:
+    flows, records, begun = sound_flows(mover, FLOW, native=False, as_written=_established)
+    writer.push_u32(len(flows))
+    writer.push_bytes(records)
+    first = 0
+    for place in (*begun, len(flows)):
+        for _count, sockets in sound_sockets(mover, flows[first:place]):
+            writer.check_cancelled()
+            writer.push_bytes(LOST if isinstance(sockets, str) else sockets)
+        if place < len(flows):
             writer.push_bytes(LOST)
-        else:
-            _save_socket(mover, flow, writer)
-
-
-def sound_socket(mover: FlowMover, flow: int) -> tuple[bytes, bytes, bytes] | str:
-    """A flow's socket and its queues, to be written; or why there are none, and then the flow is given up."""
-    dumped = mover.dump(flow)
-    if dumped is None:
-        return "the source could not save it"
-    state, sndq, rcvq = dumped
-    try:
-        record = SOCKET.encode(state)
-        if state.sndq != len(sndq) or state.rcvq != len(rcvq):
-            raise UnsoundError(2, f"with {len(sndq)} + {len(rcvq)} bytes in the queues")
-    except UnsoundError as error:
-        why = f"{SOCKET.leaves[error.leaf].name} {state[error.leaf]} {error.why}"
-    except struct.error as error:
-        why = str(error)
-    else:
-        return record, sndq, rcvq
-    mover.give_up(flow, why)
-    return why
-
-
-def _save_socket(mover: FlowMover, flow: int, writer: Writer) -> None:
-    found = sound_socket(mover, flow)
-    if isinstance(found, str):
-        writer.push_bytes(LOST)
-        return
-    for part in found:
-        if part:
-            writer.push_bytes(part)
+        first = place + 1
 
 
 def _load_flows(mover: FlowMover, reader: Reader) -> None:
-    """Read what ``_save_flows`` writes; one batch of flows, then one socket, in memory at a time."""
+    """Read what ``_save_flows`` writes: flows in batches, then as many sockets at once as have been read ahead."""
     count = reader.pull_u32()
     if count > MAX_FLOWS:
         raise reader.bad("flows", "count", count, f"must be at most {MAX_FLOWS}", 4)
-    ids: list[int] = []
-    while len(ids) < count:
-        ids += _load_batch(mover, reader, len(ids), min(BATCH, count - len(ids)))
-    for number, flow in enumerate(ids):
+    for first in range(0, count, BATCH):
+        _load_batch(mover, reader, first, min(BATCH, count - first))
+    number = 0
+    while number < count:
         reader.check_cancelled()
-        _load_socket(mover, reader, number, flow)
+        data, at = reader.ahead()
+        found, end = layouts.sound_sockets(data, at, min(BATCH, count - number))
+        mover.restore(number, reader.pull_bytes(end - at) if found else _pull_socket(reader, number))
+        number += found or 1
 
 
-def _load_batch(mover: FlowMover, reader: Reader, first: int, count: int) -> Sequence[int]:
-    flows: list[FlowState] = []
-    check = FLOW.check
-    for number, flat in enumerate(FLOW.unpack_many(reader.pull_bytes(count * FLOW.size))):
-        try:
-            check(flat)
-        except UnsoundError as error:
-            pulled = (count - number) * FLOW.size
-            raise FLOW.bad(error, flat, reader, pulled, f"flow {first + number}") from None
-        flows.append(flow_of(flat))
-    ids = mover.prepare(flows)
-    if len(ids) != count:
-        raise RuntimeError(f"{count} flows prepared, {len(ids)} ids returned")
-    return ids
+def _load_batch(mover: FlowMover, reader: Reader, first: int, count: int) -> None:
+    records = reader.pull_bytes(count * FLOW.size)
+    for number in layouts.odd_flows(records, native=False):
+        flat = FLOW.unpack(records[number * FLOW.size : (number + 1) * FLOW.size])
+        FLOW.check_pulled(flat, reader, (count - number) * FLOW.size, f"flow {first + number}")
+    mover.prepare(records, native=False)
 
 
-def _load_socket(mover: FlowMover, reader: Reader, number: int, flow: int) -> None:
-    state = SocketState._make(SOCKET.unpack(reader.pull_bytes(SOCKET.size)))
+def _pull_socket(reader: Reader, number: int) -> bytes:
+    """One socket and its queues, of which not all has been read ahead; or in which something is wrong."""
+    record = reader.pull_bytes(SOCKET.size)
+    state = SocketState._make(SOCKET.unpack(record))
     if state.tcpi_state == STATE_LOST:
-        mover.mark_lost(flow)
-        return
-    try:
-        SOCKET.check(state)
-    except UnsoundError as error:
-        raise SOCKET.bad(error, state, reader, SOCKET.size, f"socket of flow {number}") from None
-    sndq = reader.pull_bytes(state.sndq, MAX_QUEUE, "sndq")
-    rcvq = reader.pull_bytes(state.rcvq, MAX_QUEUE, "rcvq")
-    if state.tcpi_state in STATES_ENDED:
-        mover.mark_lost(flow)
-    else:
-        mover.restore(flow, state, sndq, rcvq)
+        return record
+    SOCKET.check_pulled(state, reader, SOCKET.size, f"socket of flow {number}")
+    return b"".join(
+        (
+            record,
+            reader.pull_bytes(state.sndq, MAX_QUEUE, "sndq"),
+            reader.pull_bytes(state.rcvq, MAX_QUEUE, "rcvq"),
+        )
+    )
 
 
 def _inspect_flows(reader: Reader) -> Iterator[Item]:
@@ -293,7 +319,7 @@ def _inspect_flows(reader: Reader) -> Iterator[Item]:
     for number in range(count):
         offset = reader.offset
         flow = FLOW.pull(reader, f"flow {number}")
-        yield Item(offset, FLOW.size, "flow", {"number": number, **shown(FLOW, flat_of(flow))})
+        yield Item(offset, FLOW.size, "flow", {"number": number, **shown(FLOW, FLOW.flatten(flow))})
     for number in range(count):
         offset = reader.offset
         state = SocketState._make(SOCKET.unpack(reader.pull_bytes(SOCKET.size)))

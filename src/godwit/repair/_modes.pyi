@@ -13,8 +13,8 @@ def set_mode(fds: array[int], mode: int, program: int | None) -> tuple[int, int]
     """Set TCP_REPAIR on each TCP socket, a value of ``Repair``; ON comes with a filter that drops all that arrives.
 
     ``program`` is what ``drop_all`` has given. Without it each socket gets a filter of its own, which costs the kernel
-    ten times as much. Returns how many sockets were done, and the error number of the next one (EPROTOTYPE: it is no
-    TCP socket), 0 if that were all.
+    ten times as much. Returns how many sockets were done, and the error number of the next one, 0 if that
+    were all.
     """
 
 def count_in_mode(fds: array[int], on: bool) -> int:

@@ -39,14 +39,12 @@ cdef extern from *:
         pass
     enum:
         SOL_SOCKET
-        SO_PROTOCOL
         SO_ATTACH_FILTER
         SO_ATTACH_BPF
         SO_DETACH_FILTER
         IPPROTO_TCP
         TCP_REPAIR
         ENOENT
-        EPROTOTYPE
     const sock_fprog gw_classic
     long gw_load_drop_all() nogil
     int getsockopt(int fd, int level, int option, void *value, socklen_t *n) nogil
@@ -60,22 +58,17 @@ def drop_all():
 
 
 cdef int set_one(int fd, int mode, int program) noexcept nogil:
-    cdef int protocol = 0
-    cdef socklen_t n = sizeof(protocol)
-    if getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &n) != 0:
-        return errno
-    if protocol != IPPROTO_TCP:
-        return EPROTOTYPE
-    if mode == 1:
-        if program >= 0:
-            if setsockopt(fd, SOL_SOCKET, SO_ATTACH_BPF, &program, sizeof(program)) != 0:
-                return errno
-        elif setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &gw_classic, sizeof(gw_classic)) != 0:
+    if mode != 1:
+        # First: the answer to the window probe of OFF is wanted. Another helper may have set the mode, without a filter.
+        if setsockopt(fd, SOL_SOCKET, SO_DETACH_FILTER, &mode, sizeof(mode)) != 0 and errno != ENOENT:
             return errno
-    # First: the answer to the window probe of OFF is wanted. Another helper may have set the mode, without a filter.
-    elif setsockopt(fd, SOL_SOCKET, SO_DETACH_FILTER, &mode, sizeof(mode)) != 0 and errno != ENOENT:
+    if setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &mode, sizeof(mode)) != 0:
         return errno
-    return 0 if setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &mode, sizeof(mode)) == 0 else errno
+    if mode != 1:
+        return 0
+    if program >= 0:
+        return 0 if setsockopt(fd, SOL_SOCKET, SO_ATTACH_BPF, &program, sizeof(program)) == 0 else errno
+    return 0 if setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &gw_classic, sizeof(gw_classic)) == 0 else errno
 
 
 def set_mode(const int[::1] fds, int mode, program):

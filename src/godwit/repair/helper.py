@@ -120,9 +120,9 @@ def serve(
             return
         mode, fds = request
         try:
-            done, error = set_mode(fds, mode, program)
-            if error:
-                raise HelperError(_why(fds[done], mode, done, error))
+            done, number = set_mode(fds, mode, program)
+            if number:
+                raise HelperError(_why(fds[done], mode, done, number))
         finally:
             close_all(fds)
         log.debug("TCP_REPAIR %s on %d sockets", mode.name, len(fds))
@@ -147,8 +147,9 @@ def _why(fd: int, mode: Repair, number: int, error: int) -> str:
     """Why one of the sockets of a request could not be set."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return f"descriptor {number} of the request is no socket"
-    if error == errno.EPROTOTYPE:
-        return f"socket {number} of the request is not TCP"
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.proto != socket.IPPROTO_TCP:
+            return f"socket {number} of the request is not TCP"
     why = os.strerror(error)
     if error == errno.EPERM:
         why = "not permitted (a listening socket, or one of a network in another user namespace)"
