@@ -109,7 +109,8 @@ def test_flows_are_written_as_declared(record: Record[FlowState]) -> None:
     rng = Random(3)
     engine = Engine(256)
     try:
-        flows, there = [], []
+        flows: list[int] = []
+        there: list[FlowState] = []
         while len(flows) < 100:
             state = sound_flow(rng, record)
             try:
