@@ -12,7 +12,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EDQUOT, EEXIST, ENFILE, ENOMEM, EPERM, EXDEV
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memmove, memset
 
 from godwit.dataplane._base cimport EngineBase
 from godwit.dataplane.flow cimport (
@@ -57,12 +57,14 @@ from godwit.dataplane.plane cimport (
     Plane,
 )
 from godwit.dataplane.sockstate cimport (
+    Queued,
     SockState,
     receive_room,
     sock_complete,
     sock_connect,
     sock_create,
     sock_dump,
+    sock_dump_queues,
     sock_end,
     sock_finish,
     sock_freeze,
@@ -268,37 +270,37 @@ cdef void whole(const Flow *f, SockState *s) noexcept nogil:
 
 cdef int dump_one(Flow *f, const pollfd *looked, bint local_moves, Output *o) noexcept nogil:
     cdef SockState s
-    cdef uint8_t *queues
+    cdef Queued q
+    cdef size_t begin = o.size
+    cdef uint32_t to_guest = carry_left(f.carry_to_guest), to_sock = carry_left(f.carry_to_sock), sndq, rcvq
     cdef uint8_t *at
-    cdef uint32_t sndq, rcvq
     cdef int rc
     if is_loopback(f.remote_addr) and not local_moves:
         return -EXDEV
     if f.sock < 0:
         return -EPERM
-    rc = sock_dump(looked, &s, &queues)
+    rc = sock_dump(looked, &s, &q)
     if rc != 0:
         return rc
-    sndq, rcvq = s.sndq, s.rcvq
-    whole(f, &s)
-    at = more(o, sizeof(gw_socket) + s.sndq + s.rcvq)
+    at = more(o, sizeof(gw_socket) + <size_t>q.out + q.incoming + to_sock + to_guest)
     if at == NULL:
-        free(queues)
         return -ENOMEM
-    socket_out(&s, <gw_socket *>at)
     at += sizeof(gw_socket)
-    if sndq:
-        memcpy(at, queues, sndq)
-    at += sndq
-    if s.sndq > sndq:
-        memcpy(at, f.carry_to_sock.data + f.carry_to_sock.at, s.sndq - sndq)
-        at += s.sndq - sndq
-    if s.rcvq > rcvq:
-        memcpy(at, f.carry_to_guest.data + f.carry_to_guest.at, s.rcvq - rcvq)
-        at += s.rcvq - rcvq
-    if rcvq:
-        memcpy(at, queues + sndq, rcvq)
-    free(queues)
+    rc = sock_dump_queues(f.sock, &s, &q, at)
+    if rc != 0:
+        o.size = begin
+        return rc
+    sndq, rcvq = s.sndq, s.rcvq
+    if to_sock or to_guest:
+        # Between the two queues: what is to follow the one, and what goes before the other.
+        memmove(at + sndq + to_sock + to_guest, at + sndq, rcvq)
+        if to_sock:
+            memcpy(at + sndq, f.carry_to_sock.data + f.carry_to_sock.at, to_sock)
+        if to_guest:
+            memcpy(at + sndq + to_sock, f.carry_to_guest.data + f.carry_to_guest.at, to_guest)
+    whole(f, &s)
+    socket_out(&s, <gw_socket *>(at - sizeof(gw_socket)))
+    o.size = begin + sizeof(gw_socket) + s.sndq + s.rcvq
     return 0
 
 

@@ -27,6 +27,12 @@ cdef struct SockState:
     uint8_t tcpi_state
     uint8_t tcpi_options
 
+# Numbers in TCP's sequence space: a FIN is among them.
+cdef struct Queued:
+    uint32_t out
+    uint32_t notsent
+    uint32_t incoming
+
 cdef int sock_freeze(int fd, bint v6) noexcept nogil
 # Whether it is in SYN_SENT.
 cdef bint sock_is_connecting(int fd) noexcept nogil
@@ -38,8 +44,10 @@ cdef int sock_open(int fd, bint v6) noexcept nogil
 cdef int sock_create(bint v6) noexcept nogil
 # Fills in what sock_dump() has to know, of many sockets in one call.
 cdef void sock_look(pollfd *looked, int count) noexcept nogil
-# `queues` is malloc'ed: the send queue, then the receive queue. NULL when both are empty.
-cdef int sock_dump(const pollfd *looked, SockState *s, uint8_t **queues) noexcept nogil
+# All but the queues, and how long these may be.
+cdef int sock_dump(const pollfd *looked, SockState *s, Queued *q) noexcept nogil
+# The send queue, and right behind it the receive queue: there has to be room for as much as `q` says.
+cdef int sock_dump_queues(int fd, SockState *s, const Queued *q, uint8_t *out) noexcept nogil
 cdef socklen_t sock_end(sockaddr_storage *out, const uint8_t *a, uint16_t port, uint32_t scope) noexcept nogil
 # Bytes of a receive queue that surely fit into a new socket.
 cdef uint32_t receive_room()

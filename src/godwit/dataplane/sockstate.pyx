@@ -274,7 +274,7 @@ cdef void sock_look(pollfd *looked, int count) noexcept nogil:
             looked[i].revents = POLLPRI     # not known: it is not dumped
 
 
-cdef int sock_dump(const pollfd *looked, SockState *s, uint8_t **queues) noexcept nogil:
+cdef int sock_dump(const pollfd *looked, SockState *s, Queued *q) noexcept nogil:
     cdef tcp_info info
     cdef tcp_repair_window window
     cdef int fd = looked.fd
@@ -282,7 +282,6 @@ cdef int sock_dump(const pollfd *looked, SockState *s, uint8_t **queues) noexcep
     cdef sockaddr_storage local
     cdef int outq = 0, notsent = 0, inq = 0, rc, error = 0
     cdef bint known
-    queues[0] = NULL
     memset(s, 0, sizeof(SockState))
     memset(&info, 0, sizeof(info))
     if getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &n) != 0:
@@ -333,19 +332,21 @@ cdef int sock_dump(const pollfd *looked, SockState *s, uint8_t **queues) noexcep
         return -errno
     if outq < 0 or notsent < 0 or inq < 0 or outq > MAX_QUEUE or inq > MAX_QUEUE:
         return -ENOBUFS
-    if outq or inq:
-        queues[0] = <uint8_t *>malloc(<size_t>outq + inq)
-        if queues[0] == NULL:
-            return -ENOMEM
+    q.out = outq
+    q.notsent = notsent
+    q.incoming = inq
+    return 0
+
+
+cdef int sock_dump_queues(int fd, SockState *s, const Queued *q, uint8_t *out) noexcept nogil:
+    cdef int rc
+    if q.out or q.incoming:
         # With an offset set, peeking in repair mode starts anywhere. Without
         # the option there is no offset either.
         set_int(fd, SOL_SOCKET, SO_PEEK_OFF, -1)
-    rc = dump_queues(fd, s, queues[0], outq, notsent, inq)
+    rc = dump_queues(fd, s, out, q.out, q.notsent, q.incoming)
     # No queue selected: as it was, for a repair that is only turned off.
     set_u32(fd, TCP_REPAIR_QUEUE, TCP_NO_QUEUE)
-    if rc != 0:
-        free(queues[0])
-        queues[0] = NULL
     return rc
 
 
@@ -654,13 +655,22 @@ def create(bint v6):
 def dump(int fd):
     """(SocketState, send queue, receive queue) of a frozen socket in repair mode."""
     cdef SockState s
-    cdef uint8_t *queues
+    cdef Queued q
+    cdef uint8_t *queues = NULL
     cdef pollfd looked
     cdef int rc
     looked.fd = fd
     with nogil:
         sock_look(&looked, 1)
-        rc = sock_dump(&looked, &s, &queues)
+        rc = sock_dump(&looked, &s, &q)
+        if rc == 0 and q.out + q.incoming:
+            queues = <uint8_t *>malloc(<size_t>q.out + q.incoming)
+            if queues == NULL:
+                rc = -ENOMEM
+        if rc == 0:
+            rc = sock_dump_queues(fd, &s, &q, queues)
+    if rc != 0:
+        free(queues)
     check(rc, "reading a socket's state")
     try:
         state = SocketState(
