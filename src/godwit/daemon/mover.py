@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from godwit.daemon.awaited import PATIENCE, Awaited, Waiting, is_here, names
@@ -47,7 +48,7 @@ from godwit.migration.layout import printable
 from godwit.net.change import differences
 from godwit.net.config import Withdrawn
 from godwit.net.records import SOCKET, STATE_LOST, address_text
-from godwit.net.state import NEVER_SEEN
+from godwit.net.state import BATCH, NEVER_SEEN
 from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,13 @@ PIECE = 1 << 18
 NOT_SAVED = "the source could not save it"
 NO_MEMORY = "all queues together are too large for this host"
 _STATE = SOCKET.index("tcpi_state")
+
+
+class _Entering(NamedTuple):
+    """Flows that have come, by number, and what waits until the helper has done with their sockets."""
+
+    numbers: Sequence[int]
+    wait: Callable[[], None]
 
 
 class Left(NamedTuple):
@@ -178,6 +186,7 @@ class Mover:
         self._departures = UdpDepartures(engine)  # source
         self._local_moves = False  # a flow whose peer is this host itself moves like others: in tests
         self._arrivals: moving.Arrivals | None = None  # target: the flows that came, by their number
+        self._entering: _Entering | None = None  # target: some whose sockets are just being put into repair mode
         self._lost: dict[int, str] = {}  # target: of these the ones that are, and why
         self._opens: list[int] = []  # target: those whose socket is opened at the commit
         self._waits: dict[int, Waiting] = {}  # target: those that wait for their address
@@ -494,11 +503,13 @@ class Mover:
     def prepare(self, records: bytes, *, native: bool) -> None:
         """Flows in the table, with frozen sockets in repair mode where they can be had."""
         self._begin_load()
-        arrivals = self._came()
+        arrivals = self._arrivals
+        assert arrivals is not None
         if self._lingerers:
             self._reclaim(layouts.ends(records, native))
         first = len(arrivals)
-        for number, why in arrivals.prepare(records, native):
+        trouble = arrivals.prepare(records, native)  # while the helper is still at work on those before
+        for number, why in trouble:
             if arrivals.flow(number) < 0:
                 log.error("a connection is lost: %s", why)
             else:
@@ -506,24 +517,49 @@ class Mover:
         self._enter_repair(first)
 
     def _came(self) -> moving.Arrivals:
-        """What has come, of which there is something."""
+        """What has come, of which there is something; the helper has done what it was asked."""
         assert self._arrivals is not None
+        self._entered()
         return self._arrivals
 
     def _enter_repair(self, first: int) -> None:
-        """Of what has come from that number on, as far as it has sockets."""
-        arrivals = self._came()
-        numbers, fds = arrivals.sockets(first)
-        done = 0
-        try:
-            self._set_mode(fds, Repair.ON)
-            done = len(fds)
-        except RepairError as error:
-            done = error.done
-            log.error("%s", error)
-        arrivals.enter_repair(numbers[:done])
+        """Begin with what has come from that number on, as far as it has sockets."""
+        numbers, fds = self._came().sockets(first)
+        self._entering = _Entering(numbers, self._beside(partial(self._set_mode, fds, Repair.ON)))
+
+    def _entered(self) -> None:
+        """Wait until the helper has done with those that were begun with."""
+        if self._entering is None or self._arrivals is None:
+            return
+        (numbers, wait), self._entering = self._entering, None
+        done = self._done(wait, len(numbers))
+        self._arrivals.enter_repair(numbers[:done])
         for number in numbers[done:]:
             self._lose(number, "no repair helper")
+
+    def _beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Have it done while we go on; what is returned waits for its end, and raises what it has raised.
+
+        Where the data plane runs meanwhile there is nothing that we might do beside.
+        """
+        if self._held_alone:
+            return work
+        raised: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                raised.append(error)
+
+        def wait() -> None:
+            thread.join()
+            if raised:
+                raise raised[0]
+
+        thread = threading.Thread(target=run, name="repair")
+        thread.start()
+        return wait
 
     def restore(self, first: int, sockets: bytes) -> None:
         """Fill the sockets of prepared flows."""
@@ -621,7 +657,7 @@ class Mover:
         self._lose(number, f"the source could not move it{f': {why}' if why else ''}")
 
     def _lose(self, number: int, why: str) -> None:
-        arrivals = self._came()
+        arrivals = self._came()  # no descriptor is closed that the helper is just being sent
         if arrivals.flow(number) >= 0:
             self._lost[number] = why
             arrivals.lose(number)
@@ -655,18 +691,34 @@ class Mover:
                 self._lose(number, "it was not restored")
         for number, error in arrivals.complete():
             self._lose(number, f"filling the send queue: {os.strerror(error)}")
-        numbers, fds = arrivals.sockets(0, restored=True)
-        done = len(fds)
-        try:
-            if fds:
-                self._set_mode(fds, Repair.OFF)
-        except RepairError as error:
-            done = error.done
-            log.error("%s", error)
-        self._finish(numbers[:done])
-        for number in numbers[done:]:
-            self._lose(number, "no repair helper")
+        self._leave_arrivals(*arrivals.sockets(0, restored=True))
         self._end_lost()
+
+    def _leave_arrivals(self, numbers: Sequence[int], fds: Sequence[int]) -> None:
+        """End repair mode; those that are out of it go on while the helper is at work on the next ones."""
+        out: Sequence[int] = ()
+        for first in range(0, len(fds), BATCH):
+            batch = slice(first, first + BATCH)
+            wait = self._beside(partial(self._set_mode, fds[batch], Repair.OFF))
+            try:
+                self._finish(out)
+            finally:
+                done = self._done(wait, len(fds[batch]))
+            out = numbers[batch][:done]
+            if done < len(fds[batch]):
+                for number in numbers[first + done :]:
+                    self._lose(number, "no repair helper")
+                break
+        self._finish(out)
+
+    def _done(self, wait: Callable[[], None], count: int) -> int:
+        """How many sockets of so many the helper has set."""
+        try:
+            wait()
+        except RepairError as error:
+            log.error("%s", error)
+            return error.done
+        return count
 
     def _finish(self, numbers: Sequence[int]) -> None:
         """These are out of repair mode."""
@@ -732,7 +784,7 @@ class Mover:
 
     def _arrived(self) -> list[int]:
         """The flows that have come and have a place in the table."""
-        return [] if self._arrivals is None else self._arrivals.flows()
+        return [] if self._arrivals is None else self._came().flows()
 
     def _forget_arrivals(self) -> None:
         self._arrivals = None

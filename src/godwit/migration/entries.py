@@ -87,9 +87,10 @@ class Push:
             self._writer.push_bytes(part)
 
     def packed(self, entries: bytes) -> None:
-        """Whole entries."""
+        """Whole entries, very many: the target may see to these while the next ones are made."""
         self._writer.check_cancelled()
         self._writer.push_bytes(entries)
+        self._writer.flush()
 
 
 class Entries(Stage[Context]):

@@ -264,6 +264,7 @@ def _save_flows(mover: FlowMover, writer: Writer) -> None:
         for _count, sockets in sound_sockets(mover, flows[first:place]):
             writer.check_cancelled()
             writer.push_bytes(LOST if isinstance(sockets, str) else sockets)
+            writer.flush()  # the target restores these while the next ones are dumped
         if place < len(flows):
             writer.push_bytes(LOST)
         first = place + 1
