@@ -422,6 +422,19 @@ def test_a_dump_does_not_depend_on_the_peek_offset(connections: Connections) -> 
     assert connections.save(ours, False).rcvq == b"0123456789"
 
 
+@pytest.mark.parametrize(("sent", "held", "arrived"), list(itertools.product((b"", b"s"), (b"", b"h"), (b"", b"a"))))
+def test_a_dump_finds_every_byte(connections: Connections, sent: bytes, held: bytes, arrived: bytes) -> None:
+    """Of a connection that says it is idle the kernel is not asked for the lengths of its queues."""
+    ours, peer = connections.open(False)
+    peer.send(arrived)
+    assert bool(select.select([ours], [], [], 5 if arrived else 0)[0]) == bool(arrived)
+    sockstate.freeze(peer.fileno(), False)  # nothing is acknowledged from here on
+    ours.send(sent)
+    ours.send(held, socket.MSG_MORE)  # which the kernel keeps back for a while
+    saved = connections.save(ours, False)
+    assert (saved.sndq, saved.rcvq) == (sent + held, arrived)
+
+
 def test_a_connection_with_an_urgent_byte_cannot_move(connections: Connections) -> None:
     ours, peer = connections.open(False)
     peer.send(b"abc")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import pytest
 
+from godwit.lab.agent import AgentError
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import wait_until
@@ -212,6 +213,22 @@ def test_a_target_with_too_few_descriptors_resets_the_rest() -> None:
         assert answers.silent == 0
         assert 0 < answers.alive < 300
         wait_until(lambda: connections_at(scenario) == answers.alive, "the server to let go of the others", 15.0)
+
+
+def test_a_connection_takes_one_descriptor_and_no_more_are_taken_than_there_are() -> None:
+    """On either side of a move, with what else a back-end has; who comes too late is refused at once."""
+    with Scenario(descriptors=600) as scenario:
+        assert isinstance(scenario.guest, EmbeddedGuest)
+        agent = scenario.guest.agent
+        echo = agent.echo(scenario.server_address, PORT, 400)
+        attempt = saved(scenario)
+        attempt.switch_over()
+        attempt.finish()
+        scenario.network.switch("b")
+        assert agent.check(echo, 10.0).alive == 400
+        with pytest.raises(AgentError, match=r"of 200 connections .* failed"):
+            agent.echo(scenario.server_address, PORT, 200, timeout=20.0)
+        assert agent.check(echo, 10.0).alive == 400
 
 
 def test_stopped_while_it_takes_the_guest_back(scenario: Scenario, load: Load) -> None:

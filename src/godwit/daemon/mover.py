@@ -20,6 +20,7 @@ import logging
 import os
 import threading
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -74,6 +75,11 @@ QUEUES_SHARE = 1 / 4
 PIECE = 1 << 18
 
 NOT_SAVED = "the source could not save it"
+NO_PLACE = {
+    errno.EEXIST: "two flows between the same ends",
+    errno.ENFILE: "the flow table is full",
+}
+NO_DESCRIPTOR = "there are too few descriptors for it"
 NO_MEMORY = "all queues together are too large for this host"
 _STATE = SOCKET.index("tcpi_state")
 
@@ -215,7 +221,7 @@ class Mover:
         """Go on where another process's was; flows and listeners are in the engine."""
         if listeners_frozen:
             self._frozen_listeners = list(self._engine.listeners())
-        self._schedule(HURRY_SECONDS, self._engine.calm)
+        self._schedule(HURRY_SECONDS, self._calm)
 
     # ---- both sides
 
@@ -445,7 +451,11 @@ class Mover:
         for flow in flows:
             self._thaw_socket(flow)
             self._engine.resume_flow(flow, watch=False)
-        self._schedule(HURRY_SECONDS, self._engine.calm)
+        self._schedule(HURRY_SECONDS, self._calm)
+
+    def _calm(self) -> None:
+        with self._lock:  # nobody else has flows in hand
+            self._engine.calm()
 
     def linger(self) -> None:
         """Nothing to do: the thread stays parked and the sockets frozen."""
@@ -509,11 +519,11 @@ class Mover:
             self._reclaim(layouts.ends(records, native))
         first = len(arrivals)
         trouble = arrivals.prepare(records, native)  # while the helper is still at work on those before
-        for number, why in trouble:
+        for number, error in trouble:
             if arrivals.flow(number) < 0:
-                log.error("a connection is lost: %s", why)
+                log.error("a connection is lost: %s", NO_PLACE[error])
             else:
-                self._lose(number, why)
+                self._lose(number, NO_DESCRIPTOR if error == errno.EMFILE else os.strerror(error))
         self._enter_repair(first)
 
     def _came(self) -> moving.Arrivals:
@@ -619,21 +629,21 @@ class Mover:
             memory = sum(len(one.sndq) + len(one.rcvq) for one in came.values())
             arrivals = self._arrivals = moving.Arrivals(self._engine, self.scope, memory)
             for flow in came:
-                number, why = arrivals.adopt(flow)
-                if why is not None:
-                    self._lose(number, why)
+                number, error = arrivals.adopt(flow)
+                if error:
+                    self._lose(number, os.strerror(error))
             self._enter_repair(0)
             for number, waiting in enumerate(came.values()):
                 self.restore(number, SOCKET.encode(waiting.on_time()) + waiting.sndq + waiting.rcvq)
             for flow, waiting in late.items():
-                number, _why = arrivals.adopt(flow)
+                number, _error = arrivals.adopt(flow)
                 address = address_text(waiting.ours.our_addr)
                 self._lose(number, f"the address {address} has not come to this host within {PATIENCE:.0f} s")
             self._let_flows_go()
         finally:
             self._held_alone = False
             self._forget_arrivals()
-        self._schedule(HURRY_SECONDS, self._engine.calm)
+        self._schedule(HURRY_SECONDS, self._calm)
 
     def udp(self) -> Iterator[tuple[UdpPort, Sequence[UdpPeer], Sequence[Datagram]]]:
         """Each UDP port that has anything to move."""
@@ -673,7 +683,7 @@ class Mover:
             finally:
                 self._loaded()
                 self._seen_before = None
-        self._schedule(HURRY_SECONDS, self._engine.calm)
+        self._schedule(HURRY_SECONDS, self._calm)
         self._watch()
 
     def _let_go(self) -> None:
@@ -694,9 +704,9 @@ class Mover:
         self._leave_arrivals(*arrivals.sockets(0, restored=True))
         self._end_lost()
 
-    def _leave_arrivals(self, numbers: Sequence[int], fds: Sequence[int]) -> None:
+    def _leave_arrivals(self, numbers: array[int], fds: Sequence[int]) -> None:
         """End repair mode; those that are out of it go on while the helper is at work on the next ones."""
-        out: Sequence[int] = ()
+        out = numbers[:0]
         for first in range(0, len(fds), BATCH):
             batch = slice(first, first + BATCH)
             wait = self._beside(partial(self._set_mode, fds[batch], Repair.OFF))
@@ -720,7 +730,7 @@ class Mover:
             return error.done
         return count
 
-    def _finish(self, numbers: Sequence[int]) -> None:
+    def _finish(self, numbers: array[int]) -> None:
         """These are out of repair mode."""
         for number, error in self._came().finish(numbers):
             self._lose(number, f"writing what was not sent yet: {os.strerror(error)}")

@@ -201,7 +201,7 @@ def ends(const uint8_t[::1] records, bint native):
 cdef void socket_out(const SockState *s, gw_socket *r) noexcept nogil:
     cdef int i
     for i in range(WORDS):
-        r.words[i] = htobe32((&s.seq_snd)[i])
+        r.words[i] = htobe32((<const uint32_t *>s)[i])
     r.snd_ws = s.snd_ws
     r.rcv_ws = s.rcv_ws
     r.state = s.tcpi_state
@@ -212,7 +212,7 @@ cdef bint socket_in(const gw_socket *r, SockState *s) noexcept nogil:
     """Whether the record is surely sound."""
     cdef int i
     for i in range(WORDS):
-        (&s.seq_snd)[i] = htobe32(r.words[i])
+        (<uint32_t *>s)[i] = htobe32(r.words[i])
     s.snd_ws = r.snd_ws
     s.rcv_ws = r.rcv_ws
     s.tcpi_state = r.state

@@ -37,14 +37,15 @@ class Arrivals:
 
     def __init__(self, engine: EngineBase, scope: int, memory: int) -> None: ...
     def __len__(self) -> int: ...
-    def prepare(self, records: bytes, native: bool) -> list[tuple[int, str]]:
-        """Flows for sound records, held, each with a new frozen socket. Returns those of which that is not so, and why.
+    def prepare(self, records: bytes, native: bool) -> list[tuple[int, int]]:
+        """Flows for sound records, held, each with a new frozen socket: (number, error) of those where that is not so.
 
-        ``ValueError``: a record is not sound.
+        EEXIST: there are two flows between the same ends; ENFILE: the flow table is full, and there is no place for it;
+        EMFILE: it would have more descriptors than flows may have. ``ValueError``: a record is not sound.
         """
 
-    def adopt(self, flow: int) -> tuple[int, str | None]:
-        """A flow that is in the table already. Returns its number, and why it could not be given a socket, if so."""
+    def adopt(self, flow: int) -> tuple[int, int]:
+        """A flow that is in the table already. Returns its number, and why it could not be given a socket, or 0."""
 
     def flow(self, number: int) -> int:
         """Its index in the table; -1: it has no place there."""
@@ -87,5 +88,5 @@ class Arrivals:
         (number, error) of those where it failed.
         """
 
-    def finish(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+    def finish(self, numbers: array[int]) -> list[tuple[int, int]]:
         """After repair mode: what was not sent yet; then they go on. (number, error) where it failed."""

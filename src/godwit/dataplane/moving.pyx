@@ -5,11 +5,10 @@
 See the .pyi for what the control thread calls.
 """
 
-import os
 from array import array
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EDQUOT, EEXIST, ENFILE, ENOMEM, EPERM, EXDEV
+from libc.errno cimport EDQUOT, EEXIST, EMFILE, ENFILE, ENOMEM, EPERM, EXDEV
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
@@ -336,6 +335,8 @@ cdef struct Arrival:
     bint in_repair
     bint restored
     bint lost
+    int error               # of what was last done to it
+    int step                # where in sock_connect(), by its index in STEPS; -1: nowhere there
     SockState socket
     uint8_t *sndq           # until the commit
 
@@ -376,67 +377,81 @@ cdef class Arrivals:
             return NULL
         return &p.flows[a.flow]
 
-    cdef Arrival *add(self) except NULL:
-        cdef size_t room = self.room
+    cdef int make_room(self, size_t count) except -1:
+        """For so many more."""
+        cdef size_t room = max(2 * self.room, self.count + count)
         cdef Arrival *grown
-        if self.count == room:
-            room = 2 * room if room else 256
+        if self.count + count > self.room:
             grown = <Arrival *>realloc(self.all, room * sizeof(Arrival))
             if grown == NULL:
                 raise MemoryError
             self.all = grown
             self.room = room
-        memset(&self.all[self.count], 0, sizeof(Arrival))
-        self.all[self.count].flow = NONE
-        self.count += 1
-        return &self.all[self.count - 1]
+        return 0
 
-    cdef object open(self, Arrival *a):
-        """Give a flow a socket, frozen; else why not."""
+    cdef Arrival *add(self) noexcept nogil:
+        """The next one. There has to be room."""
+        cdef Arrival *a = &self.all[self.count]
+        memset(a, 0, sizeof(Arrival))
+        a.flow = NONE
+        self.count += 1
+        return a
+
+    cdef int open(self, const Arrival *a) noexcept nogil:
+        """Give a flow a socket, frozen; or an error."""
         cdef Flow *f = self.place(a)
         cdef int fd = sock_create(not is_v4(f.remote_addr))
         if fd < 0:
-            return os.strerror(-fd)
+            return fd
         f.sock = fd
-        return None
+        return 0
 
-    def prepare(self, const uint8_t[::1] records, bint native):
-        cdef Plane *p = self.engine.p
-        cdef size_t each = sizeof(gw_flow_native) if native else sizeof(gw_flow2)
+    cdef list errors(self, size_t first, size_t last):
+        """(number, error number) of those with which something was wrong."""
         cdef size_t i
+        return [(i, -self.all[i].error) for i in range(first, last) if self.all[i].error != 0]
+
+    cdef bint prepare_one(self, const uint8_t *record, bint native) noexcept nogil:
+        cdef Plane *p = self.engine.p
         cdef Moved m
         cdef Flow *f = NULL
         cdef Arrival *a
-        cdef bint full
-        cdef int rc
-        trouble = []
-        p.now = clock_ms(p)
-        for i in range(<size_t>records.shape[0] // each):
-            if not (in_native(<const gw_flow_native *>&records[i * each], &m) if native
-                    else in2(<const gw_flow2 *>&records[i * each], &m)):
-                raise ValueError("a flow that was not checked")
-            a = self.add()
-            full = p.open_sockets >= p.flow_limit
-            rc = moved_in(p, &m, &f)
-            if rc != 0:
-                why = "two flows between the same ends" if rc == -EEXIST else "the flow table is full"
-                trouble.append((self.count - 1, why))
-                continue
+        cdef bint full = p.open_sockets >= p.flow_limit
+        if not (in_native(<const gw_flow_native *>record, &m) if native else in2(<const gw_flow2 *>record, &m)):
+            return False
+        a = self.add()
+        a.error = moved_in(p, &m, &f)
+        if a.error == 0:
             a.flow = flow_index(p, f)
             a.has_place = not full
-            why = "there are too few descriptors for it" if full else self.open(a)
-            if why is not None:
-                trouble.append((self.count - 1, why))
-        return trouble
+            a.error = -EMFILE if full else self.open(a)
+        return True
+
+    def prepare(self, const uint8_t[::1] records, bint native):
+        cdef size_t each = sizeof(gw_flow_native) if native else sizeof(gw_flow2)
+        cdef size_t i, first = self.count, count = <size_t>records.shape[0] // each
+        cdef bint sound = True
+        self.make_room(count)
+        self.engine.p.now = clock_ms(self.engine.p)
+        with nogil:
+            for i in range(count):
+                sound = self.prepare_one(&records[i * each], native)
+                if not sound:
+                    break
+        if not sound:
+            raise ValueError("a flow that was not checked")
+        return self.errors(first, self.count)
 
     def adopt(self, uint32_t flow):
         """One that is in the table already. Returns its number, and why it has no socket, if so."""
-        cdef Arrival *a = self.add()
+        cdef Arrival *a
+        self.make_room(1)
+        a = self.add()
         a.flow = flow
         a.has_place = True
         if self.place(a) == NULL:
             a.flow = NONE
-        return self.count - 1, None if a.flow == NONE else self.open(a)
+        return self.count - 1, 0 if a.flow == NONE else -self.open(a)
 
     def flow(self, size_t number):
         cdef Arrival *a = self.at(number)
@@ -490,7 +505,7 @@ cdef class Arrivals:
         self.memory -= size
         return True
 
-    cdef int restore_one(self, Arrival *a, const uint8_t *data, int *step) noexcept nogil:
+    cdef int restore_one(self, Arrival *a, const uint8_t *data) noexcept nogil:
         cdef Flow *f = self.place(a)
         cdef SockState *s = &a.socket
         cdef sockaddr_storage local, remote
@@ -499,17 +514,17 @@ cdef class Arrivals:
         cdef const uint8_t *sndq = data + sizeof(gw_socket)
         cdef const uint8_t *rcvq
         cdef int rc
-        step[0] = -1
+        a.step = -1
         if f == NULL or f.sock < 0 or a.lost or not a.in_repair or a.restored:
             return 0
         socket_in(<const gw_socket *>data, s)
         rcvq = sndq + s.sndq
         size = sock_end(&local, f.local_addr, f.local_port, self.scope)
         sock_end(&remote, f.remote_addr, f.remote_port, self.scope)
-        rc = sock_connect(f.sock, &local, &remote, size, s, rcvq, self.receive_room, &left_out, step)
+        rc = sock_connect(f.sock, &local, &remote, size, s, rcvq, self.receive_room, &left_out, &a.step)
         if rc != 0:
             return rc
-        step[0] = -1
+        a.step = -1
         if <uint64_t>s.sndq + left_out > self.memory:
             return -EDQUOT
         self.memory -= <uint64_t>s.sndq + left_out
@@ -528,44 +543,46 @@ cdef class Arrivals:
         return 0
 
     def restore(self, size_t first, const uint8_t[::1] sockets):
-        cdef size_t size = <size_t>sockets.shape[0], at = 0, n, number = first
+        cdef size_t size = <size_t>sockets.shape[0], at = 0, n = 0, number = first
         cdef const gw_socket *r
-        cdef int rc, step
+        cdef Arrival *a
         trouble = []
-        while at < size:
-            n = whole_socket(&sockets[at], size - at, True)
-            if n == 0:
-                raise ValueError("no sockets with their queues")
-            self.at(number)
-            r = <const gw_socket *>&sockets[at]
-            if r.state == 0 or r.state == TIME_WAIT or r.state == CLOSED:
-                trouble.append((number, at, n, 0, ""))
-            else:
-                with nogil:
-                    rc = self.restore_one(&self.all[number], &sockets[at], &step)
-                if rc != 0:
-                    trouble.append((number, at, n, -rc, "" if step < 0 else STEPS[step]))
-            at += n
-            number += 1
+        with nogil:
+            while at < size:
+                n = whole_socket(&sockets[at], size - at, True)
+                if n == 0 or number >= self.count:
+                    break
+                a = &self.all[number]
+                r = <const gw_socket *>&sockets[at]
+                if r.state == 0 or r.state == TIME_WAIT or r.state == CLOSED:
+                    with gil:
+                        trouble.append((number, at, n, 0, ""))
+                else:
+                    a.error = self.restore_one(a, &sockets[at])
+                    if a.error != 0:
+                        with gil:
+                            trouble.append((number, at, n, -a.error, "" if a.step < 0 else STEPS[a.step]))
+                at += n
+                number += 1
+        if at < size:
+            raise ValueError("no sockets with their queues" if n == 0 else f"flow {number} has not come")
         return trouble
 
     def complete(self):
         cdef size_t i
         cdef Flow *f
         cdef Arrival *a
-        cdef int rc
-        trouble = []
-        for i in range(self.count):
-            a = &self.all[i]
-            f = self.place(a)
-            if a.restored and not a.lost and f != NULL:
-                # Thawed first: the answer to the probe that ends repair mode shall not be missed.
-                rc = sock_open(f.sock, not is_v4(f.remote_addr))
-                if rc == 0:
-                    rc = sock_complete(f.sock, &a.socket, a.sndq)
-                if rc != 0:
-                    trouble.append((i, -rc))
-        return trouble
+        with nogil:
+            for i in range(self.count):
+                a = &self.all[i]
+                f = self.place(a)
+                a.error = 0
+                if a.restored and not a.lost and f != NULL:
+                    # Thawed first: the answer to the probe that ends repair mode shall not be missed.
+                    a.error = sock_open(f.sock, not is_v4(f.remote_addr))
+                    if a.error == 0:
+                        a.error = sock_complete(f.sock, &a.socket, a.sndq)
+        return self.errors(0, self.count)
 
     cdef int finish_one(self, Arrival *a, Flow *f) noexcept nogil:
         cdef Plane *p = self.engine.p
@@ -585,19 +602,16 @@ cdef class Arrivals:
             tcp_resume(p, f)
         return 0
 
-    def finish(self, numbers):
-        cdef size_t number
+    def finish(self, const uint32_t[::1] numbers):
+        cdef Py_ssize_t i
         cdef Flow *f
         cdef Arrival *a
-        cdef int rc
-        trouble = []
         self.engine.p.now = clock_ms(self.engine.p)
-        for number in numbers:
-            a = self.at(number)
-            f = self.place(a)
-            if f != NULL and not a.lost:
-                with nogil:
-                    rc = self.finish_one(a, f)
-                if rc != 0:
-                    trouble.append((number, -rc))
-        return trouble
+        with nogil:
+            for i in range(numbers.shape[0]):
+                if numbers[i] < self.count:
+                    a = &self.all[numbers[i]]
+                    f = self.place(a)
+                    a.error = self.finish_one(a, f) if f != NULL and not a.lost else 0
+        return [(number, -self.all[number].error) for number in numbers
+                if number < self.count and self.all[<size_t>number].error != 0]
