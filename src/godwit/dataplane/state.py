@@ -2,8 +2,8 @@
 """What a TCP flow and its socket look like from outside the data plane.
 
 These are the values that migrate. They name the fields and bits of the
-published device-state stream, version 2, as native integers; how they are
-written into a stream is not known here (see ``godwit.net.state``).
+published device-state stream, version 2, as native integers; how they lie in a
+stream is declared in ``godwit.net`` (``layouts`` is the quick way for many).
 """
 
 from __future__ import annotations
