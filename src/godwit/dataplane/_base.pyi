@@ -6,6 +6,8 @@ from typing import Any
 from godwit.dataplane.card import StreamCard
 from godwit.dataplane.state import Observed
 
+#: Bytes that a flow takes at most: its place in the table, and one in each hash table and in the heap.
+FLOW_BYTES: int
 DROP_NAMES: tuple[str, ...]
 
 class EngineBase:

@@ -117,6 +117,9 @@ cdef enum:
     F_HOST_USO = 56
     VRING_F_LOG = 1     # vhost_vring_addr.flags
 
+# What a flow takes at most: its place in the table, and one in each hash table and in the heap.
+FLOW_BYTES = sizeof(Flow) + 3 * sizeof(uint32_t)
+
 DROP_NAMES = (
     "short", "malformed", "fragment", "protocol", "source", "no_flow", "window", "table_full",
     "no_socket", "ring_full", "rare_full", "send", "unreachable",
