@@ -314,6 +314,18 @@ def test_whether_pings_can_be_sent() -> None:
     ]
 
 
+def test_there_is_a_place_for_each_descriptor_from_the_beginning() -> None:
+    """So that a load does not wait for the kernel to make room for more, again and again."""
+    program = """
+from godwit.daemon import lifecycle
+lifecycle.raise_descriptor_limit()
+print(open("/proc/self/status").read())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    places = next(int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("FDSize:"))
+    assert places >= min(32768, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+
+
 def test_the_descriptor_limit_is_raised() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
