@@ -157,7 +157,7 @@ cdef void send_reset_for(Plane *p, Packet *k, const uint8_t *t) noexcept nogil:
 
 
 cdef void enlarge(Plane *p, Flow *f, uint32_t *info) noexcept nogil:
-    """Double the send buffer of a guest that uses its window, and whose socket is empty all the same.
+    """Double the send buffer of a guest that has used some of its window, and whose socket is empty all the same.
 
     The kernel enlarges a buffer that was full, and no other. Where the peer takes
     everything sooner than the guest hears of its window, none ever is, and the
@@ -193,7 +193,7 @@ cdef void update_window(Plane *p, Flow *f) noexcept nogil:
         room = 0
         if f.sock >= 0 and not f.flags & FF_CONNECTING:
             if getsockopt(f.sock, SOL_SOCKET, SO_MEMINFO, info, &n) == 0:
-                if left < f.granted >> 1 and info[MEMINFO_WMEM_QUEUED] < info[MEMINFO_SNDBUF] >> 2:
+                if f.granted and info[MEMINFO_WMEM_QUEUED] < info[MEMINFO_SNDBUF] >> 2:
                     enlarge(p, f, info)
                 if info[MEMINFO_WMEM_QUEUED] < info[MEMINFO_SNDBUF]:
                     room = info[MEMINFO_SNDBUF] - info[MEMINFO_WMEM_QUEUED]
