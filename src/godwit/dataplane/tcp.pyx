@@ -142,6 +142,7 @@ cdef enum:
     RETRIES_PAUSED = 6          # by then the wait is the longest
     KEEPALIVE_IDLE = 7200000    # ms; RFC 9293, 3.8.4: no less than two hours
     DUP_ACK_LIMIT = 3           # RFC 5681, 3.2
+    WINDOW_LEFT = 16384         # bytes, with which a guest can go on after a move
 
 
 # ---- the end of a flow
@@ -607,8 +608,14 @@ cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil:
     # Whether it is writable the loop was told while the flow was held, or never.
     if f.carry_to_sock != NULL and not send_carried(p, f) and f.sock < 0:
         return
-    f.flags |= FF_MORE | FF_ACK_DUE
+    f.flags |= FF_MORE
+    # Only where it has something to say: there may be thousands, and each is a frame for a guest that has just begun to run.
+    if f.seq_ack_to_guest != f.seq_from_guest or <int>(f.edge - f.seq_from_guest) < WINDOW_LEFT:
+        f.flags |= FF_ACK_DUE
     f.granted = 0
     f.retries = 0
-    arm_retransmit(p, f)
+    if in_flight(f):
+        arm_retransmit(p, f)
+    else:
+        flow_deadline(p, f, f.last_active + KEEPALIVE_IDLE)
     flow_touch(p, f)
