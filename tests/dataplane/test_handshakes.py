@@ -171,3 +171,33 @@ def test_echoes(family: Family) -> None:
         source.engine.unpark()
         target.send(target.echo(family, 79, 10, b"question"))
         assert target.receive(is_echo_reply).payload.endswith(b"question")
+
+
+def test_an_idle_connection_has_nothing_to_say(family: Family) -> None:
+    with Guest() as source, Guest() as target, contextlib.closing(Server(family)) as server:
+        conn = Conn(source, family, server.port).connect()
+        with server.accept() as peer:
+            conn.push(b"hello")
+            assert read_exactly(peer, 5) == b"hello"
+            conn.wait_acked()
+            move(source, target)
+            conn.guest = target
+            target.barrier()
+            assert target.collect() == []
+            peer.sendall(b"here")
+            assert conn.read(4) == b"here"
+            conn.push(b"there")
+            assert read_exactly(peer, 5) == b"there"
+            conn.wait_acked()
+
+
+def test_what_was_not_acknowledged_yet_is(family: Family) -> None:
+    with Guest(rx=((2048,),)) as source, Guest() as target, contextlib.closing(Server(family)) as server:
+        source.refill = False  # the one buffer is for the answer to the SYN
+        conn = Conn(source, family, server.port).connect()
+        with server.accept() as peer:
+            conn.push(b"hello")
+            assert read_exactly(peer, 5) == b"hello"
+            move(source, target)
+            conn.guest = target
+            conn.wait_acked()

@@ -93,7 +93,7 @@ cdef uint8_t SEQ_OF_FIRST_BYTE = FIRST_BYTE
 
 cdef void moved_out(Plane *p, Flow *f, Moved *m) noexcept nogil:
     cdef uint32_t window = f.window >> f.ws_from_guest
-    cdef uint32_t granted = f.edge - f.seq_from_guest
+    cdef uint32_t granted = f.edge - f.seq_ack_to_guest     # as it was told: from the last acknowledgement on
     cdef int64_t idle = <int64_t>(p.now - f.last_active)
     # Of one that came with a migration it is known, and its socket may be bound to nothing yet.
     if f.local_port == 0 or not (f.events & EV_ESTABLISHED or f.flags & FF_HELD):
