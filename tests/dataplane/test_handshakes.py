@@ -9,7 +9,22 @@ import socket
 from godwit.dataplane import Ping
 from godwit.lab.netns import Namespace
 
-from .driver import ACK, RST, SYN, Conn, Family, Guest, Server, address, is_echo_reply, read_exactly
+from .driver import (
+    ACK,
+    RST,
+    RX,
+    SYN,
+    TX,
+    Conn,
+    Family,
+    Guest,
+    Server,
+    address,
+    is_echo_reply,
+    pattern,
+    read_exactly,
+)
+from .test_tcp_data import Stream
 
 ACCEPTED, SYN_FROM_GUEST, ESTABLISHED = 0x01, 0x02, 0x04
 
@@ -201,3 +216,41 @@ def test_what_was_not_acknowledged_yet_is(family: Family) -> None:
             move(source, target)
             conn.guest = target
             conn.wait_acked()
+
+
+def test_a_window_that_opened_and_was_not_told_is_told(family: Family) -> None:
+    """Shut when the source's rings were stopped; the peer reads on before the state is saved."""
+    with Guest() as source, Guest() as target:
+        server = Server(family, rcvbuf=20_000)
+        conn = Conn(source, family, server.port).connect()
+        with server.accept() as peer:
+            server.close()
+            stream = Stream(conn)
+            sent = stream.pour(pattern(16 << 20), 60_000, patience=0.3)
+            assert stream.room() == 0
+            for index in (RX, TX):
+                source.engine.ring_stop(index)
+            assert len(read_exactly(peer, sent // 2)) == sent // 2
+            source.barrier()
+            move(source, target)
+            conn.guest = target
+            conn.until(lambda frame: stream.room() > 0)
+
+
+def test_a_window_too_small_for_a_segment_is_looked_at_again(family: Family) -> None:
+    with Guest(mtu=65520) as source, Guest(mtu=65520) as target, contextlib.closing(Server(family)) as server:
+        conn = Conn(source, family, server.port).connect()
+        with server.accept():
+            conn.push(b"x")
+            conn.wait_acked()
+            source.engine.park()
+            target.engine.park()
+            [flow] = source.engine.tcp_flows()
+            state = source.engine.flow_state(flow)
+            there = target.engine.import_flow(state._replace(wnd_to_tap=30_000 >> state.ws_to_tap))
+            target.engine.set_flow_socket(there, source.engine.release_flow(flow))
+            target.engine.resume_flow(there, watch=True)
+            source.engine.unpark()
+            target.engine.unpark()
+            conn.guest = target
+            conn.until(lambda _: conn.peer_window > 30_000)

@@ -442,6 +442,16 @@ def test_one_that_has_looked_long_enough_sleeps(features: int) -> None:
         guest.reap_tx(head)
 
 
+@pytest.mark.parametrize("busy", [0, 10_000_000])
+def test_a_ring_that_is_stopped_wants_kicks(busy: int) -> None:
+    """Without the event index: who serves it next may not know that it can say that it wants none."""
+    with Guest(FULL & ~EVENT_IDX) as guest:
+        busy_poll(guest, busy)
+        guest.send(FRAME)
+        guest.engine.ring_stop(TX)
+        assert guest.memory.load16(guest.tx.used) == 0
+
+
 # ---- life of a ring
 
 

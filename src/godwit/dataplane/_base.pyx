@@ -98,7 +98,16 @@ from godwit.dataplane.sys cimport (
 )
 from godwit.dataplane.udp cimport PORT_FORWARDED, PORT_FORWARDED_AT, udp_prepare
 from godwit.dataplane.udp_to_guest cimport Carried, udp_free, udp_init
-from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, QUEUES, RX, Queue, queue_map, queue_seen
+from godwit.dataplane.virtqueue cimport (
+    MAX_QUEUE_SIZE,
+    QUEUES,
+    RX,
+    TX,
+    Queue,
+    queue_map,
+    queue_notify_on,
+    queue_seen,
+)
 
 from godwit.dataplane.state import Observed
 
@@ -204,7 +213,7 @@ cdef class EngineBase:
         ev.data.u64 = watch_data(WATCH_WAKE, 0, 0)
         check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, self.p.wake, &ev) != 0 else 0, "epoll")
         self.p.peek_offset = kernel_has_peek_offset()
-        self.p.send_buffer = SEND_BUFFER
+        self.p.send_buffer = min(2 * wmem_max(), SEND_BUFFER)
         self.p.now = clock_ms(self.p)
 
     def __dealloc__(self):
@@ -524,6 +533,9 @@ cdef class EngineBase:
         """Stop the ring. Returns the next available entry to take."""
         cdef Queue *q = self.queue(index)
         with self.parked():
+            # Who takes the ring over may not know that it can say "no kicks" (--busy-poll leaves it at that).
+            if index == TX and q.used != NULL and not q.broken:
+                queue_notify_on(q, &self.p.mem, q.last_avail)
             q.started = False
             self._unwatch_kick(q)
             return q.last_avail
@@ -803,6 +815,15 @@ cdef class EngineBase:
             if any(seen.mac):
                 copy_bytes(self.p.config.guest_mac, seen.mac, 6, "MAC address")
                 self.p.config.guest_mac_known = True
+
+
+cdef int wmem_max():
+    """The largest SO_SNDBUF, in bytes; where a namespace does not show it, the kernel's default."""
+    try:
+        with open("/proc/sys/net/core/wmem_max") as limit:
+            return min(int(limit.read()), SEND_BUFFER)
+    except (OSError, ValueError):
+        return 212992
 
 
 cdef bint kernel_has_peek_offset():

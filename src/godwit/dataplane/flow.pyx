@@ -182,14 +182,14 @@ cdef void peer_out(Plane *p, Flow *f) noexcept nogil:
     at[0] = f.remote_next
 
 
-cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
-                    const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
+cdef Flow *within(Plane *p, uint32_t limit, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
+                  const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
     cdef uint32_t i, b, generation
     cdef Flow *f
-    if kind != FLOW_UDP and p.open_sockets >= p.flow_limit:
+    if kind != FLOW_UDP and p.open_sockets >= limit:
         return NULL
     # A guest that asks the whole world by UDP shall still have connections.
-    if (kind == FLOW_UDP_PORT or kind == FLOW_PING) and p.open_ports >= (p.flow_limit >> 1) + 1:
+    if (kind == FLOW_UDP_PORT or kind == FLOW_PING) and p.open_ports >= (limit >> 1) + 1:
         return NULL
     if p.free_head != NONE:
         i = p.free_head
@@ -220,14 +220,14 @@ cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t
     return f
 
 
+cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
+                    const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
+    return within(p, p.flow_limit, kind, guest_addr, guest_port, our_addr, our_port)
+
+
 cdef Flow *flow_new_beyond(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
                            const uint8_t *our_addr, uint16_t our_port) noexcept nogil:
-    cdef uint32_t limit = p.flow_limit
-    cdef Flow *f
-    p.flow_limit = 0xFFFFFFFF
-    f = flow_new(p, kind, guest_addr, guest_port, our_addr, our_port)
-    p.flow_limit = limit
-    return f
+    return within(p, 0xFFFFFFFF, kind, guest_addr, guest_port, our_addr, our_port)
 
 
 cdef void count(Plane *p, Flow *f, int change) noexcept nogil:

@@ -269,9 +269,11 @@ cdef void sock_look(pollfd *looked, int count) noexcept nogil:
     for i in range(count):
         looked[i].events = POLLIN | POLLPRI
         looked[i].revents = POLLIN
-    if poll(looked, count, 0) < 0:
-        for i in range(count):
-            looked[i].revents = POLLPRI     # not known: it is not dumped
+    while poll(looked, count, 0) < 0:
+        if errno != EINTR:
+            for i in range(count):
+                looked[i].revents = POLLPRI     # not known: it is not dumped
+            return
 
 
 cdef int sock_dump(const pollfd *looked, SockState *s, Queued *q) noexcept nogil:
@@ -549,7 +551,7 @@ cdef int sock_complete(int fd, const SockState *s, const uint8_t *sndq) noexcept
     """
     cdef uint32_t done, sent = s.sndq - s.notsent
     cdef int rc
-    if sent == 0 and s.tcpi_state != FIN_WAIT2:
+    if s.sndq == 0 and s.tcpi_state != FIN_WAIT2:
         return 0
     rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
     if rc == 0:

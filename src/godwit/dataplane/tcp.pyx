@@ -68,6 +68,7 @@ from godwit.dataplane.plane cimport (
     FF_RING_WAIT,
     FF_SYN_DUE,
     FF_URGENT,
+    FF_V6,
     FF_WINDOW_LOW,
     FLOW_TCP,
     NONE,
@@ -128,11 +129,12 @@ from godwit.dataplane.tcp_to_guest cimport (
     discard,
     hold_in_repair,
     in_flight,
+    own_mss,
     rewind,
     send_data,
     send_flags,
     send_reset_for,
-    update_window,
+    send_window,
 )
 from godwit.dataplane.virtqueue cimport MAX_CHAIN, RX, queue_active
 
@@ -433,8 +435,7 @@ cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil:
             tcp_reset(p, f)
             return
     if f.flags & FF_ACK_DUE:
-        update_window(p, f)
-        if not send_flags(p, f, f.seq_to_guest, TCP_ACK):
+        if not send_window(p, f, f.seq_to_guest, TCP_ACK):
             flow_wait_ring(p, f)
             return
     close_if_done(p, f)
@@ -610,7 +611,8 @@ cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil:
         return
     f.flags |= FF_MORE
     # Only where it has something to say: there may be thousands, and each is a frame for a guest that has just begun to run.
-    if f.seq_ack_to_guest != f.seq_from_guest or <int>(f.edge - f.seq_from_guest) < WINDOW_LEFT:
+    if f.seq_ack_to_guest != f.seq_from_guest or <int>(f.edge - f.seq_from_guest) < max(
+            WINDOW_LEFT, <int>own_mss(p, f.flags & FF_V6 != 0)):
         f.flags |= FF_ACK_DUE
     f.granted = 0
     f.retries = 0

@@ -37,7 +37,8 @@ cdef uint16_t own_mss(Plane *p, bint v6) noexcept nogil
 cdef bint send_flags(Plane *p, Flow *f, uint32_t seq, uint8_t flags) noexcept nogil
 # The reset that answers a segment of no connection; `t` is its TCP header.
 cdef void send_reset_for(Plane *p, Packet *k, const uint8_t *t) noexcept nogil
-cdef void update_window(Plane *p, Flow *f) noexcept nogil
+# With the window as it is now. False: no receive buffer, nothing was sent, and nothing is granted.
+cdef bint send_window(Plane *p, Flow *f, uint32_t seq, uint8_t flags) noexcept nogil
 cdef void arm_retransmit(Plane *p, Flow *f) noexcept nogil
 # 0, or a negative error number: the connection is broken.
 cdef int send_data(Plane *p, Flow *f) noexcept nogil

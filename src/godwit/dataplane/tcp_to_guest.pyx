@@ -163,16 +163,15 @@ cdef void enlarge(Plane *p, Flow *f, uint32_t *info) noexcept nogil:
     everything sooner than the guest hears of its window, none ever is, and the
     connection would stay at the initial one.
     """
-    cdef int before = <int>info[MEMINFO_SNDBUF], unlocked = 0
+    cdef int size = <int>info[MEMINFO_SNDBUF], unlocked = 0
     cdef socklen_t n = MEMINFO_VARS * sizeof(uint32_t)
     # Without SO_BUF_LOCK (Linux 5.14) the kernel would not size it by itself any more.
-    if before >= p.send_buffer or setsockopt(f.sock, SOL_SOCKET, SO_BUF_LOCK, &unlocked, sizeof(unlocked)) != 0:
+    if size >= p.send_buffer or setsockopt(f.sock, SOL_SOCKET, SO_BUF_LOCK, &unlocked, sizeof(unlocked)) != 0:
         return
-    setsockopt(f.sock, SOL_SOCKET, SO_SNDBUF, &before, sizeof(before))      # which doubles it
+    size = min(size, p.send_buffer // 2)    # the kernel doubles it
+    setsockopt(f.sock, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
     setsockopt(f.sock, SOL_SOCKET, SO_BUF_LOCK, &unlocked, sizeof(unlocked))
     getsockopt(f.sock, SOL_SOCKET, SO_MEMINFO, info, &n)
-    if <int>info[MEMINFO_SNDBUF] <= before:
-        p.send_buffer = before      # net.core.wmem_max
 
 
 cdef void update_window(Plane *p, Flow *f) noexcept nogil:
@@ -218,6 +217,17 @@ cdef void update_window(Plane *p, Flow *f) noexcept nogil:
     f.wnd_sent = <uint16_t>left if left < 0xFFFF else 0xFFFF
 
 
+cdef bint send_window(Plane *p, Flow *f, uint32_t seq, uint8_t flags) noexcept nogil:
+    """send_flags() with the window as it is now. What could not be told is not granted: a migration would believe it."""
+    cdef uint32_t edge = f.edge
+    update_window(p, f)
+    if send_flags(p, f, seq, flags):
+        return True
+    f.edge = edge
+    f.granted = 0
+    return False
+
+
 cdef void arm_retransmit(Plane *p, Flow *f) noexcept nogil:
     cdef uint64_t rto = RTO_FIRST << (f.retries if f.retries < 6 else 6)
     flow_deadline(p, f, p.now + (rto if rto < RTO_MOST else RTO_MOST))
@@ -225,9 +235,8 @@ cdef void arm_retransmit(Plane *p, Flow *f) noexcept nogil:
 
 cdef void send_fin(Plane *p, Flow *f) noexcept nogil:
     """The peer has closed and the guest has been sent all: tell it."""
-    if f.flags & FF_ACK_DUE:
-        update_window(p, f)
-    if not send_flags(p, f, f.seq_to_guest, TCP_FIN | TCP_ACK):
+    if not (send_window(p, f, f.seq_to_guest, TCP_FIN | TCP_ACK) if f.flags & FF_ACK_DUE
+            else send_flags(p, f, f.seq_to_guest, TCP_FIN | TCP_ACK)):
         flow_wait_ring(p, f)
         return
     f.events |= EV_FIN_FROM_SOCK | EV_FIN_TO_GUEST
