@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -21,7 +22,7 @@ from godwit.net.records import (
     TCP_FIN_WAIT1,
     TCP_LAST_ACK,
 )
-from godwit.net.state import NEVER_SEEN
+from godwit.net.state import NEVER_SEEN, sound_sockets
 from godwit.repair import Repair, RepairError, RepairListener
 
 V4 = bytes(10) + b"\xff\xff"
@@ -435,3 +436,104 @@ def test_datagrams_beyond_the_limit_are_lost_only_with_the_guest(
             assert [one.data[:1] for one in taken] == [b"%d" % number for number in range(3, 8)]
             assert all_taken
             assert [one.data[:1] for one in rig.engine.udp_waiting(port)] == [b"%d" % number for number in range(8)]
+
+
+def leave_and_load(rig: Rig, count: int = 1) -> list[int]:
+    """Flows go, and come again, up to the commit. Returns their indices."""
+    flows = [rig.add() for _ in range(count)]
+    rig.mover.freeze()
+    records = b"".join(map(rig.record, flows))
+    sockets = [part for part in rig.dump(*flows) if isinstance(part, bytes)]
+    for fd in rig.mover.leave()[0]:
+        socket.socket(fileno=fd).close()
+    rig.mover.prepare(records, native=True)
+    rig.mover.restore(0, b"".join(sockets))
+    return rig.came()
+
+
+@pytest.mark.parametrize("when", ["prepare", "commit"])
+def test_without_another_thread_it_is_done_in_this_one(rig: Rig, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    rig.engine.start()
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "repair":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(rig.mover, "_local_moves", True)
+    if when == "prepare":
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    [flow] = leave_and_load(rig)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    rig.mover.commit()
+    assert rig.mover.settled
+    rig.peers[0].sendall(b"here")
+    sock = socket.socket(fileno=rig.engine.flow_socket(flow)[0])
+    try:
+        sock.settimeout(5)
+        assert sock.recv(4, socket.MSG_PEEK) == b"here"
+    finally:
+        sock.detach()
+
+
+def test_an_accident_beside_a_load_leaves_nothing_behind(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.engine.start()
+
+    def fail(_fds: Sequence[int], _mode: Repair) -> None:
+        raise MemoryError
+
+    flow = rig.add()
+    state = rig.engine.flow_state(flow)
+    rig.engine.forget_flow(flow)
+    monkeypatch.setattr(rig.mover, "_set_mode", fail)
+    [came] = rig.prepare([state])
+    rig.mover.discard()
+    assert rig.engine.flow_generation(came) is None
+    assert rig.engine.tcp_flows(handshakes=True) == []
+    assert rig.mover.settled
+    assert "setting repair mode has failed" in caplog.text
+
+
+def test_of_many_flows_those_that_cannot_move_stay_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sockets are looked at 256 at a time: each keeps its own bytes."""
+    count, bad = 600, {0, 1, 254, 255, 256, 300, 511, 512, 599}
+    engine = Engine(1024)
+    rig.mover = Mover(engine, rig.listener, 0, rig.schedule)
+    rig.mover.helper_expected = True
+    monkeypatch.setattr(rig.mover, "_set_mode", rig.set_mode)
+    monkeypatch.setattr(rig.mover, "_local_moves", True)
+    rig.engine.close()
+    rig.engine = engine
+    engine.start()
+    flows = [rig.add() for _ in range(count)]
+    for number, peer in enumerate(rig.peers):
+        if number in bad:
+            peer.send(b"x", socket.MSG_OOB)  # urgent bytes do not move
+        else:
+            peer.send(b"%d" % number)
+    rig.mover.freeze()
+    records = rig.mover.flow_records(flows, native=True)
+    parts = list(sound_sockets(rig.mover, flows))
+    refused = [sum(n for n, _ in parts[:at]) for at, (_, part) in enumerate(parts) if isinstance(part, str)]
+    assert set(refused) == bad
+    for fd in rig.mover.leave()[0]:
+        socket.socket(fileno=fd).close()
+    rig.mover.prepare(records, native=True)
+    at = 0
+    for n, part in parts:
+        if isinstance(part, str):
+            rig.mover.mark_lost(at, part)
+        else:
+            rig.mover.restore(at, part)
+        at += n
+    came = rig.came()  # but for those that are here still
+    rig.mover.commit()
+    for number, flow in zip([number for number in range(count) if number not in bad], came, strict=True):
+        sock = socket.socket(fileno=engine.flow_socket(flow)[0])
+        try:
+            assert sock.recv(16, socket.MSG_PEEK) == b"%d" % number
+        finally:
+            sock.detach()

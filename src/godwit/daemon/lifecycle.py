@@ -118,7 +118,7 @@ def raise_descriptor_limit() -> None:
     # Let the kernel's table of them be large from the beginning (it never shrinks). It would double again and again as
     # connections are loaded, and in a process of several threads each time takes an RCU grace period, 10 ms.
     highest = _TABLE if hard == resource.RLIM_INFINITY else min(hard, _TABLE)
-    with open(os.devnull) as file, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), open(os.devnull) as file:
         os.close(fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, highest - 1))
 
 

@@ -304,7 +304,7 @@ class Mover:
         # A flow without a socket was reset, and the guest is to hear of it where it goes.
         self._frozen, failed = moving.freeze(self._engine)
         for flow, error in failed:
-            log.error("flow %d cannot move: %s", flow, os.strerror(error))
+            log.error("flow %d cannot move: freezing its socket: %s", flow, os.strerror(error))
         # Those that stood still for want of a helper need none to move.
         self._rescue.release(self._frozen)
         if not self._frozen:
@@ -356,7 +356,11 @@ class Mover:
             at = end
             if error:
                 here = error == errno.EXDEV
-                why = "its peer is on this host, and does not move with it" if here else os.strerror(error)
+                why = (
+                    "its peer is on this host, and does not move with it"
+                    if here
+                    else f"reading its socket's state: {os.strerror(error)}"
+                )
                 self.give_up(flows[at], why)
                 yield NOT_SAVED
                 at += 1
@@ -539,8 +543,9 @@ class Mover:
 
     def _entered(self) -> None:
         """Wait until the helper has done with those that were begun with."""
-        if self._entering is None or self._arrivals is None:
+        if self._entering is None:
             return
+        assert self._arrivals is not None
         (numbers, wait), self._entering = self._entering, None
         done = self._done(wait, len(numbers))
         self._arrivals.enter_repair(numbers[:done])
@@ -568,7 +573,10 @@ class Mover:
                 raise raised[0]
 
         thread = threading.Thread(target=run, name="repair")
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no thread is to be had: done when it is waited for
+            return work
         return wait
 
     def restore(self, first: int, sockets: bytes) -> None:
@@ -582,7 +590,7 @@ class Mover:
             elif error == errno.EDQUOT:
                 self._lose(number, NO_MEMORY)
             else:
-                self._refused(number, OSError(error, f"{step}: {os.strerror(error)}"), data)
+                self._refused(number, OSError(error, f"{step or 'keeping its queues'}: {os.strerror(error)}"), data)
 
     def _refused(self, number: int, error: OSError, data: bytes) -> None:
         """The kernel does not take a socket; its address may come yet."""
@@ -700,7 +708,7 @@ class Mover:
             if number not in self._waits:
                 self._lose(number, "it was not restored")
         for number, error in arrivals.complete():
-            self._lose(number, f"filling the send queue: {os.strerror(error)}")
+            self._lose(number, f"completing its socket: {os.strerror(error)}")
         self._leave_arrivals(*arrivals.sockets(0, restored=True))
         self._end_lost()
 
@@ -728,6 +736,9 @@ class Mover:
         except RepairError as error:
             log.error("%s", error)
             return error.done
+        except Exception:
+            log.exception("setting repair mode has failed")
+            return 0
         return count
 
     def _finish(self, numbers: array[int]) -> None:
@@ -739,7 +750,8 @@ class Mover:
         """Reset what is lost, open what is opened here, and say how many there are."""
         flow_of = self._came().flow
         opens = [flow_of(number) for number in self._opens]
-        lost = {flow_of(number): why for number, why in self._lost.items() if number not in self._opens}
+        opened = set(self._opens)
+        lost = {flow_of(number): why for number, why in self._lost.items() if number not in opened}
         states = {flow: self._engine.flow_state(flow) for flow in lost}
         peers = [_host_side(state) for flow, state in states.items() if not self._is_local(flow)]
         for flow in lost:
@@ -797,6 +809,7 @@ class Mover:
         return [] if self._arrivals is None else self._came().flows()
 
     def _forget_arrivals(self) -> None:
+        self._entered()
         self._arrivals = None
         self._lost.clear()
         self._opens.clear()

@@ -13,6 +13,7 @@ a flow that could not be dumped or restored is that flow's loss alone.
 from __future__ import annotations
 
 import logging
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -203,22 +204,28 @@ def sound_flows(
         return Begun(flows, records, begun)
     kept: list[int] = []
     parts: list[bytes] = []
-    still_begun: list[int] = []
-    for place, flow in enumerate(flows):
-        part = records[place * size : (place + 1) * size]
-        flat = as_written(record.unpack(part))
-        if flat is None:
-            continue
+    left_out: list[int] = []
+    at = 0
+    for place in (*odd, len(flows)):
+        kept += flows[at:place]
+        parts.append(records[at * size : place * size])
+        at = place + 1
+        if place == len(flows):
+            break
+        flat = as_written(record.unpack(records[place * size : at * size]))
         try:
-            record.check(flat)
+            if flat is not None:
+                record.check(flat)
         except UnsoundError as error:
-            mover.give_up(flow, f"{record.leaves[error.leaf].name} {error.why}")
-            continue
-        if not part[events] & EVENT_ESTABLISHED:
-            still_begun.append(len(kept))
-        kept.append(flow)
-        parts.append(record.pack(flat))
-    return Begun(kept, b"".join(parts), still_begun)
+            mover.give_up(flows[place], f"{record.leaves[error.leaf].name} {error.why}")
+            flat = None
+        if flat is None:
+            left_out.append(place)
+        else:
+            kept.append(flows[place])
+            parts.append(record.pack(flat))
+    gone = set(left_out)
+    return Begun(kept, b"".join(parts), [place - bisect(left_out, place) for place in begun if place not in gone])
 
 
 def sound_sockets(mover: FlowMover, flows: Sequence[int]) -> Iterator[tuple[int, bytes | str]]:
@@ -263,7 +270,10 @@ def _save_flows(mover: FlowMover, writer: Writer) -> None:
     for place in (*begun, len(flows)):
         for _count, sockets in sound_sockets(mover, flows[first:place]):
             writer.check_cancelled()
-            writer.push_bytes(LOST if isinstance(sockets, str) else sockets)
+            if isinstance(sockets, str):
+                writer.push_bytes(LOST)
+                continue
+            writer.push_bytes(sockets)
             writer.flush()  # the target restores these while the next ones are dumped
         if place < len(flows):
             writer.push_bytes(LOST)

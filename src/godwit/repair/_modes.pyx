@@ -58,6 +58,7 @@ def drop_all():
 
 
 cdef int set_one(int fd, int mode, int program) noexcept nogil:
+    cdef int error, back = -1   # TCP_REPAIR_OFF_NO_WP, linux/tcp.h
     if mode != 1:
         # First: the answer to the window probe of OFF is wanted. Another helper may have set the mode, without a filter.
         if setsockopt(fd, SOL_SOCKET, SO_DETACH_FILTER, &mode, sizeof(mode)) != 0 and errno != ENOENT:
@@ -67,8 +68,12 @@ cdef int set_one(int fd, int mode, int program) noexcept nogil:
     if mode != 1:
         return 0
     if program >= 0:
-        return 0 if setsockopt(fd, SOL_SOCKET, SO_ATTACH_BPF, &program, sizeof(program)) == 0 else errno
-    return 0 if setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &gw_classic, sizeof(gw_classic)) == 0 else errno
+        error = 0 if setsockopt(fd, SOL_SOCKET, SO_ATTACH_BPF, &program, sizeof(program)) == 0 else errno
+    else:
+        error = 0 if setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &gw_classic, sizeof(gw_classic)) == 0 else errno
+    if error != 0:
+        setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &back, sizeof(back))
+    return error
 
 
 def set_mode(const int[::1] fds, int mode, program):

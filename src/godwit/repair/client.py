@@ -183,13 +183,8 @@ def in_repair(fd: int) -> bool:
 
 
 def _in_mode(fds: Sequence[int], mode: Repair) -> int:
-    """How many sockets, from the first, are in the mode.
-
-    A helper takes them in their order: where the last one is in it all are.
-    """
+    """How many sockets, from the first, are in the mode."""
     try:
-        if count_in_mode(array.array("i", fds[-1:]), mode == Repair.ON):
-            return len(fds)
         return count_in_mode(array.array("i", fds), mode == Repair.ON)
     except OSError as error:
         raise RepairError(f"reading TCP_REPAIR of a socket: {error.strerror}") from error
