@@ -40,13 +40,12 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert results.about["command"] == shlex.join(["godwit", "bench", "udp", *words])
     assert set(results.values) == {"up-1400-paced", "down-1400-paced", "forward-1400-paced", "latency-64"}
     for case in ("up-1400-paced", "down-1400-paced", "forward-1400-paced"):
+        delivered = results.values[case]["delivered/s"]
+        assert set(delivered) == {"godwit", "none"} | ({"ideal"} if case != "forward-1400-paced" else set())
+        assert all(values[0] > 100 for values in delivered.values()), delivered
         for kind in ("godwit", "none"):
-            measured = {metric: results.values[case][metric][kind] for metric in ("delivered/s", "reordered")}
-            assert measured["delivered/s"][0] > 100
-            assert measured["reordered"] == [0]
+            assert results.values[case]["reordered"][kind] == [0]
         assert results.values[case]["CPU us"]["godwit"][0] > 0
-        assert ("ideal" in results.values[case]["delivered/s"]) == (case != "forward-1400-paced")
-    assert results.ratio("up-1400-paced", "delivered/s", "ideal", "none") == pytest.approx(1, abs=0.5)
     assert (tmp_path / "chart").read_text().startswith("<svg")
 
 

@@ -71,12 +71,13 @@ def test_start(side: RestSide) -> None:
 
 def test_memory_and_wake_ups(side: RestSide, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rest_bench, "SETTLING", 0.1)
-    found = memory(side, 1.0, counts=(50,))
+    found = memory(side, 1.0, counts=(1000,))
     assert 5 < found["PSS MB"] < 100
-    assert 0 <= found["bytes/flow of 50"] < 100_000
+    assert 100 < found["bytes/flow of 1000"] < 10_000  # a flow's state is of that size
+    # Nothing wakes it up but what a neighbour table or the front-end may still want.
     found = idle(side, 0.1, count=20)
-    assert 0 <= found["wake-ups/s"] < 1000
-    assert 0 <= found["CPU us/s"] < 500_000
+    assert found["wake-ups/s"] < 50
+    assert found["CPU us/s"] < 50_000
 
 
 def test_the_limit_of_descriptors() -> None:
