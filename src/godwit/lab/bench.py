@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -44,7 +45,7 @@ NONE = "none"  # no back-end: the host itself in the guest's place
 KINDS: tuple[Kind, ...] = ("godwit", "passt", IDEAL, NONE)
 
 FAILURES = (LabError, OSError, VhostUserError, subprocess.SubprocessError)
-PATIENCE = 2  # failures after which a kind is left out of a case
+PATIENCE = 2  # failures on a side that was not used before, after which a kind is left out of a case
 FORMAT = 1  # of what `Results.dumps` gives
 
 PORT_COUNT = 10
@@ -141,8 +142,9 @@ class Case:
 
     ``measure`` takes a side and about how many seconds, and returns values by
     metric, whose name holds the unit. ``bed`` makes what has the sides, of an MTU
-    and the kinds that are compared; cases with the same bed and MTU share one.
-    ``without`` names kinds that it cannot be measured with.
+    and the kinds that are compared; cases with the same bed and MTU share one, but
+    after a failure, when it is made anew. ``without`` names kinds that it cannot be
+    measured with; ``only``, where it is given, all those that it can.
     """
 
     name: str
@@ -151,6 +153,11 @@ class Case:
     measure: Callable[[Any, float], dict[str, float]]
     bed: Callable[[int, Sequence[Kind]], AbstractContextManager[AnyBed]] = Bed
     without: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
+
+    def takes(self, kind: Kind) -> bool:
+        """Whether it can be measured with this kind."""
+        return str(kind) not in self.without and (self.only is None or str(kind) in self.only)
 
 
 # What a metric is better for: more of it, by these names; less, unless it is better for neither.
@@ -286,16 +293,16 @@ def run(
     results.titles = {case.name: case.title for case in cases}
     for make_bed, mtu in dict.fromkeys((case.bed, case.mtu) for case in cases):
         together = [case for case in cases if (case.bed, case.mtu) == (make_bed, mtu)]
-        wanted = [kind for kind in kinds if any(str(kind) not in case.without for case in together)]
+        wanted = [kind for kind in kinds if any(case.takes(kind) for case in together)]
         if not wanted:
             continue
-        with contextlib.ExitStack() as stack:
-            try:
-                sides = stack.enter_context(make_bed(mtu, wanted)).sides
-            except FAILURES as error:
-                _note(results, step, f"{', '.join(case.name for case in together)}: {error}")
-                continue
-            for case in together:
+        with _Sides(functools.partial(make_bed, mtu, wanted)) as sides:
+            for number, case in enumerate(together):
+                try:
+                    sides.open()
+                except FAILURES as error:
+                    _note(results, step, f"{', '.join(case.name for case in together[number:])}: {error}")
+                    break
                 step(case.title)
                 results.load[case.name] = os.getloadavg()[0]
                 _measure(case, sides, wanted, results, step)
@@ -303,25 +310,59 @@ def run(
     return results
 
 
+class _Sides(Closing):
+    """The sides of a bed, which is made when it is needed: also again, after it was closed because something failed.
+
+    What failed may have left anything: a network that is cut off, a guest halfway
+    between two hosts, connections that nobody counts any more.
+    """
+
+    def __init__(self, make_bed: Callable[[], AbstractContextManager[AnyBed]]) -> None:
+        self._make_bed = make_bed
+        self._standing = contextlib.ExitStack()
+        self._sides: Mapping[Kind, Any] | None = None
+        self._used: set[Kind] = set()
+
+    def open(self) -> Mapping[Kind, Any]:
+        """Make the bed if there is none, and return its sides."""
+        if self._sides is None:
+            self._used.clear()
+            self._sides = self._standing.enter_context(self._make_bed()).sides
+        return self._sides
+
+    def take(self, kind: Kind) -> tuple[Any, bool]:
+        """Return a kind's side, and whether nothing was done with it before."""
+        side, fresh = self.open()[kind], kind not in self._used
+        self._used.add(kind)
+        return side, fresh
+
+    def close(self) -> None:
+        """Take the bed down, until it is needed again. May be repeated."""
+        self._sides = None
+        self._standing.close()
+
+
 def _note(results: Results, step: Callable[[str], None], failure: str) -> None:
     results.failures.append(failure)
     step(f"  {failure}")
 
 
-def _measure(
-    case: Case, sides: Mapping[Kind, Any], kinds: Sequence[Kind], results: Results, step: Callable[[str], None]
-) -> None:
-    failed = dict.fromkeys(case.without, PATIENCE)
+def _measure(case: Case, sides: _Sides, kinds: Sequence[Kind], results: Results, step: Callable[[str], None]) -> None:
+    failed = {kind: 0 if case.takes(kind) else PATIENCE for kind in kinds}
     for number in range(results.rounds):
         for kind in kinds if number % 2 == 0 else reversed(kinds):
-            if failed.get(str(kind), 0) == PATIENCE:
+            if failed[kind] == PATIENCE:
                 continue
+            fresh = True
             try:
-                measured = case.measure(sides[kind], results.seconds)
-                sides[kind].check()
+                side, fresh = sides.take(kind)
+                measured = case.measure(side, results.seconds)
+                side.check()
             except FAILURES as error:
-                failed[str(kind)] = failed.get(str(kind), 0) + 1
+                failed[kind] += fresh  # on one that was used before it may be what that has left
                 _note(results, step, f"{case.name}, {kind}: {error}")
+                with contextlib.suppress(*FAILURES):
+                    sides.close()
             else:
                 results.add(case.name, str(kind), measured)
 

@@ -33,7 +33,7 @@ from godwit.lab.closing import Closing
 from godwit.lab.crowd import Crowd, RefusedError
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
-from godwit.lab.move_bench import MoveSide, cpu, cpu_when_quiet
+from godwit.lab.move_bench import MOVING, MoveSide, cpu, cpu_when_quiet
 from godwit.lab.netns import Network
 
 MTU = 1500
@@ -207,5 +207,5 @@ CASES: tuple[Case, ...] = (
     ),
     Case("idle", "idle, without connections", MTU, _idle(0), RestBed, _NONE),
     Case("idle-5000", "idle, 5000 connections", MTU, _idle(5000), RestBed, _NONE),
-    Case("limit", "connections until the limit of descriptors", MTU, limit, RestBed, _NONE),
+    Case("limit", "connections until the limit of descriptors", MTU, limit, RestBed, only=MOVING),
 )
