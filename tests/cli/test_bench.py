@@ -50,8 +50,8 @@ def test_a_short_run(tmp_path: Path) -> None:
 
 
 def results() -> Results:
-    made = Results(["godwit", "passt"], 3, 1.0, titles={"up-1400": "up"})
-    for rate in (1000.0, 3000.0, 2000.0):
+    made = Results(["godwit", "passt"], 5, 1.0, titles={"up-1400": "up"})
+    for rate in (1000.0, 3000.0, 1500.0, 2500.0, 2000.0):
         made.add("up-1400", "godwit", {"delivered/s": rate, "reordered": 0, "CPU us": 3})
         made.add("up-1400", "passt", {"delivered/s": rate / 2, "reordered": 0, "CPU us": 5})
     return made

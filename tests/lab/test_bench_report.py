@@ -10,7 +10,7 @@ import pytest
 from godwit.lab import bench_report
 from godwit.lab.bench import Results, better
 from godwit.lab.bench_chart import svg
-from godwit.lab.bench_targets import TARGETS, Target
+from godwit.lab.bench_targets import TARGETS, Target, Verdict
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -19,7 +19,7 @@ def made() -> Results:
     """Transactions of two kinds, and a memory."""
     results = Results(
         ["godwit", "passt"],
-        2,
+        5,
         1.0,
         {
             "date": "today",
@@ -36,7 +36,7 @@ def made() -> Results:
         titles={"rr": "transactions <1 B>", "memory": "memory"},
         load={"rr": 1.0},
     )
-    for cpu in (10.0, 12.0):
+    for cpu in (10.0, 11.0, 11.0, 11.0, 12.0):
         results.add("rr", "godwit", {"CPU us": cpu, "p50 us": 50.0, "transactions/s": 20_000.0})
         results.add("rr", "passt", {"CPU us": 4 * cpu, "p50 us": 50.0, "transactions/s": 10_000.0})
         results.add("memory", "godwit", {"PSS MB": 40.0})
@@ -47,7 +47,7 @@ def test_a_file_holds_all_of_it() -> None:
     results = made()
     assert Results.loads(results.dumps()) == results
     results.add("rr", "godwit", {"CPU us": 1 / 3})
-    assert Results.loads(results.dumps()).values["rr"]["CPU us"]["godwit"] == [10.0, 12.0, 0.333333]
+    assert Results.loads(results.dumps()).values["rr"]["CPU us"]["godwit"] == [10.0, 11.0, 11.0, 11.0, 12.0, 0.333333]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"format": 0}', '{"format": 1, "kinds": []}', "nonsense"])
@@ -57,35 +57,63 @@ def test_what_is_no_result(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "reached", "met"),
+    ("target", "reached", "verdict"),
     [
-        (Target("rr", "CPU us", 0.25), 0.25, True),
-        (Target("rr", "CPU us", 0.24), 0.25, False),
-        (Target("rr", "transactions/s", 2.0, least=True), 2.0, True),
-        (Target("rr", "transactions/s", 2.1, least=True), 2.0, False),
-        (Target("memory", "PSS MB", 40, than=None), 40, True),
-        (Target("memory", "PSS MB", 39, than=None), 40, False),
-        (Target("memory", "PSS MB", 40), None, None),  # the peer was not measured
-        (Target("rr", "p50 us", 5.0, than="metric:CPU us"), 50 / 11, True),
-        (Target("rr", "p50 us", 1.0, than="case:crr"), None, None),
-        (Target("crr", "p50 us", 1.0), None, None),
+        (Target("rr", "CPU us", 0.25), 0.25, Verdict.MET),
+        (Target("rr", "CPU us", 0.24), 0.25, Verdict.MISSED),
+        (Target("rr", "transactions/s", 2.0, least=True), 2.0, Verdict.MET),
+        (Target("rr", "transactions/s", 2.1, least=True), 2.0, Verdict.MISSED),
+        (Target("memory", "PSS MB", 40, than=None), 40, Verdict.MET),
+        (Target("memory", "PSS MB", 39, than=None), 40, Verdict.MISSED),
+        (Target("memory", "PSS MB", 40), None, Verdict.UNMEASURED),  # the peer was not measured
+        (Target("rr", "p50 us", 5.0, than="metric:CPU us"), 50 / 11, Verdict.MET),
+        (Target("rr", "p50 us", 1.0, than="case:crr"), None, Verdict.UNMEASURED),
+        (Target("crr", "p50 us", 1.0), None, Verdict.UNMEASURED),
     ],
 )
-def test_targets(target: Target, reached: float | None, met: bool | None) -> None:
+def test_targets(target: Target, reached: float | None, verdict: Verdict) -> None:
     results = made()
     assert target.reached(results) == reached
-    assert target.met(results) is met
+    assert target.verdict(results) is verdict
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+        ([1, 1, 1, 1], [1] * 5, Verdict.UNDECIDED),  # a round of ours has failed
+        ([1] * 5, [1] * 4, Verdict.UNDECIDED),
+        ([0.4] * 5, [1] * 5, Verdict.MET),
+        ([0.4, 0.4, 0.4, 0.4, 9], [1] * 5, Verdict.MET),  # one straggler
+        ([0.6, 0.6, 0.6, 0.6, 0.1], [1] * 5, Verdict.MISSED),
+        ([0.1, 0.3, 0.4, 0.6, 0.7], [1] * 5, Verdict.UNDECIDED),
+        ([0.1, 0.2, 0.4, 8, 9], [1, 2, 4, 80, 90], Verdict.MET),  # spread, but always a tenth
+        ([1, 1, 1, 1, 1], [3, 3, 3, 0, 0], Verdict.UNDECIDED),
+        ([0] * 5, [0] * 5, Verdict.MET),
+        ([1] * 5, [0] * 5, Verdict.MISSED),
+    ],
+)
+def test_verdicts(ours: list[float], theirs: list[float], verdict: Verdict) -> None:
+    """Of half as much."""
+    results = Results(["godwit", "passt"], 5, 1.0)
+    results.values["rr"] = {"CPU us": {"godwit": ours, "passt": theirs}}
+    assert Target("rr", "CPU us", 0.5).verdict(results) is verdict
+
+
+def test_few_rounds_decide_nothing() -> None:
+    results = Results(["godwit", "passt"], 4, 1.0)
+    results.values["rr"] = {"CPU us": {"godwit": [1.0] * 4, "passt": [9.0] * 4}}
+    target = Target("rr", "CPU us", 0.5)
+    assert target.verdict(results) is Verdict.UNDECIDED
+    results.rounds = 5
+    assert bench_report.cell(results, "rr", "CPU us", "godwit") == "1, 4 of 5"
 
 
 def test_nothing_is_as_good_as_nothing() -> None:
     """There is no ratio to 0, but one can be compared with it."""
     results = made()
-    for kind in ("godwit", "passt"):
-        results.add("rr", kind, {"lost %": 0.0})
+    results.values["rr"]["lost %"] = {kind: [0.0] * 5 for kind in ("godwit", "passt")}
     target = Target("rr", "lost %", 1.0)
-    assert (target.reached(results), target.met(results)) == (None, True)
-    results.add("rr", "godwit", {"lost %": 3.0})
-    assert target.met(results) is False
+    assert (target.reached(results), target.verdict(results)) == (None, Verdict.MET)
 
 
 def test_bounds_are_on_the_better_side() -> None:
@@ -98,7 +126,7 @@ def test_tables() -> None:
     assert bench_report.cases(results, "tcp").splitlines() == [
         "| case | metric | godwit | passt | godwit : passt | middle half |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
-        "| transactions <1 B> | CPU us ↓ | 11 (10..12) | 44 (40..48) | 0.25 | 9 % |",
+        "| transactions <1 B> | CPU us ↓ | 11 (10..12) | 44 (40..48) | 0.25 | 0 % |",
         "|  | p50 us ↓ | 50 | 50 | 1.00 | 0 % |",
         "|  | transactions/s ↑ | 20,000 | 10,000 | 2.00 | 0 % |",
     ]
@@ -107,7 +135,7 @@ def test_tables() -> None:
     assert "|  | CPU us ↓ | 11 (10..12) | 44 (40..48) | at most 0.5 × passt | 0.25 | met |" in rows
     assert "| tcp: transactions <1 B> | p50 us ↓ | 50 | 50 | at most 0.8 × passt | 1.00 | **missed** |" in rows
     assert "| memory | PSS MB ↓ | 40 | - | at most 45 | 40 | met |" in [row.replace("rest: ", "") for row in rows]
-    assert rows[0] == f"2 of 3 are met; {len(TARGETS) - 3} more were not measured."
+    assert rows[0] == f"Of {len(TARGETS)} targets: 2 met, 1 missed, {len(TARGETS) - 3} not measured."
     assert len(rows) == 4 + len(TARGETS)
     assert "machine: 2 × P, 2 GiB of memory" in bench_report.about(results)
 

@@ -19,7 +19,7 @@ from godwit.lab import bench_chart, move_bench, qemu_bench, rest_bench, tcp_benc
 from godwit.lab import bench_report as report
 from godwit.lab.backend import Kind, Program
 from godwit.lab.bench import KINDS, Case, Results, better, run
-from godwit.lab.bench_targets import TARGETS
+from godwit.lab.bench_targets import TARGETS, Verdict
 from godwit.lab.errors import LabError, UnavailableError
 from godwit.lab.netns import enter_user_namespace, missing_tun
 
@@ -112,7 +112,7 @@ def _table(results: Results) -> Table:
         table.add_column(f"{first} : {kind}", justify="right")
     for name, title in report.titles(results).items():
         for metric in results.values[name]:
-            cells = [report.cell(results.summary(name, metric, kind)) for kind in results.kinds]
+            cells = [report.cell(results, name, metric, kind) for kind in results.kinds]
             ratios = [_ratio(results.ratio(name, metric, first, kind), metric) for kind in others]
             table.add_row(title, report.metric(metric), *cells, *ratios)
             title = ""
@@ -129,7 +129,7 @@ def _ratio(value: float | None, metric: str) -> Text:
 def _targets(results: Results) -> Iterator[str]:
     """Targets that are missed."""
     for target in TARGETS:
-        if target.met(results) is False:
+        if target.verdict(results) is Verdict.MISSED:
             yield f"{report.label(results, target.case)}: {target.metric} is to be {target.words}"
 
 

@@ -191,12 +191,13 @@ class Summary:
     most: float
     lower: float
     upper: float
+    count: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
         """Summarise at least one value."""
         quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
-        return cls(statistics.median(values), min(values), max(values), quartiles[0], quartiles[2])
+        return cls(statistics.median(values), min(values), max(values), quartiles[0], quartiles[2], len(values))
 
 
 @dataclass
@@ -264,11 +265,17 @@ def machine(kinds: Sequence[Kind]) -> dict[str, Any]:
         "passt": peer.fetch().version if "passt" in kinds else None,
         "backends": {kind.name: shlex.join(kind.words) for kind in kinds if isinstance(kind, Program)},
         "kernel": platform.release(),
+        "congestion control": _congestion_control(),
         "python": platform.python_version(),
         "processor": _of_proc("cpuinfo", "model name") or platform.machine(),
         "processors": len(os.sched_getaffinity(0)),
         "memory": _of_proc("meminfo", "MemTotal"),
     }
+
+
+def _congestion_control() -> str:
+    with open("/proc/sys/net/ipv4/tcp_congestion_control") as file:
+        return file.read().strip()
 
 
 def _of_proc(file: str, key: str) -> str | None:

@@ -14,22 +14,24 @@ from html import escape
 
 from godwit.lab.bench import Results
 from godwit.lab.bench_report import comparable, label, ratio
-from godwit.lab.bench_targets import OURS, PEER
+from godwit.lab.bench_targets import OURS, PEER, Verdict
 
 SCALE, FIGURES, LETTER, MARGIN = 480, 130, 6.6, 12  # pixels: of width, a letter's on the average
 TOP, ROW, BOTTOM = 72, 22, 30
 LEAST, MOST = 1 / 4, 32.0  # of the scale
 TICKS = (1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32)
 
+_MARKS = {Verdict.MET: "✓", Verdict.MISSED: "✗", Verdict.UNDECIDED: "?"}
+
 _STYLE = """
   :root { color-scheme: light dark; }
   .ground { fill: #ffffff; } .text { fill: #1f2328; } .faint { fill: #59636e; }
   .grid { stroke: #d1d9e0; } .one { stroke: #59636e; } .mark { stroke: #1f2328; }
-  .met { fill: #2f6f9f; } .missed { fill: #b85c1e; }
+  .met { fill: #2f6f9f; } .missed { fill: #b85c1e; } .undecided { fill: #818b98; }
   @media (prefers-color-scheme: dark) {
     .ground { fill: #0d1117; } .text { fill: #f0f6fc; } .faint { fill: #9198a1; }
     .grid { stroke: #3d444d; } .one { stroke: #9198a1; } .mark { stroke: #f0f6fc; }
-    .met { fill: #58a6d6; } .missed { fill: #e08a45; }
+    .met { fill: #58a6d6; } .missed { fill: #e08a45; } .undecided { fill: #7d8590; }
   }
   text { font: 12px system-ui, sans-serif; }
   .title { font-size: 15px; font-weight: 600; }
@@ -72,16 +74,16 @@ def svg(results: Results) -> str:
         )
         parts.append(f'<text class="faint" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{_times(tick)}×</text>')
     for number, (target, value) in enumerate(bars):
-        met = target.met(results)
+        verdict = target.verdict(results)
         times = value if target.least else 1 / value
         wanted = before + _x(target.bound if target.least else 1 / target.bound)
         y = TOP + ROW * number
         middle = y + ROW / 2 + 4
         left, right = sorted((before + _x(1), before + _x(times)))
-        figure = f"{ratio(value)} × {'✓ met' if met else '✗ missed'}"
+        figure = f"{ratio(value)} × {_MARKS[verdict]} {verdict.value}"
         parts += [
             f'<text class="text" x="{before - 8:.1f}" y="{middle}" text-anchor="end">{escape(labels[number])}</text>',
-            f'<rect class="{"met" if met else "missed"}" x="{left:.1f}" y="{y + 4}" width="{max(right - left, 1):.1f}"'
+            f'<rect class="{verdict.value}" x="{left:.1f}" y="{y + 4}" width="{max(right - left, 1):.1f}"'
             f' height="{ROW - 8}"/>',
             f'<line class="mark" x1="{wanted:.1f}" x2="{wanted:.1f}" y1="{y + 1}" y2="{y + ROW - 1}"'
             ' stroke-width="2"/>',
@@ -94,6 +96,6 @@ def _summary(results: Results) -> str:
     """The chart in words, for who cannot see it."""
     return "; ".join(
         f"{label(results, target.case)}, {target.metric}: {ratio(value)} times {PEER}'s,"
-        f" target {target.words.partition(' ×')[0]}, {'met' if target.met(results) else 'missed'}"
+        f" target {target.words.partition(' ×')[0]}, {target.verdict(results).value}"
         for target, value in comparable(results)
     )

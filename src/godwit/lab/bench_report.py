@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from godwit.lab.bench import NONE, Results, Summary, better
-from godwit.lab.bench_targets import OURS, PEER, TARGETS, Target
+from godwit.lab.bench_targets import OURS, PEER, TARGETS, Target, Verdict
 
+_WORDS = {verdict: f"**{verdict.value}**" if verdict is Verdict.MISSED else verdict.value for verdict in Verdict}
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}  # the way that is better
 
 
@@ -16,13 +18,15 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
 
 
-def cell(summary: Summary | None) -> str:
-    """A median, with the least and the most."""
+def cell(results: Results, case: str, metric: str, kind: str) -> str:
+    """A median, with the least and the most, and of how many rounds where it is not all."""
+    summary = results.summary(case, metric, kind)
     if summary is None:
         return "-"
-    if summary.least == summary.most:
-        return number(summary.median)
-    return f"{number(summary.median)} ({number(summary.least)}..{number(summary.most)})"
+    text = number(summary.median)
+    if summary.least != summary.most:
+        text += f" ({number(summary.least)}..{number(summary.most)})"
+    return text if summary.count == results.rounds else f"{text}, {summary.count} of {results.rounds}"
 
 
 def ratio(value: float | None) -> str:
@@ -52,6 +56,9 @@ def label(results: Results, case: str) -> str:
     return title if group is None or title.lower().startswith(group) else f"{group}: {title}"
 
 
+LIMITED = ("Gbit/s", "delivered/s", "transactions/s", "connections/s", "p50 us", "CPU s/GiB", "CPU us")
+
+
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], right: int) -> str:
     """A table; from column ``right`` on, cells are figures."""
     rule = ["---"] * right + ["---:"] * (len(head) - right)
@@ -69,6 +76,7 @@ def about(results: Results) -> str:
         **{name: f"`{line}`" for name, line in found["backends"].items()},
         "machine": f"{found['processors']} × {found['processor']}, {_gigabytes(found['memory'])} of memory",
         "kernel": f"Linux {found['kernel']}",
+        "congestion control": found.get("congestion control"),
         "Python": found["python"],
         "load average before a case": f"{min(results.load.values()):.1f} to {max(results.load.values()):.1f}"
         if results.load
@@ -109,7 +117,7 @@ def cases(results: Results, group: str | None = None) -> str:
                 [
                     title,
                     metric(each),
-                    *(cell(results.summary(name, each, kind)) for kind in kinds),
+                    *(cell(results, name, each, kind) for kind in kinds),
                     *(ratio(results.ratio(name, each, first, kind)) for kind in others),
                     _spread(results.summary(name, each, first)),
                 ]
@@ -118,16 +126,9 @@ def cases(results: Results, group: str | None = None) -> str:
     return _markdown(head, rows, 2)
 
 
-def verdict(target: Target, results: Results) -> str:
-    """Whether a target is met, in a word."""
-    return {True: "met", False: "**missed**", None: "not measured"}[target.met(results)]
-
-
 def targets(results: Results) -> str:
     """How many targets are met, and for every one what was reached."""
-    verdicts = [target.met(results) for target in TARGETS]
-    met, measured = verdicts.count(True), len(verdicts) - verdicts.count(None)
-    unknown = "" if measured == len(verdicts) else f"; {len(verdicts) - measured} more were not measured"
+    counts = Counter(target.verdict(results) for target in TARGETS)
     head = ["case", "metric", OURS, PEER, "target", "reached", ""]
     rows = []
     before = ""
@@ -137,15 +138,16 @@ def targets(results: Results) -> str:
             [
                 "" if title == before else title,
                 metric(target.metric),
-                cell(results.summary(target.case, target.metric, OURS)),
-                cell(results.summary(target.case, target.metric, PEER)),
+                cell(results, target.case, target.metric, OURS),
+                cell(results, target.case, target.metric, PEER),
                 target.words,
                 ratio(target.reached(results)) if target.than else _reached(target, results),
-                verdict(target, results),
+                _WORDS[target.verdict(results)],
             ]
         )
         before = title
-    return f"{met} of {measured} are met{unknown}.\n\n{_markdown(head, rows, 2)}"
+    total = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
+    return f"Of {len(TARGETS)} targets: {total}.\n\n{_markdown(head, rows, 2)}"
 
 
 def _reached(target: Target, results: Results) -> str:
@@ -167,19 +169,19 @@ def comparable(results: Results) -> list[tuple[Target, float]]:
 
 
 def limits(results: Results) -> str:
-    """For each case of throughput, how far the first kind is from the ideal back-end, and from none."""
+    """How far the first kind is from the ideal back-end, and from none: rates, latencies, processor time."""
     first = results.kinds[0]
     rows = []
     for name in titles(results):
-        for each in ("Gbit/s", "delivered/s", "transactions/s", "connections/s"):
+        for each in LIMITED:
             if each not in results.values[name]:
                 continue
             kinds = ("ideal", NONE)
             if not any(results.ratio(name, each, first, kind) for kind in kinds):
                 continue
-            row = [label(results, name), each, cell(results.summary(name, each, first))]
+            row = [label(results, name), each, cell(results, name, each, first)]
             for kind in kinds:
-                row += [cell(results.summary(name, each, kind)), _percent(results.ratio(name, each, first, kind))]
+                row += [cell(results, name, each, kind), _percent(results.ratio(name, each, first, kind))]
             rows.append(row)
     if not rows:
         return "Not measured."
