@@ -21,6 +21,7 @@ import functools
 import json
 import os
 import platform
+import resource
 import shlex
 import statistics
 import subprocess
@@ -46,10 +47,18 @@ KINDS: tuple[Kind, ...] = ("godwit", "passt", IDEAL, NONE)
 
 FAILURES = (LabError, OSError, VhostUserError, subprocess.SubprocessError)
 PATIENCE = 2  # failures on a side that was not used before, after which a kind is left out of a case
+DESCRIPTORS = 20_000  # that a back-end may have, whatever the machine allows
 FORMAT = 1  # of what `Results.dumps` gives
 
 PORT_COUNT = 10
 _FIRST_PORT = 20_000
+
+
+def expect_descriptors() -> None:
+    """Raise `LabError` unless a process may have `DESCRIPTORS`."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < DESCRIPTORS:
+        raise LabError(f"{DESCRIPTORS} descriptors are needed for each process, {most} are allowed (ulimit -Hn)")
 
 
 class Side:
@@ -75,7 +84,10 @@ class Side:
         if kind == NONE:
             return
         ports = f"{port}-{port + PORT_COUNT - 1}"
-        backend = cleanup.enter_context(Backend(net.a, folder, kind, helper=None, ports=ports, mtu=min(net.mtu, 65520)))
+        mtu = min(net.mtu, 65520)
+        backend = cleanup.enter_context(
+            Backend(net.a, folder, kind, helper=None, ports=ports, mtu=mtu, descriptors=DESCRIPTORS)
+        )
         self.guest = cleanup.enter_context(EmbeddedGuest(f"guest-{kind}", mtu=net.mtu))
         self.guest.connect(backend.socket)
         self.guest.configure()
@@ -111,6 +123,7 @@ class Bed(Closing):
     """
 
     def __init__(self, mtu: int, kinds: Sequence[Kind], side: Callable[..., Side] = Side) -> None:
+        expect_descriptors()
         self._cleanup = contextlib.ExitStack()
         try:
             folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-bench-"))

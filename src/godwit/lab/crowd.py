@@ -53,6 +53,7 @@ PORTS = range(6000, 6020)
 MESSAGE = 64  # bytes of a check, each way
 TICK_SECONDS = 0.002  # between two bytes of one connection
 TICKERS = 4
+AT_ONCE = 1.0
 
 _HELLO = struct.Struct("!IB")  # the connection's number and kind: what the client says first
 _AT_ONCE = 256  # connections being opened, or checked, at a time
@@ -400,13 +401,13 @@ class _Process(Closing):
 class RefusedError(LabError):
     """Some connections did not open.
 
-    ``opened``: how many there are; ``told``: whether the guest was told at once, and
-    did not wait in vain; ``seconds``: the longest wait.
+    ``opened``: how many there are; ``at_once``: whether the guest was told within
+    `AT_ONCE` seconds, and did not wait in vain; ``seconds``: the longest wait.
     """
 
     def __init__(self, opened: int, failed: int, status: int, seconds: float) -> None:
         self.opened = opened
-        self.told = status != errno.ETIMEDOUT
+        self.at_once = status != errno.ETIMEDOUT and seconds < AT_ONCE
         self.seconds = seconds
         super().__init__(f"{opened} connections are open, and {failed} more were refused: {os.strerror(status)}")
 

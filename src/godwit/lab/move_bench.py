@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from godwit.lab.backend import Backend, Kind
-from godwit.lab.bench import Case
+from godwit.lab.bench import DESCRIPTORS, Case, expect_descriptors
 from godwit.lab.closing import Closing
 from godwit.lab.crowd import Crowd
 from godwit.lab.errors import LabError
@@ -85,7 +85,7 @@ class Steps:
 class MoveSide(Closing):
     """Two back-ends of one kind, and a guest that moves between them with its connections."""
 
-    def __init__(self, kind: Kind, mtu: int, dialect: str, *, descriptors: int | None = None) -> None:
+    def __init__(self, kind: Kind, mtu: int, dialect: str, *, descriptors: int = DESCRIPTORS) -> None:
         self.kind = str(kind)
         self._cleanup = contextlib.ExitStack()
         try:
@@ -227,6 +227,7 @@ class MoveBed(Closing):
     """A side for each kind, each with a network of its own; ``dialect`` is what godwit writes."""
 
     def __init__(self, mtu: int, kinds: Sequence[Kind], dialect: str = "2") -> None:
+        expect_descriptors()
         self._cleanup = contextlib.ExitStack()
         try:
             self.sides = {kind: self._cleanup.enter_context(MoveSide(kind, mtu, dialect)) for kind in kinds}
@@ -309,7 +310,7 @@ def _queued(*, up: bool) -> Callable[[MoveSide, float], dict[str, float]]:
     return functools.partial(queued, count=1000, up=up)
 
 
-# passt has two descriptors for each connection: of the 20 000 that a process may have here, 9000 connections are
+# passt has two descriptors for each connection: of `DESCRIPTORS`, 9000 connections are
 # about what it can hold.
 CASES: tuple[Case, ...] = tuple(
     Case(f"{name}{suffix}", f"move {title}{written}", MTU, measure, bed, only=only & able)

@@ -5,9 +5,11 @@ Each measurement has a back-end and a guest of its own, so that none finds what
 another has left: memory that a process has once used it mostly keeps.
 
 * *PSS* is the memory of the back-end's process, what it shares with others
-  divided among them, without the guest's memory, which is not its own. What
-  connections add is what it alone has, and has written to: how many others use the
-  same libraries changes all the time.
+  divided among them, without the guest's memory, which is not its own; *RSS* is the
+  same undivided. The bench is Python, as godwit is: between the two is what godwit
+  shares with it, and with no one where it runs alone. What connections add is what
+  it alone has, and has written to: how many others use the same libraries changes
+  all the time.
 * *wake-ups* are context switches of all its threads, of its own accord or not.
 * At the limit of descriptors the next connection of the guest is to be refused,
   and told so; all others live, also after a migration.
@@ -19,7 +21,6 @@ import contextlib
 import functools
 import os
 import re
-import resource
 import statistics
 import tempfile
 import time
@@ -28,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from godwit.lab.backend import IDEAL, Backend, Kind
-from godwit.lab.bench import NONE, Case
+from godwit.lab.bench import DESCRIPTORS, NONE, Case, expect_descriptors
 from godwit.lab.closing import Closing
 from godwit.lab.crowd import Crowd, RefusedError
 from godwit.lab.errors import LabError
@@ -53,14 +54,14 @@ class RestSide:
         self._net = net
         self._folder = folder
 
-    def start(self) -> Backend:
-        """Start one; the caller's to close."""
-        return Backend(self._net.a, self._folder, self.kind, helper=None, mtu=self._mtu)
+    def start(self, descriptors: int | None = None) -> Backend:
+        """Start one, that may have so many descriptors; the caller's to close."""
+        return Backend(self._net.a, self._folder, self.kind, helper=None, mtu=self._mtu, descriptors=descriptors)
 
     @contextmanager
     def serving(self) -> Iterator[tuple[Backend, Crowd]]:
         """One with a guest, and its connections, of which there are none yet."""
-        with self.start() as backend, EmbeddedGuest(mtu=self._mtu) as guest:
+        with self.start(DESCRIPTORS) as backend, EmbeddedGuest(mtu=self._mtu) as guest:
             guest.connect(backend.socket)
             guest.configure()
             with Crowd(guest.space, self._net.server, self._net.server.addr4) as crowd:
@@ -75,6 +76,7 @@ class RestBed(Closing):
     """A network, and what makes back-ends of each kind on it."""
 
     def __init__(self, mtu: int, kinds: Sequence[Kind]) -> None:
+        expect_descriptors()
         self._cleanup = contextlib.ExitStack()
         try:
             folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-bench-"))
@@ -92,15 +94,16 @@ class RestBed(Closing):
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a process in bytes: its proportional share, and what it alone has and has written to."""
+    """Memory of a process in bytes: all, its proportional share, and what it alone has and has written to."""
 
+    rss: int
     pss: int
     own: int
 
     @classmethod
     def of(cls, pid: int) -> Memory:
         """Read proc_pid_smaps(5), and leave out a guest's memory."""
-        pss = own = 0
+        rss = pss = own = 0
         of_the_guest = False
         with open(f"/proc/{pid}/smaps") as file:
             for line in file:
@@ -109,11 +112,13 @@ class Memory:
                     of_the_guest = len(words) > 5 and words[5].startswith(_GUEST_MEMORY)
                 elif of_the_guest:
                     continue
+                elif words[0] == "Rss:":
+                    rss += int(words[1]) * 1024
                 elif words[0] == "Pss:":
                     pss += int(words[1]) * 1024
                 elif words[0] == "Private_Dirty:":
                     own += int(words[1]) * 1024
-        return cls(pss, own)
+        return cls(rss, pss, own)
 
 
 def switches(pid: int) -> int:
@@ -142,7 +147,7 @@ def memory(side: RestSide, seconds: float, *, counts: Sequence[int]) -> dict[str
     with side.serving() as (backend, crowd):
         cpu_when_quiet(backend)
         none = Memory.of(backend.pid)
-        found = {"PSS MB": none.pss / 1e6}
+        found = {"PSS MB": none.pss / 1e6, "RSS MB": none.rss / 1e6}
         for count in counts:
             crowd.open(count - crowd.count)
             crowd.expect_alive()
@@ -165,32 +170,33 @@ def idle(side: RestSide, seconds: float, *, count: int) -> dict[str, float]:
     return {"wake-ups/s": woken / took, "CPU us/s": used * 1e6 / took}
 
 
-def limit(side: RestSide, seconds: float) -> dict[str, float]:
-    """Open connections until they are refused, and move with all that there are. ``seconds`` does not matter.
-
-    *refused at once* is 1 if the guest was told, and 0 if it waited in vain.
-    """
-    _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return full(side.kind, descriptors)
-
-
-def full(kind: Kind, descriptors: int) -> dict[str, float]:
-    """The same for a back-end that may have so many descriptors."""
+@contextmanager
+def full(kind: Kind, descriptors: int) -> Iterator[tuple[MoveSide, RefusedError]]:
+    """Open connections through a back-end that may have so many descriptors, until they are refused."""
     with MoveSide(kind, MTU, "native", descriptors=descriptors) as moving:
-        crowd = moving.crowd
         try:
-            crowd.open(descriptors - _SPARE, tickers=0)
+            moving.crowd.open(descriptors - _SPARE, tickers=0)
         except RefusedError as error:
-            found = {"flows": float(error.opened), "refused at once": float(error.told)}
+            moving.crowd.expect_alive()
+            yield moving, error
         else:
-            raise LabError(f"{crowd.count} connections do not reach the limit of {descriptors} descriptors")
-        crowd.expect_alive()
-        try:
-            moving.step_by_step()
-            found["alive after a move"] = float(crowd.check())
-        except LabError:
-            found["alive after a move"] = 0.0
-    return found
+            raise LabError(f"{moving.crowd.count} connections do not reach the limit of {descriptors} descriptors")
+
+
+def limit(side: RestSide, seconds: float, *, descriptors: int = DESCRIPTORS) -> dict[str, float]:
+    """How many connections there are when one is refused. ``seconds`` does not matter.
+
+    *refused at once* is 1 if the guest was told within a second, and else 0.
+    """
+    with full(side.kind, descriptors) as (_, refused):
+        return {"flows": float(refused.opened), "refused at once": float(refused.at_once)}
+
+
+def limit_move(side: RestSide, seconds: float, *, descriptors: int = DESCRIPTORS) -> dict[str, float]:
+    """Move with as many connections as there can be, and count those that live."""
+    with full(side.kind, descriptors) as (moving, _):
+        moving.step_by_step()
+        return {"alive after a move": float(moving.crowd.check())}
 
 
 _NONE = frozenset({NONE, IDEAL})
@@ -208,4 +214,5 @@ CASES: tuple[Case, ...] = (
     Case("idle", "idle, without connections", MTU, _idle(0), RestBed, _NONE),
     Case("idle-5000", "idle, 5000 connections", MTU, _idle(5000), RestBed, _NONE),
     Case("limit", "connections until the limit of descriptors", MTU, limit, RestBed, only=MOVING),
+    Case("limit-move", "move with all of these", MTU, limit_move, RestBed, only=MOVING),
 )

@@ -10,7 +10,8 @@ Metrics: ``sent/s`` by the program, ``delivered/s`` to the receiving program
 (from its first datagram to its last), ``lost %`` of those sent, ``lost by
 back-end %`` of those that the guest's card sent (the card's queue drops what is
 too much for any back-end), ``CPU us`` of the back-end for each delivered,
-``reordered`` and ``duplicates`` as counts, which should be 0.
+``reordered``, ``duplicates``, ``damaged`` and ``dropped by receiver`` as counts, which
+should be 0.
 
 Behind the ideal back-end datagrams go up to its discard port: there ``delivered/s``
 is what the guest's card has sent.
@@ -193,12 +194,12 @@ def _throughput(
         values["lost by back-end %"] = max(0.0, 100 * (1 - (run.received - run.duplicates) / run.frames))
     if side.guest is not None and run.received:
         values["CPU us"] = run.cpu / run.received * 1e6
-    values |= {"reordered": run.reordered, "duplicates": run.duplicates}
-    if run.damaged:
-        values["damaged"] = run.damaged
-    if run.dropped:
-        values["dropped by receiver"] = run.dropped
-    return values
+    return values | {
+        "reordered": run.reordered,
+        "duplicates": run.duplicates,
+        "damaged": run.damaged,
+        "dropped by receiver": run.dropped,
+    }
 
 
 def _discarded(side: Side, seconds: float, *, size: int, rate: float) -> dict[str, float]:
@@ -231,13 +232,13 @@ def _ladder(side: Side, seconds: float, *, up: bool, size: int, forwarded: bool 
                 failed += 1
             rate *= LADDER_STEP
     values = {"highest rate with < 1 % lost": best}
-    if side.guest is not None:
+    if side.guest is not None and best:
         values["CPU us"] = cpu
     return values
 
 
 def _beside_a_flood(side: Side, seconds: float, *, size: int, rate: float) -> dict[str, float]:
-    """What a slow flow to the guest loses while another one is flooded."""
+    """What a slow flow to the guest loses while another one is flooded: by more than goes, or it says nothing."""
     with _pair(side, False) as (guest, server), _pair(side, False) as (other_guest, other_server):
         flooding = Working(functools.partial(_stream, side, other_server, other_guest, size, seconds, 0.0))
         try:
@@ -245,11 +246,10 @@ def _beside_a_flood(side: Side, seconds: float, *, size: int, rate: float) -> di
         finally:
             flood = flooding.result()
     assert isinstance(flood, Run)
-    return {
-        "lost of the slow %": 100 * run.loss,
-        "lost of the flood %": 100 * flood.loss,
-        "reordered": run.reordered + flood.reordered,
-    }
+    values = {"lost of the flood %": 100 * flood.loss, "reordered": float(run.reordered + flood.reordered)}
+    if flood.loss > 0:
+        values["lost of the slow %"] = 100 * run.loss
+    return values
 
 
 def _latency(side: Side, seconds: float, *, size: int) -> dict[str, float]:
