@@ -6,7 +6,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,39 @@ def test_what_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "target missed: up: CPU us is to be at most 0.5 × passt" in shown
     assert "missed: up: delivered/s" not in shown
     made.failures.append("up-1400, passt: nothing arrives")
-    assert bench.main(["udp", "--of", "godwit,passt"]) == 1
+    assert bench.main(["udp", "--of", "godwit,passt"]) == bench.INCOMPLETE
     assert "failed: up-1400, passt: nothing arrives" in capsys.readouterr().out
+    made.values.clear()
+    assert bench.main(["udp", "--of", "godwit,passt"]) == 1
+    assert "nothing could be measured" in capsys.readouterr().err
+
+
+def test_files_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there stays until something was measured, and is replaced at once."""
+    path, chart = tmp_path / "values", tmp_path / "chart"
+    path.write_text("an earlier run")
+    before = path.open()  # of the file, whatever its name comes to stand for
+    made = results()
+
+    def run(*args: Any, keep: Callable[[Results], None], **options: Any) -> Results:
+        there = sorted(tmp_path.iterdir())
+        keep(Results(["godwit"], 1, 1.0))
+        assert sorted(tmp_path.iterdir()) == there
+        assert before.read() == "an earlier run"
+        keep(made)
+        return made
+
+    monkeypatch.setattr(bench, "run", run)
+    assert bench.main(["udp", "--json", str(path), "--svg", str(chart)]) == 0
+    assert Results.loads(path.read_text()) == made
+    assert chart.read_text().startswith("<svg")
+    with before:
+        before.seek(0)
+        assert before.read() == "an earlier run"
+        before.seek(0)
+        assert bench.main(["udp", "--json", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
+    assert sorted(tmp_path.iterdir()) == [chart, path]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +153,8 @@ def test_status_of_failures(
         (["--backend", "passt=prog {socket}"], "passt is one of the bench's own"),
         (["--backend", "a=one {socket}", "--backend", "a=two {socket}"], "two have the same name"),
         (["udp", "--svg", "/nowhere/chart"], "cannot write /nowhere/chart: No such file or directory"),
+        (["rest", "--of", "ideal"], "none of these cases can be measured with ideal"),
+        (["move", "--backend", "old=prog {socket}"], "none of these cases can be measured with old"),
         (["icmp"], "no such group: icmp; there are tcp, udp, move, rest, qemu"),
     ],
 )

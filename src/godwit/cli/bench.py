@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -22,6 +23,8 @@ from godwit.lab.bench import KINDS, Case, Results, better, run
 from godwit.lab.bench_targets import TARGETS, Verdict
 from godwit.lab.errors import LabError, UnavailableError
 from godwit.lab.netns import enter_user_namespace, missing_tun
+
+INCOMPLETE = 3  # exit status: some of it could not be measured
 
 GROUPS: dict[str, Sequence[Case]] = {
     "tcp": tcp_bench.CASES,
@@ -49,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         " round. Medians are given, with the least and the most in brackets, and the first back-end's ratio to each"
         " of the others.",
         epilog="In COMMAND LINE, {socket} stands for the path to listen at, {ports} for ports of the host that are to"
-        " be forwarded to the guest (first-last), {mtu} for the guest's MTU. It has to stay in the foreground.",
+        " be forwarded to the guest (first-last), {mtu} for the guest's MTU. It has to stay in the foreground."
+        " Guests are moved between two of godwit or of passt only. The exit status is 3 if some of what was asked for"
+        " could not be measured, 1 if nothing could, 2 if it cannot run here.",
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"what to measure: {', '.join(GROUPS)} (all)")
     parser.add_argument("--list", action="store_true", help="show the groups and their cases, and measure nothing")
@@ -91,13 +96,16 @@ def _chosen_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     return cases
 
 
-def _chosen_kinds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Kind]:
+def _chosen_kinds(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: Sequence[Case]) -> list[Kind]:
     known: dict[str, Kind] = {str(kind): kind for kind in (*KINDS, *options.backend)}
     if len(known) != len(KINDS) + len(options.backend):
         parser.error("argument --backend: two have the same name")
     for name in options.of or known:
         if name not in known:
             parser.error(f"argument --of: {name!r} is none of {', '.join(known)}")
+    for name in options.of or map(str, options.backend):
+        if not any(case.takes(known[name]) for case in cases):
+            parser.error(f"none of these cases can be measured with {name}")
     return [known[name] for name in options.of or known]
 
 
@@ -143,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds is at least 1, --seconds more than 0")
-    cases, kinds = _chosen_cases(parser, options), _chosen_kinds(parser, options)
+    cases = _chosen_cases(parser, options)
+    kinds = _chosen_kinds(parser, options, cases)
     if options.list:
         for group, members in GROUPS.items():
             for case in members:
@@ -153,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in ("json", "svg"):
         if (path := getattr(options, option)) is not None:
             try:
-                with open(path, "a", encoding="utf-8"):
-                    pass  # before anything is measured in vain
+                _write(path, None)  # before anything is measured in vain
             except OSError as error:
                 parser.error(f"argument --{option}: cannot write {path}: {error.strerror}")
     options.command = shlex.join(["godwit", "bench", *(sys.argv[1:] if argv is None else argv)])
@@ -187,8 +195,10 @@ def _run(options: argparse.Namespace, cases: Sequence[Case], kinds: Sequence[Kin
     def keep(results: Results) -> None:
         results.about["command"] = options.command
         results.groups = {group: [case.name for case in members] for group, members in GROUPS.items()}
-        _write(options.json, results.dumps())
-        _write(options.svg, bench_chart.svg(results))
+        if results.values:
+            for path, make in ((options.json, Results.dumps), (options.svg, bench_chart.svg)):
+                if path is not None:
+                    _write(path, make(results))
 
     results = run(cases, kinds, rounds=options.rounds, seconds=options.seconds, step=step, keep=keep)
     console.print(_table(results))
@@ -202,10 +212,19 @@ def _run(options: argparse.Namespace, cases: Sequence[Case], kinds: Sequence[Kin
         console.print(f"[yellow]target missed:[/yellow] {missed}", highlight=False)
     for failure in results.failures:
         console.print(f"[red]failed:[/red] {failure}", highlight=False)
-    return 1 if results.failures else 0
+    if not results.values:
+        raise LabError("nothing could be measured")
+    return INCOMPLETE if results.failures else 0
 
 
-def _write(path: str | None, text: str) -> None:
-    if path is not None:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+def _write(path: str, text: str | None) -> None:
+    """Write a file that appears as a whole, or stays as it was; with no text, only see whether that can be."""
+    path = os.path.realpath(path)
+    special = os.path.exists(path) and not os.path.isfile(path)  # a pipe, a terminal
+    aside = path if special else f"{path}.new"
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text or "")
+    if text is None and not special:
+        os.unlink(aside)
+    elif not special:
+        os.replace(aside, path)
