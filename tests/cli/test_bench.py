@@ -21,7 +21,8 @@ def test_a_short_run(tmp_path: Path) -> None:
     """Without passt, which would have to be fetched."""
     words = ["--of", "godwit,ideal,none", "--rounds", "1", "--seconds", "0.1"]
     words += ["--json", str(tmp_path / "values"), "--svg", str(tmp_path / "chart")]
-    for case in ("up-1400-paced", "down-1400-paced", "forward-1400-paced", "latency-64"):
+    cases = ["up-1400-paced", "down-1400-paced", "forward-1400-paced", "flood", "latency-64"]
+    for case in cases:
         words += ["--case", case]
     done = subprocess.run(
         [sys.executable, "-m", "godwit.cli.main", "bench", "udp", *words],
@@ -38,14 +39,19 @@ def test_a_short_run(tmp_path: Path) -> None:
     results = Results.loads((tmp_path / "values").read_text())
     assert results.rounds == 1
     assert results.about["command"] == shlex.join(["godwit", "bench", "udp", *words])
-    assert set(results.values) == {"up-1400-paced", "down-1400-paced", "forward-1400-paced", "latency-64"}
-    for case in ("up-1400-paced", "down-1400-paced", "forward-1400-paced"):
+    assert set(results.values) == set(cases)
+    for case in cases[:3]:
         delivered = results.values[case]["delivered/s"]
         assert set(delivered) == {"godwit", "none"} | ({"ideal"} if case != "forward-1400-paced" else set())
         assert all(values[0] > 100 for values in delivered.values()), delivered
         for kind in ("godwit", "none"):
-            assert results.values[case]["reordered"][kind] == [0]
+            for count in ("reordered", "damaged"):
+                assert results.values[case][count][kind] == [0]
+            assert len(results.values[case]["dropped by receiver"][kind]) == 1
         assert results.values[case]["CPU us"]["godwit"][0] > 0
+    flood = results.values["flood"]
+    for kind, (lost,) in flood["lost of the flood %"].items():
+        assert (kind in flood.get("lost of the slow %", {})) == (lost > 0)
     assert (tmp_path / "chart").read_text().startswith("<svg")
 
 

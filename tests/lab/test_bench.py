@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import sysconfig
@@ -31,6 +32,8 @@ def test_a_back_end_by_its_command_line() -> None:
         assert stream(side, up=False, size=100, seconds=0.05, rate=1000.0, forwarded=True).received > 0
         assert side.cpu() > 0
         side.check()
+        limits = Path(f"/proc/{side._pid}/limits").read_text()
+        assert re.search(r"^Max open files +20000 +20000 ", limits, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

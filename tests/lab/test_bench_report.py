@@ -27,6 +27,7 @@ def made() -> Results:
             "passt": "2",
             "backends": {},
             "kernel": "6",
+            "congestion control": "reno",
             "python": "3",
             "processor": "P",
             "processors": 2,
@@ -138,6 +139,19 @@ def test_tables() -> None:
     assert rows[0] == f"Of {len(TARGETS)} targets: 2 met, 1 missed, {len(TARGETS) - 3} not measured."
     assert len(rows) == 4 + len(TARGETS)
     assert "machine: 2 × P, 2 GiB of memory" in bench_report.about(results)
+    assert "congestion control: reno" in bench_report.about(results)
+
+
+def test_how_far_from_the_limits() -> None:
+    """Rates, latencies and processor time, where there is a limit."""
+    results = made()
+    results.add("rr", "ideal", {"CPU us": 5.5, "transactions/s": 40_000.0})
+    results.add("rr", "none", {"p50 us": 10.0})
+    assert bench_report.limits(results).splitlines()[2:] == [
+        "| tcp: transactions <1 B> | transactions/s | 20,000 | 40,000, 1 of 5 | 50 % | - |  |",
+        "|  | p50 us | 50 | - |  | 10, 1 of 5 | 500 % |",
+        "|  | CPU us | 11 (10..12) | 5.5, 1 of 5 | 200 % | - |  |",
+    ]
 
 
 def test_the_chart() -> None:

@@ -173,13 +173,15 @@ def limits(results: Results) -> str:
     first = results.kinds[0]
     rows = []
     for name in titles(results):
+        title = label(results, name)
         for each in LIMITED:
             if each not in results.values[name]:
                 continue
             kinds = ("ideal", NONE)
             if not any(results.ratio(name, each, first, kind) for kind in kinds):
                 continue
-            row = [label(results, name), each, cell(results, name, each, first)]
+            row = [title, each, cell(results, name, each, first)]
+            title = ""
             for kind in kinds:
                 row += [cell(results, name, each, kind), _percent(results.ratio(name, each, first, kind))]
             rows.append(row)
