@@ -77,10 +77,10 @@ def test_memory_and_wake_ups(side: RestSide, monkeypatch: pytest.MonkeyPatch) ->
     found = memory(side, 1.0, counts=(1000,))
     assert 5 < found["PSS MB"] < found["RSS MB"] < 200
     assert 100 < found["bytes/flow of 1000"] < 10_000  # a flow's state is of that size
-    # Nothing wakes it up but what a neighbour table or the front-end may still want.
+    # Nothing that goes on wakes it up; something that it has still to do may.
     found = idle(side, 0.1, count=20)
-    assert found["wake-ups/s"] < 50
-    assert found["CPU us/s"] < 50_000
+    assert found["wake-ups/s"] < 100
+    assert found["CPU us/s"] < 100_000
 
 
 def test_the_limit_of_descriptors(side: RestSide) -> None:

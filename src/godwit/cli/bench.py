@@ -201,7 +201,8 @@ def _run(options: argparse.Namespace, cases: Sequence[Case], kinds: Sequence[Kin
                     _write(path, make(results))
 
     results = run(cases, kinds, rounds=options.rounds, seconds=options.seconds, step=step, keep=keep)
-    console.print(_table(results))
+    if results.values:
+        console.print(_table(results))
     if results.load:
         console.print(
             f"The machine's load average was {min(results.load.values()):.1f} to {max(results.load.values()):.1f}"
