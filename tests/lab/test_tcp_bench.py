@@ -17,14 +17,15 @@ import pytest
 
 from godwit.lab import tcp_bench
 from godwit.lab._tcp import Answerer, Echo, Receiver, Sender, ask, visit
-from godwit.lab.backend import Program
-from godwit.lab.bench import KINDS, PORT_COUNT, Bed, Case, Working
+from godwit.lab.backend import IDEAL, Kind, Program
+from godwit.lab.bench import NONE, PORT_COUNT, Bed, Case, Working
 from godwit.lab.errors import LabError
-from godwit.lab.netns import Namespace
+from godwit.lab.netns import Namespace, wait_until
 
 Pairs = tuple[list[socket.socket], list[socket.socket]]
 
 SECONDS = 0.05
+KINDS: tuple[Kind, ...] = ("godwit", IDEAL, NONE)  # passt, which would have to be fetched, is measured in tests/vm
 CASES = {case.name: case for case in tcp_bench.CASES}
 ALONE = ["stream-up-1-1500", "stream-down-4-1500", "rr", "rr-16", "crr", "crr-forward"]
 
@@ -74,7 +75,7 @@ def test_what_is_sent_is_counted() -> None:
     with pairs(3) as (ones, others):
         sender, receiver = Sender(fds(ones)), Receiver(fds(others))
         sending, receiving = Working(sender.run), Working(receiver.run)
-        time.sleep(SECONDS)
+        wait_until(lambda: all(receiver.bytes), "something to arrive over each", 10.0)
         under_way = receiver.bytes
         sender.stop()
         sending.result()
@@ -82,7 +83,7 @@ def test_what_is_sent_is_counted() -> None:
             one.close()
         receiving.result()
     assert receiver.bytes == sender.bytes
-    assert all(0 < early <= late for early, late in zip(under_way, receiver.bytes, strict=True))
+    assert all(early <= late for early, late in zip(under_way, receiver.bytes, strict=True))
 
 
 def test_the_end_of_a_stream_is_not_the_end_of_the_others() -> None:
@@ -135,12 +136,15 @@ def test_questions_and_answers(count: int) -> None:
     with pairs(count) as (ones, others):
         echo = Echo(fds(others))
         echoing = Working(echo.run)
-        times = ask(fds(ones), seconds=SECONDS)
+        began = time.monotonic_ns()
+        times = ask(fds(ones), seconds=0.2)
+        took = time.monotonic_ns() - began
         echo.stop()
         echoing.result()
     assert len(times) == sum(echo.bytes)
     assert all(asked > 1 for asked in echo.bytes)
-    assert all(0 < ns < 1_000_000_000 for ns in times)
+    # Over each connection one is always under way, and never two.
+    assert took * count / 10 < sum(times) <= took * count
 
 
 def test_a_wrong_answer() -> None:
@@ -192,15 +196,17 @@ def test_short_connections() -> None:
         ports = [sock.getsockname()[1] for sock in listening]
         answerer = Answerer(fds(listening))
         answering = Working(answerer.run)
-        times = visit("127.0.0.1", ports, seconds=SECONDS)
+        began = time.monotonic_ns()
+        times = visit("127.0.0.1", ports, seconds=0.2)
+        took = time.monotonic_ns() - began
         answerer.stop()
         answering.result()
         waiting = space.run("ss", "-Htn", "state", "time-wait").stdout.split("\n")[:-1]
     assert sum(answerer.bytes) == len(times) > 2
     assert answerer.bytes[0] - answerer.bytes[1] in (0, 1)
-    assert all(0 < ns < 1_000_000_000 for ns in times)
+    assert took / 10 < sum(times) <= took
     local = [int(line.split()[2].rpartition(":")[2]) for line in waiting]
-    assert len(local) == len(times)
+    assert len(times) / 2 < len(local) <= len(times)  # one whose ports are used again is one no longer (tcp_tw_reuse)
     assert set(local) == set(ports)
 
 
@@ -210,13 +216,23 @@ def test_short_connections() -> None:
         (lambda sock: sock.send(bytes([sock.recv(1)[0] ^ 1])), "Bad message"),
         (lambda sock: sock.send(sock.recv(1) + b"."), "Bad message"),
         (lambda sock: sock.recv(1), "reset"),
-        (lambda sock: sock.send(sock.recv(1)) and sock.recv(1), "timed out"),
     ],
-    ids=["wrong byte", "one too many", "none", "no end"],
+    ids=["wrong byte", "one too many", "none"],
 )
 def test_a_connection_that_goes_wrong(work: object, error: str) -> None:
     with peer(work) as (addr, ports), pytest.raises(OSError, match=error):
-        visit(addr, ports, seconds=1, patience=50)
+        visit(addr, ports, seconds=1, patience=10_000)
+
+
+def test_a_connection_without_end() -> None:
+    """What stands still is a failure after the patience, and not before."""
+    began = time.monotonic()
+    with (
+        peer(lambda sock: sock.send(sock.recv(1)) and sock.recv(1)) as (addr, ports),
+        pytest.raises(TimeoutError, match="connection 1"),
+    ):
+        visit(addr, ports, seconds=1, patience=100)
+    assert time.monotonic() - began > 0.09  # by the kernel's ticks
 
 
 def test_a_connection_that_nobody_takes() -> None:
@@ -256,7 +272,6 @@ def check(case: Case, kind: object, values: dict[str, float]) -> None:
     assert all(value > 0 for value in values.values())
     if not streams:
         assert values["p50 us"] <= values["p99 us"]
-        assert values[rate] * values["p50 us"] < 3e6 * (16 if case.name == "rr-16" else 1)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The bench with a QEMU guest: one stream each way."""
+"""The bench with a QEMU guest: one stream each way; and what of it needs passt."""
 
 from __future__ import annotations
 
+from godwit.lab import tcp_bench
+from godwit.lab.bench import Bed
 from godwit.lab.qemu_bench import QemuBed, stream
 
 
@@ -15,3 +17,13 @@ def test_streams() -> None:
             assert 0.01 < found["Gbit/s"] < 100
             assert 0.01 < found["CPU s/GiB"] < 100
             side.check()
+
+
+def test_passt_beside_it() -> None:
+    cases = {case.name: case for case in tcp_bench.CASES}
+    with Bed(1500, ["passt"]) as bed:
+        side = bed.sides["passt"]
+        for name, rate in (("stream-down-1-1500", "Gbit/s"), ("rr", "transactions/s"), ("crr", "connections/s")):
+            values = cases[name].measure(side, 0.2)
+            side.check()
+            assert values[rate] > 0
