@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ Pairs = tuple[list[socket.socket], list[socket.socket]]
 SECONDS = 0.05
 KINDS: tuple[Kind, ...] = ("godwit", IDEAL, NONE)  # passt, which would have to be fetched, is measured in tests/vm
 CASES = {case.name: case for case in tcp_bench.CASES}
+WAITS = {"ms until steady", "longest standstill ms"}  # which may be 0
+STREAMS = {"Gbit/s from the beginning"} | WAITS
 ALONE = ["stream-up-1-1500", "stream-down-4-1500", "rr", "rr-16", "crr", "crr-forward"]
 
 
@@ -126,6 +129,53 @@ def test_a_stream_that_is_reset_is_a_failure() -> None:
 @pytest.mark.parametrize(("shares", "index"), [([5, 5, 5, 5], 1.0), ([7, 0, 0, 0], 0.25), ([1, 3], 0.8)])
 def test_fairness(shares: list[int], index: float) -> None:
     assert tcp_bench.fairness(shares) == pytest.approx(index)
+
+
+def halting(sock: socket.socket, at_first: float, later: float) -> None:
+    """Send a byte, and others after a while, with a halt before each; until the other end is shut."""
+    with contextlib.suppress(OSError):
+        sock.sendall(b".")
+        time.sleep(at_first)
+        while True:
+            sock.sendall(b".")
+            time.sleep(later)
+
+
+@contextlib.contextmanager
+def arriving(at_first: float, later: float) -> Iterator[tuple[Receiver, Working]]:
+    """The receiver of two streams, one of which halts."""
+    with pairs(2) as (ones, others):
+        receiver = Receiver(fds(others))
+        receiving = Working(receiver.run)
+        sending = [Working(functools.partial(halting, ones[0], 0.0, 0.001))]
+        sending.append(Working(functools.partial(halting, ones[1], at_first, later)))
+        try:
+            yield receiver, receiving
+        finally:
+            receiver.stop()
+            receiving.result()
+            for sock in (*ones, *others):
+                sock.shutdown(socket.SHUT_RDWR)
+            for each in sending:
+                each.result()
+
+
+def test_what_is_measured_begins_when_all_streams_run() -> None:
+    began = time.monotonic()
+    with arriving(0.5, 0.001) as (receiver, receiving):
+        steady = tcp_bench._until_steady(receiver, receiving, began + 30)
+    assert steady - began > 0.5 - tcp_bench.SLICE
+
+
+def test_streams_that_do_not_run() -> None:
+    """One that halts again and again is told of; so is one that ends, by its own error."""
+    halt = 4 * tcp_bench.SLICE
+    with arriving(0.0, halt) as (receiver, receiving), pytest.raises(LabError, match="no steady rate"):
+        tcp_bench._until_steady(receiver, receiving, time.monotonic() + 0.5)
+    with pairs(1) as (_, others):
+        receiver = Receiver(fds(others), patience=50)
+        with pytest.raises(TimeoutError, match="stream 0 stood still"):
+            tcp_bench._until_steady(receiver, Working(receiver.run), time.monotonic() + 30)
 
 
 # --- transactions -----------------------------------------------------------------------
@@ -262,14 +312,34 @@ def test_a_case(name: str, kind: str, bed: Bed) -> None:
     check(case, kind, values)
 
 
+def test_a_standstill_is_seen(bed: Bed) -> None:
+    """The back-end is frozen while a stream runs: what is measured begins after that."""
+    side = bed.sides["godwit"]
+    assert side.guest is not None
+    assert side.pid is not None
+    guest, before = side.guest, side.guest.counters["to_guest_frames"]
+    measuring = Working(lambda: CASES["stream-down-4-1500"].measure(side, 1.5))
+    wait_until(lambda: guest.counters["to_guest_frames"] > before + 100, "streams", 10.0)
+    time.sleep(1.0)
+    os.kill(side.pid, signal.SIGSTOP)
+    time.sleep(0.5)
+    os.kill(side.pid, signal.SIGCONT)
+    values = measuring.result()
+    assert isinstance(values, dict)
+    assert values["longest standstill ms"] > 1000 * tcp_bench.STANDSTILL
+    assert values["ms until steady"] > 1000
+
+
 def check(case: Case, kind: object, values: dict[str, float]) -> None:
     """Each metric is there, and plausible."""
     streams = case.name.startswith("stream")
     rate = "Gbit/s" if streams else "connections/s" if case.name.startswith("crr") else "transactions/s"
     cost = {"CPU s/GiB", "CPU s/s"} if streams else {"CPU us"}
-    other = {"fairness"} if case.name == "stream-down-4-1500" else set() if streams else {"p50 us", "p99 us"}
+    other = STREAMS if streams else {"p50 us", "p99 us"}
+    if case.name == "stream-down-4-1500":
+        other = other | {"fairness"}
     assert set(values) == {rate} | other | (cost if kind != "none" else set())
-    assert all(value > 0 for value in values.values())
+    assert all(value > 0 for metric, value in values.items() if metric not in WAITS)
     if not streams:
         assert values["p50 us"] <= values["p99 us"]
 
@@ -310,8 +380,7 @@ def test_stream_mode() -> None:
     with case.bed(1500, ["godwit", other]) as bed:
         values = case.measure(bed.sides["godwit"], SECONDS)
         bed.sides["godwit"].check()
-        assert set(values) == {"Gbit/s", "CPU s/GiB", "CPU s/s"}
-        assert all(value > 0 for value in values.values())
+        check(case, "godwit", values)
         with pytest.raises(LabError, match="other is started by its own command line"):
             case.measure(bed.sides[other], SECONDS)
         bed.sides[other].check()

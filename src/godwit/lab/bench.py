@@ -97,6 +97,11 @@ class Side:
             self.server = self.space
             self.space.ip(f"neigh replace {self.server_addr} lladdr {net.server.mac} dev eth0 nud permanent")
 
+    @property
+    def pid(self) -> int | None:
+        """The back-end's process, if there is one."""
+        return self._pid
+
     def cpu(self) -> float:
         """Processor time of the back-end so far, user's and system's, in seconds; 0 where there is none."""
         if self._pid is None:
@@ -177,6 +182,7 @@ class Case:
 MORE = frozenset(
     {
         "Gbit/s",
+        "Gbit/s from the beginning",
         "alive after a move",
         "connections/s",
         "delivered/s",

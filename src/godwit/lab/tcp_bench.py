@@ -8,11 +8,16 @@ in the namespaces, one for each end, so that a back-end's processor time is its
 own. What stands still is a failure, never a low figure.
 
 **Streams** send as much as goes, and the receiver throws it away unread. What is
-measured begins when the windows have had time to open, and ends before the
-senders do; then all that was sent must arrive. ``Gbit/s`` is the receiver's,
-``CPU s/GiB`` and ``CPU s/s`` are the back-end's, ``fairness`` is Jain's index of
-the streams' shares (1: all the same; 1/n: one has all). The ideal back-end is the
-server of streams itself, and their figures are those of the guest's ends.
+measured begins when they run, all of them, and begins anew where nothing comes for
+a retransmission timeout: that would else be most of what is measured, once here and
+once there. It ends before the senders do; then all that was sent must arrive.
+``Gbit/s`` and ``CPU s/GiB`` are those of a stream that runs, then, with the
+back-end's ``CPU s/s``, and ``fairness``, Jain's index of the streams' shares (1: all
+the same; 1/n: one has all). What it leaves out is in ``Gbit/s from the beginning``,
+in ``ms until steady``, the time until that from which all counts, and in ``longest
+standstill ms``, the longest without a byte over any of them since they first ran.
+The rates are the receiver's. The ideal back-end is the server of streams itself,
+and their figures are those of the guest's ends.
 
 **Transactions**: a byte to the server, the same byte back, then the next one.
 
@@ -32,6 +37,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +55,12 @@ from godwit.lab.traffic import Traffic
 GIB = 1 << 30
 TIMEOUT = 5.0  # seconds for a connection to open
 WARM = 0.05  # seconds that questions, or short connections, go on before they count
+
+SLICE = 0.05  # seconds in each of which something comes over each, if streams run
+STEADY = 5  # slices that are enough to believe it
+STEADY_WITHIN = 15.0  # seconds
+LOOK = 0.01  # seconds between looks at whether something has come
+STANDSTILL = 0.15  # seconds; a retransmission timeout takes 0.2 at least (TCP_RTO_MIN), not all of which is seen
 
 STREAMS = (1, 4, 16)
 MTUS = (65520, 9000, 1500)
@@ -110,7 +122,7 @@ def fairness(shares: Sequence[int]) -> float:
 
 
 def streams(side: Side, seconds: float, *, up: bool, count: int) -> dict[str, float]:
-    """Send over ``count`` connections at once for so long, after a quarter of it to warm up."""
+    """Send over ``count`` connections at once: for so long, when they run."""
     if side.kind == IDEAL:
         return _to_the_limit(side, seconds, up=up, count=count)
     with _connections(side, count) as (guests, servers):
@@ -142,24 +154,66 @@ def _to_the_limit(side: Side, seconds: float, *, up: bool, count: int) -> dict[s
 
 
 def _sampled(side: Side, seconds: float, end: Sender | Receiver, running: Working) -> dict[str, float]:
-    """What goes over the connections of a running end meanwhile."""
-    time.sleep(seconds / 4)
-    began, cpu, before = time.monotonic(), side.cpu(), end.bytes
-    time.sleep(seconds)
-    # A retransmission may take longer; what never comes ends the receiver.
-    while end.bytes == before and running.is_alive():
-        time.sleep(seconds)
-    took, cpu, after = time.monotonic() - began, side.cpu() - cpu, end.bytes
+    """What goes over the connections of a running end in so many seconds without a standstill."""
+    began = time.monotonic()
+    longest = 0.0
+    while True:
+        steady = _until_steady(end, running, began + STEADY_WITHIN)
+        since, cpu, before = time.monotonic(), side.cpu(), end.bytes
+        standstill = _longest_standstill(end, seconds)
+        took, used, after = time.monotonic() - since, side.cpu() - cpu, end.bytes
+        longest = max(longest, standstill)
+        if standstill <= STANDSTILL and after != before:
+            break
     shares = [there - here for here, there in zip(before, after, strict=True)]
     total = sum(shares)
-    if not total:
-        raise LabError("nothing arrives")
-    values = {"Gbit/s": total * 8 / took / 1e9}
+    values = {
+        "Gbit/s": total * 8 / took / 1e9,
+        "Gbit/s from the beginning": sum(after) * 8 / (since + took - began) / 1e9,
+        "ms until steady": (steady - began) * 1000,
+        "longest standstill ms": longest * 1000,
+    }
     if side.kind != NONE:
-        values |= {"CPU s/GiB": cpu / total * GIB, "CPU s/s": cpu / took}
+        values |= {"CPU s/GiB": used / total * GIB, "CPU s/s": used / took}
     if len(shares) > 1:
         values["fairness"] = fairness(shares)
     return values
+
+
+def _until_steady(end: Sender | Receiver, running: Working, limit: float) -> float:
+    """Wait until some slices in a row each brought something over each connection; return when the first began.
+
+    `LabError` if it was not before ``limit``.
+    """
+    slices, since, before = 0, time.monotonic(), end.bytes
+    while slices < STEADY:
+        if not running.is_alive():
+            running.result()
+            raise LabError("the streams have ended")
+        if since > limit:
+            raise LabError("the streams come to no steady rate")
+        time.sleep(SLICE)
+        count = end.bytes
+        if all(map(operator.lt, before, count)):
+            slices += 1
+        else:
+            slices, since = 0, time.monotonic()
+        before = count
+    return since
+
+
+def _longest_standstill(end: Sender | Receiver, seconds: float) -> float:
+    """Wait for so long; return for how many seconds in a row nothing came: at least, as far as was looked."""
+    longest, since, before = 0.0, time.monotonic(), end.bytes
+    over = since + seconds
+    while (left := over - time.monotonic()) > 0:
+        time.sleep(min(LOOK, left))
+        now, count = time.monotonic(), end.bytes
+        if count == before:
+            longest = max(longest, now - since)
+        else:
+            since, before = now, count
+    return longest
 
 
 # --- transactions and connections -----------------------------------------------
