@@ -12,9 +12,9 @@ TimeoutError, never a low figure.
 
 import os
 
-from libc.errno cimport EAGAIN, EBADMSG, ECONNRESET, EINTR, EINVAL, ETIMEDOUT, errno
+from libc.errno cimport EAGAIN, EBADMSG, ECONNRESET, EINTR, EINVAL, ENOMEM, ETIMEDOUT, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from posix.unistd cimport close
 
 from godwit.lab._measure cimport POLLIN, POLLOUT, count_add, count_load, flag_load, flag_store, monotonic, poll, pollfd
@@ -61,7 +61,7 @@ cdef enum:
     TO_SEND = 256 * 1024        # bytes at a time
     TO_RECEIVE = 1024 * 1024
     TICK = 20                   # ms between looks at whether to stop
-    MOST = 1 << 20              # times that are kept
+    FIRST_ROOM = 1 << 10        # times
 
 PATIENCE = 3000  # ms
 
@@ -70,28 +70,35 @@ cdef inline bint passing() noexcept nogil:
     return errno == EAGAIN or errno == EINTR
 
 
-cdef class _Times:
-    """Nanoseconds that something took, over and over."""
+cdef class Times:
+    """Nanoseconds that something took, over and over, in this order."""
 
     cdef:
-        uint64_t *times
-        uint32_t count
-
-    def __cinit__(self):
-        self.times = <uint64_t *>calloc(MOST, sizeof(uint64_t))
-        if self.times is NULL:
-            raise MemoryError
+        uint64_t *_times
+        size_t _count
+        size_t _room
 
     def __dealloc__(self):
-        free(self.times)
+        free(self._times)
 
-    cdef void add(self, uint64_t time) noexcept nogil:
-        if self.count < MOST:
-            self.times[self.count] = time
-            self.count += 1
+    def __len__(self):
+        return self._count
 
-    cdef list kept(self):
-        return [self.times[i] for i in range(self.count)]
+    def __iter__(self):
+        return iter([self._times[i] for i in range(self._count)])
+
+    cdef int add(self, uint64_t time) noexcept nogil:
+        """Keep one more; an error, or 0."""
+        cdef size_t room = 2 * self._room or FIRST_ROOM
+        cdef uint64_t *times
+        if self._count == self._room:
+            times = <uint64_t *>realloc(self._times, room * sizeof(uint64_t))
+            if times is NULL:
+                return ENOMEM
+            self._times, self._room = times, room
+        self._times[self._count] = time
+        self._count += 1
+        return 0
 
 
 cdef class _Ends:
@@ -243,10 +250,10 @@ cdef class Echo(_Ends):
 def ask(fds, *, double seconds, int patience=PATIENCE):
     """Send a byte over each connection, the next one when it has come back, and so on for so long.
 
-    Returns the nanoseconds that each took. Something else than the byte is an OSError.
+    Returns the `Times` that each took. Something else than the byte is an OSError.
     """
     cdef _Ends ends = _Ends(fds)
-    cdef _Times times = _Times()
+    cdef Times times = Times()
     cdef uint64_t *begun = <uint64_t *>calloc(ends._count, sizeof(uint64_t))
     cdef uint8_t came[2]
     cdef uint8_t sent[1]
@@ -284,7 +291,8 @@ def ask(fds, *, double seconds, int patience=PATIENCE):
                     error = ECONNRESET
                 elif n != 1 or came[0] != <uint8_t>begun[i]:
                     error = EBADMSG
-                times.add(now - begun[i])
+                if times.add(now - begun[i]) != 0:
+                    error = ENOMEM
                 if now >= end:
                     ends._fds[i].fd = -1
                     open -= 1
@@ -296,7 +304,7 @@ def ask(fds, *, double seconds, int patience=PATIENCE):
         free(begun)
     if error:
         raise OSError(error, f"ask: {os.strerror(error)}")
-    return times.kept()
+    return times
 
 
 cdef int within(int fd, int patience) noexcept nogil:
@@ -376,10 +384,10 @@ cdef int call(sockaddr_in *address, uint8_t byte, int patience) noexcept nogil:
 def visit(str addr, ports, *, double seconds, int patience=PATIENCE):
     """Open a connection to an `Answerer` behind an IPv4 address, the next one when it is over, and so on for so long.
 
-    The ports take turns. Returns the nanoseconds that each took, from the call of
+    The ports take turns. Returns the `Times` that each took, from the call of
     connect(2) to the end of what the server sent.
     """
-    cdef _Times times = _Times()
+    cdef Times times = Times()
     cdef int count = len(ports), turn = 0, error = 0
     cdef uint64_t begun, now, end
     cdef sockaddr_in *addresses = <sockaddr_in *>calloc(count, sizeof(sockaddr_in))
@@ -399,9 +407,10 @@ def visit(str addr, ports, *, double seconds, int patience=PATIENCE):
             begun = now
             error = call(&addresses[turn % count], <uint8_t>turn, patience)
             now = monotonic()
-            times.add(now - begun)
             turn += 1
+            if error == 0:
+                error = times.add(now - begun)
         free(addresses)
     if error:
         raise OSError(error, f"connection {turn}: {os.strerror(error)}")
-    return times.kept()
+    return times

@@ -42,7 +42,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from godwit.lab._tcp import PATIENCE, Answerer, Echo, Receiver, Sender, ask, visit
+from godwit.lab._tcp import PATIENCE, Answerer, Echo, Receiver, Sender, Times, ask, visit
 from godwit.lab.backend import IDEAL, Backend, Kind
 from godwit.lab.bench import NONE, PORT_COUNT, Bed, Case, Side, Working
 from godwit.lab.closing import Closing
@@ -219,10 +219,11 @@ def _longest_standstill(end: Sender | Receiver, seconds: float) -> float:
 # --- transactions and connections -----------------------------------------------
 
 
-def _timed(side: Side, what: str, work: Callable[[], list[int]]) -> dict[str, float]:
+def _timed(side: Side, what: str, work: Callable[[], Times]) -> dict[str, float]:
     began, cpu = time.monotonic(), side.cpu()
-    times = sorted(work())
+    found = work()
     took, cpu = time.monotonic() - began, side.cpu() - cpu
+    times = sorted(found)
     values = {
         f"{what}/s": len(times) / took,
         "p50 us": times[len(times) // 2] / 1e3,

@@ -154,7 +154,7 @@ def _stream(
         functools.partial(send_numbered, source.fileno(), size=size, seconds=seconds, rate=rate, joined=joined)
     )
     try:
-        outcome = sending.result()
+        outcome = sending.result(seconds + 60)
     finally:
         receiver.stop()
         receiving.result()
@@ -244,7 +244,7 @@ def _beside_a_flood(side: Side, seconds: float, *, size: int, rate: float) -> di
         try:
             run = _stream(side, server, guest, size, seconds, rate)
         finally:
-            flood = flooding.result()
+            flood = flooding.result(seconds + 60)
     assert isinstance(flood, Run)
     values = {"lost of the flood %": 100 * flood.loss, "reordered": float(run.reordered + flood.reordered)}
     if flood.loss > 0:
