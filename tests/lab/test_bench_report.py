@@ -33,13 +33,13 @@ def made() -> Results:
             "processors": 2,
             "memory": "2097152 kB",
         },
-        groups={"tcp": ["rr"], "rest": ["memory"]},
-        titles={"rr": "transactions <1 B>", "memory": "memory"},
-        load={"rr": 1.0},
+        groups={"tcp": ["rr-together"], "rest": ["memory"]},
+        titles={"rr-together": "transactions <1 B>", "memory": "memory"},
+        load={"rr-together": 1.0},
     )
     for cpu in (10.0, 11.0, 11.0, 11.0, 12.0):
-        results.add("rr", "godwit", {"CPU us": cpu, "p50 us": 50.0, "transactions/s": 20_000.0})
-        results.add("rr", "passt", {"CPU us": 4 * cpu, "p50 us": 50.0, "transactions/s": 10_000.0})
+        results.add("rr-together", "godwit", {"CPU us": cpu, "p50 us": 50.0, "transactions/s": 20_000.0})
+        results.add("rr-together", "passt", {"CPU us": 4 * cpu, "p50 us": 50.0, "transactions/s": 10_000.0})
         results.add("memory", "godwit", {"PSS MB": 40.0})
     return results
 
@@ -47,8 +47,9 @@ def made() -> Results:
 def test_a_file_holds_all_of_it() -> None:
     results = made()
     assert Results.loads(results.dumps()) == results
-    results.add("rr", "godwit", {"CPU us": 1 / 3})
-    assert Results.loads(results.dumps()).values["rr"]["CPU us"]["godwit"] == [10.0, 11.0, 11.0, 11.0, 12.0, 0.333333]
+    results.add("rr-together", "godwit", {"CPU us": 1 / 3})
+    again = Results.loads(results.dumps())
+    assert again.values["rr-together"]["CPU us"]["godwit"] == [10.0, 11.0, 11.0, 11.0, 12.0, 0.333333]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"format": 0}', '{"format": 1, "kinds": []}', "nonsense"])
@@ -60,15 +61,15 @@ def test_what_is_no_result(text: str) -> None:
 @pytest.mark.parametrize(
     ("target", "reached", "verdict"),
     [
-        (Target("rr", "CPU us", 0.25), 0.25, Verdict.MET),
-        (Target("rr", "CPU us", 0.24), 0.25, Verdict.MISSED),
-        (Target("rr", "transactions/s", 2.0, least=True), 2.0, Verdict.MET),
-        (Target("rr", "transactions/s", 2.1, least=True), 2.0, Verdict.MISSED),
+        (Target("rr-together", "CPU us", 0.25), 0.25, Verdict.MET),
+        (Target("rr-together", "CPU us", 0.24), 0.25, Verdict.MISSED),
+        (Target("rr-together", "transactions/s", 2.0, least=True), 2.0, Verdict.MET),
+        (Target("rr-together", "transactions/s", 2.1, least=True), 2.0, Verdict.MISSED),
         (Target("memory", "PSS MB", 40, than=None), 40, Verdict.MET),
         (Target("memory", "PSS MB", 39, than=None), 40, Verdict.MISSED),
         (Target("memory", "PSS MB", 40), None, Verdict.UNMEASURED),  # the peer was not measured
-        (Target("rr", "p50 us", 5.0, than="metric:CPU us"), 50 / 11, Verdict.MET),
-        (Target("rr", "p50 us", 1.0, than="case:crr"), None, Verdict.UNMEASURED),
+        (Target("rr-together", "p50 us", 5.0, than="metric:CPU us"), 50 / 11, Verdict.MET),
+        (Target("rr-together", "p50 us", 1.0, than="case:crr"), None, Verdict.UNMEASURED),
         (Target("crr", "p50 us", 1.0), None, Verdict.UNMEASURED),
     ],
 )
@@ -96,24 +97,24 @@ def test_targets(target: Target, reached: float | None, verdict: Verdict) -> Non
 def test_verdicts(ours: list[float], theirs: list[float], verdict: Verdict) -> None:
     """Of half as much."""
     results = Results(["godwit", "passt"], 5, 1.0)
-    results.values["rr"] = {"CPU us": {"godwit": ours, "passt": theirs}}
-    assert Target("rr", "CPU us", 0.5).verdict(results) is verdict
+    results.values["rr-together"] = {"CPU us": {"godwit": ours, "passt": theirs}}
+    assert Target("rr-together", "CPU us", 0.5).verdict(results) is verdict
 
 
 def test_few_rounds_decide_nothing() -> None:
     results = Results(["godwit", "passt"], 4, 1.0)
-    results.values["rr"] = {"CPU us": {"godwit": [1.0] * 4, "passt": [9.0] * 4}}
-    target = Target("rr", "CPU us", 0.5)
+    results.values["rr-together"] = {"CPU us": {"godwit": [1.0] * 4, "passt": [9.0] * 4}}
+    target = Target("rr-together", "CPU us", 0.5)
     assert target.verdict(results) is Verdict.UNDECIDED
     results.rounds = 5
-    assert bench_report.cell(results, "rr", "CPU us", "godwit") == "1, 4 of 5"
+    assert bench_report.cell(results, "rr-together", "CPU us", "godwit") == "1, 4 of 5"
 
 
 def test_nothing_is_as_good_as_nothing() -> None:
     """There is no ratio to 0, but one can be compared with it."""
     results = made()
-    results.values["rr"]["lost %"] = {kind: [0.0] * 5 for kind in ("godwit", "passt")}
-    target = Target("rr", "lost %", 1.0)
+    results.values["rr-together"]["lost %"] = {kind: [0.0] * 5 for kind in ("godwit", "passt")}
+    target = Target("rr-together", "lost %", 1.0)
     assert (target.reached(results), target.verdict(results)) == (None, Verdict.MET)
 
 
@@ -145,8 +146,8 @@ def test_tables() -> None:
 def test_how_far_from_the_limits() -> None:
     """Rates, latencies and processor time, where there is a limit."""
     results = made()
-    results.add("rr", "ideal", {"CPU us": 5.5, "transactions/s": 40_000.0})
-    results.add("rr", "none", {"p50 us": 10.0})
+    results.add("rr-together", "ideal", {"CPU us": 5.5, "transactions/s": 40_000.0})
+    results.add("rr-together", "none", {"p50 us": 10.0})
     assert bench_report.limits(results).splitlines()[2:] == [
         "| tcp: transactions <1 B> | transactions/s | 20,000 | 40,000, 1 of 5 | 50 % | - |  |",
         "|  | p50 us | 50 | - |  | 10, 1 of 5 | 500 % |",

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ KINDS: tuple[Kind, ...] = ("godwit", IDEAL, NONE)  # passt, which would have to 
 CASES = {case.name: case for case in tcp_bench.CASES}
 WAITS = {"ms until steady", "longest standstill ms"}  # which may be 0
 STREAMS = {"Gbit/s from the beginning"} | WAITS
-ALONE = ["stream-up-1-1500", "stream-down-4-1500", "rr", "rr-16", "crr", "crr-forward"]
+ALONE = ["stream-up-1-1500", "stream-down-4-1500", "rr-together", "rr-16", "crr-together", "crr-forward-together"]
 
 
 @contextlib.contextmanager
@@ -322,6 +321,15 @@ def test_a_case(name: str, kind: str, bed: Bed) -> None:
     check(case, kind, values)
 
 
+def test_a_back_end_apart(bed: Bed) -> None:
+    case, side = CASES["rr-apart"], bed.sides["godwit"]
+    if len(os.sched_getaffinity(0)) > 1:
+        check(case, "godwit", case.measure(side, SECONDS))
+    else:
+        with pytest.raises(LabError, match="there is one processor only"):
+            case.measure(side, SECONDS)
+
+
 def test_a_standstill_is_not_what_is_measured(bed: Bed) -> None:
     """The back-end is frozen while streams run: what is measured begins after that."""
     side = bed.sides["godwit"]
@@ -360,25 +368,38 @@ def crowds() -> Iterator[tcp_bench.CrowdedBed]:
 
 
 def test_beside_idle_connections(crowds: tcp_bench.CrowdedBed) -> None:
-    """They are there, and a case that is measured when they are not is a failure."""
-    case, crowded = CASES["rr-idle-5000"], crowds.sides["godwit"]
-    check(case, "godwit", case.measure(crowded, SECONDS))
+    """They are there, beside a side without; and a case that is measured when one of them is not is a failure."""
+    case, crowded = CASES["rr-idle-5000-together"], crowds.sides["godwit"]
+    values = case.measure(crowded, 2 * SECONDS)
+    without = {metric: value for metric, value in values.items() if metric.endswith(", none idle")}
+    assert set(without) == {f"{metric}, none idle" for metric in ("p50 us", "p99 us", "CPU us")}
+    assert all(value > 0 for value in without.values())
+    check(case, "godwit", {metric: value for metric, value in values.items() if metric not in without})
     crowded.check()
-    assert crowded.side.server.run("ss", "-Htn", "state", "established").stdout.count("\n") == 200
-    for pid in crowded.side.server.processes(os.path.basename(sys.executable)):
-        os.kill(pid, signal.SIGKILL)
+    assert CASES["alive-idle-5000"].measure(crowded, SECONDS) == {"flows": 200}
+    for side, count in ((crowded.side, 200), (crowded.empty, 0)):
+        assert side.server.run("ss", "-Htn", "state", "established").stdout.count("\n") == count
+    # Those to one port end: that is seen when it is their turn, at the latest after all.
+    port = crowded.side.port + PORT_COUNT
+    crowded.side.server.run("ss", "-K", "sport", "=", f":{port}")
+    for _ in range(tcp_bench.IDLE_PORTS - 1):
+        crowded.check()
     with pytest.raises(LabError, match="of 10 idle connections, 0 are alive"):
         crowded.check()
+    with pytest.raises(LabError, match="of 10 idle connections, 0 are alive"):
+        CASES["alive-idle-5000"].measure(crowded, SECONDS)
 
 
 def test_idle_connections_that_do_not_open(crowds: tcp_bench.CrowdedBed) -> None:
-    """One of the server's ports is taken; that is told each time, and not tried again."""
+    """One of the server's ports is taken."""
     crowded = crowds.sides["none"]
     port = crowded.side.port + PORT_COUNT + 3
-    with crowded.side.server.enter(), socket.create_server(("", port)):
-        for _ in range(2):
-            with pytest.raises(LabError, match=r"of 200 idle connections, only 30 to 40 open"):
-                CASES["crr-idle-5000"].measure(crowded, SECONDS)
+    with (
+        crowded.side.server.enter(),
+        socket.create_server(("", port)),
+        pytest.raises(LabError, match=r"of 200 idle connections, only 30 to 40 open"),
+    ):
+        CASES["crr-idle-5000-apart"].measure(crowded, SECONDS)
     crowded.check()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from godwit.lab.bench import Results, Summary
+from godwit.lab.placement import PLACEMENTS
 
 OURS, PEER = "godwit", "passt"
 ENOUGH = 5  # values of each kind: of fewer, nothing is said
@@ -114,13 +115,19 @@ TARGETS: tuple[Target, ...] = (
         for mtu, bound in ((65520, 0.6), (1500, 0.25))
         for way in ("up", "down")
     ),
-    Target("rr", "p50 us", 0.8),
-    Target("rr", "CPU us", 0.5),
-    Target("crr", "connections/s", 1.5, least=True),
-    Target("crr", "CPU us", 0.5),
-    # Connections that do nothing cost nothing: what is above 1 is what a measurement of the same thing varies by.
-    Target("rr-idle-19000", "CPU us", 1.1, than="case:rr"),
-    Target("crr-idle-19000", "CPU us", 1.1, than="case:crr"),
+    *(
+        target
+        for placement in PLACEMENTS
+        for target in (
+            Target(f"rr-{placement}", "p50 us", 0.8),
+            Target(f"rr-{placement}", "CPU us", 0.5),
+            Target(f"crr-{placement}", "connections/s", 1.5, least=True),
+            Target(f"crr-{placement}", "CPU us", 0.5),
+            # Connections that do nothing cost nothing: what is above 1 is what a measurement varies by.
+            Target(f"rr-idle-19000-{placement}", "CPU us", 1.1, than="metric:CPU us, none idle"),
+            Target(f"crr-idle-19000-{placement}", "CPU us", 1.1, than="metric:CPU us, none idle"),
+        )
+    ),
     Target("up-1400", "delivered/s", 1.5, least=True),
     Target("up-1400", "CPU us", 0.5),
     Target("down-1400", "CPU us", 0.5),

@@ -27,8 +27,13 @@ free port becomes what is measured. The client takes one after the other, until 
 has read the end; the server's ports take turns.
 
 Of both, the rate, how long one takes for the client (``p50 us``, ``p99 us``), and
-the back-end's time for each (``CPU us``); alone and beside thousands of idle
-connections through the same back-end, which go to many of the server's ports.
+the back-end's time for each (``CPU us``); once *together*, with all on one
+processor, and once *apart*, with the back-end on one of its own
+(``godwit.lab.placement``). Alone, and beside thousands of idle connections through
+the same back-end, which go to many of the server's ports: there a second back-end
+of the same kind, without any, is measured in between (``, none idle``). Each round
+sees whether the connections to one of the ports carry something; all have to in a
+case of their own, the last one.
 
 *In stream mode* the guest's frames go over a socket, not through rings.
 """
@@ -50,6 +55,7 @@ from godwit.lab.errors import LabError
 from godwit.lab.guest import StreamGuest
 from godwit.lab.ideal import CHARGEN, DISCARD
 from godwit.lab.netns import Namespace, Network, wait_until
+from godwit.lab.placement import PLACEMENTS, placed
 from godwit.lab.traffic import Traffic
 
 GIB = 1 << 30
@@ -262,56 +268,75 @@ def connections(side: Side, seconds: float, *, forwarded: bool = False) -> dict[
     return values
 
 
+def _placed(placement: str, measure: Measure, side: Side, seconds: float) -> dict[str, float]:
+    with placed(side.pid, placement):
+        return measure(side, seconds)
+
+
 # --- beside idle connections --------------------------------------------------------
 
 
 class CrowdedSide:
-    """A side, and idle connections through it, which are opened when they are first needed."""
+    """A side, and idle connections through it, which are opened when they are first needed; and one without any."""
 
-    def __init__(self, side: Side, idle: int, cleanup: contextlib.ExitStack) -> None:
+    def __init__(self, side: Side, empty: Side, idle: int, cleanup: contextlib.ExitStack) -> None:
         self.side = side
-        self._idle = idle
+        self.empty = empty
+        self._each = idle // IDLE_PORTS
         self._cleanup = cleanup
         self._client: Traffic | None = None
         self._jobs: list[int] = []
-        self._failure = ""
 
     def open(self) -> None:
-        """Open the connections, once; where that has failed it raises `LabError` each time."""
-        if self._client is None and not self._failure:
-            with contextlib.ExitStack() as stack:
-                server = stack.enter_context(Traffic(self.side.server))
-                client = stack.enter_context(Traffic(self.side.space))
-                each = self._idle // IDLE_PORTS
-                try:
-                    for port in range(self.side.port + PORT_COUNT, self.side.port + PORT_COUNT + IDLE_PORTS):
-                        server.listen(port)
-                        self._jobs.append(client.echo(self.side.server_addr, port, each, IDLE_TIMEOUT))
-                except LabError as error:
-                    opened = len(self._jobs) * each
-                    self._failure = f"of {self._idle} idle connections, only {opened} to {opened + each} open: {error}"
-                else:
-                    self._client = client
-                    self._cleanup.push(stack.pop_all())
-        if self._failure:
-            raise LabError(self._failure)
+        """Open the connections, once; `LabError` if not all of them open."""
+        if self._client is not None:
+            return
+        jobs: list[int] = []
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(Traffic(self.side.server))
+            client = stack.enter_context(Traffic(self.side.space))
+            first = self.side.port + PORT_COUNT
+            try:
+                for port in range(first, first + IDLE_PORTS):
+                    server.listen(port)
+                    jobs.append(client.echo(self.side.server_addr, port, self._each, IDLE_TIMEOUT))
+            except LabError as error:
+                least, idle = len(jobs) * self._each, IDLE_PORTS * self._each
+                raise LabError(
+                    f"of {idle} idle connections, only {least} to {least + self._each} open: {error}"
+                ) from error
+            self._cleanup.push(stack.pop_all())
+        self._client, self._jobs = client, jobs
+
+    def alive(self, ports: int = IDLE_PORTS) -> int:
+        """Have the connections to some of the ports, which take turns, carry something; return how many did: all.
+
+        `LabError` if there is one that did not.
+        """
+        if self._client is None:
+            return 0
+        for job in self._jobs[:ports]:
+            alive = self._client.check(job).alive
+            if alive != self._each:
+                raise LabError(f"of {self._each} idle connections, {alive} are alive")
+        self._jobs = self._jobs[ports:] + self._jobs[:ports]
+        return self._each * ports
 
     def check(self) -> None:
-        """Raise `LabError` unless the side is well, and so are those of its connections that go to one of the ports."""
+        """Raise `LabError` unless the sides are well, and so are those of the connections that go to one port."""
         self.side.check()
-        if self._client is not None:
-            echoes = self._client.check(self._jobs[0])
-            if echoes.alive != self._idle // IDLE_PORTS:
-                raise LabError(f"of {self._idle // IDLE_PORTS} idle connections, {echoes.alive} are alive")
+        self.empty.check()
+        self.alive(1)
 
 
 class CrowdedBed(Closing):
-    """A bed whose sides have idle connections through them."""
+    """A bed whose sides have idle connections through them, and a side without any beside each."""
 
     def __init__(self, idle: int, mtu: int, kinds: Sequence[Kind]) -> None:
-        self._cleanup = contextlib.ExitStack()
-        bed = self._cleanup.enter_context(Bed(mtu, kinds))
-        self.sides = {kind: CrowdedSide(side, idle, self._cleanup) for kind, side in bed.sides.items()}
+        with contextlib.ExitStack() as stack:
+            crowded, empty = (stack.enter_context(Bed(mtu, kinds)).sides for _ in range(2))
+            self._cleanup = stack.pop_all()
+        self.sides = {kind: CrowdedSide(crowded[kind], empty[kind], idle, self._cleanup) for kind in kinds}
 
     def close(self) -> None:
         """Take it all down. May be repeated."""
@@ -319,8 +344,17 @@ class CrowdedBed(Closing):
 
 
 def _beside(measure: Measure, crowded: CrowdedSide, seconds: float) -> dict[str, float]:
+    """Measure with the idle connections and without, half of the time each; what is better for less is compared."""
     crowded.open()
-    return measure(crowded.side, seconds)
+    values = measure(crowded.side, seconds / 2)
+    without = measure(crowded.empty, seconds / 2)
+    return values | {f"{metric}, none idle": value for metric, value in without.items() if metric.endswith(" us")}
+
+
+def _alive(crowded: CrowdedSide, seconds: float) -> dict[str, float]:
+    """Last of all: do they all still carry something?"""
+    crowded.open()
+    return {"flows": crowded.alive()}
 
 
 # --- stream mode ------------------------------------------------------------------------
@@ -384,7 +418,14 @@ def _cases() -> Iterator[Case]:
         "crr-forward": ("connections, forwarded", functools.partial(connections, forwarded=True)),
     }
     for name, (title, measure) in few.items():
-        yield Case(name, title, 1500, measure, without=_WITHOUT_IDEAL if name == "crr-forward" else frozenset())
+        for placement, where in PLACEMENTS.items():
+            yield Case(
+                f"{name}-{placement}",
+                f"{title}, {where}",
+                1500,
+                functools.partial(_placed, placement, measure),
+                without=_WITHOUT_IDEAL if name == "crr-forward" else frozenset(),
+            )
     yield Case(
         f"rr-{AT_ONCE}",
         f"transactions, {AT_ONCE} at once",
@@ -393,15 +434,19 @@ def _cases() -> Iterator[Case]:
     )
     for idle in IDLE:
         bed = functools.partial(CrowdedBed, idle)
+        without = _WITHOUT_IDEAL | ({"passt"} if idle > PASSTS_MOST else frozenset())
+        many = f"{idle} idle connections{' (beyond passt)' if idle > PASSTS_MOST else ''}"
         for name, (title, measure) in few.items():
-            yield Case(
-                f"{name}-idle-{idle}",
-                f"{title}, beside {idle} idle connections{' (beyond passt)' if idle > PASSTS_MOST else ''}",
-                1500,
-                functools.partial(_beside, measure),
-                bed,
-                _WITHOUT_IDEAL | ({"passt"} if idle > PASSTS_MOST else frozenset()),
-            )
+            for placement, where in PLACEMENTS.items():
+                yield Case(
+                    f"{name}-idle-{idle}-{placement}",
+                    f"{title}, beside {many}, {where}",
+                    1500,
+                    functools.partial(_beside, functools.partial(_placed, placement, measure)),
+                    bed,
+                    without,
+                )
+        yield Case(f"alive-idle-{idle}", f"{many}, after all that", 1500, _alive, bed, without)
     for mtu in STREAM_MODE_MTUS:
         for way in ("up", "down"):
             yield Case(
