@@ -21,7 +21,7 @@ def test_a_short_run(tmp_path: Path) -> None:
     """Without passt, which would have to be fetched."""
     words = ["--of", "godwit,ideal,none", "--rounds", "1", "--seconds", "0.1"]
     words += ["--json", str(tmp_path / "values"), "--svg", str(tmp_path / "chart")]
-    cases = ["up-1400-paced", "down-1400-paced", "forward-1400-paced", "flood", "latency-64"]
+    cases = ["up-1400-paced", "down-1400-paced", "forward-1400-paced", "flood", "latency-64-together"]
     for case in cases:
         words += ["--case", case]
     done = subprocess.run(

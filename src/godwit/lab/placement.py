@@ -11,11 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 from godwit.lab.errors import LabError
 
 PLACEMENTS = {"together": "on one processor", "apart": "back-end on a processor of its own"}
+
+
+class _Side(Protocol):
+    @property
+    def pid(self) -> int | None: ...
+
+
+S = TypeVar("S", bound=_Side)
 
 
 def _bind(pid: int, processors: set[int]) -> None:
@@ -47,3 +56,11 @@ def placed(backend: int | None, placement: str) -> Iterator[None]:
         for pid in places:
             with contextlib.suppress(FileNotFoundError):  # it has ended
                 _bind(pid, before[pid])
+
+
+def measured(
+    placement: str, measure: Callable[[S, float], dict[str, float]], side: S, seconds: float
+) -> dict[str, float]:
+    """Measure a side of the bench while it is `placed`."""
+    with placed(side.pid, placement):
+        return measure(side, seconds)

@@ -55,7 +55,7 @@ from godwit.lab.errors import LabError
 from godwit.lab.guest import StreamGuest
 from godwit.lab.ideal import CHARGEN, DISCARD
 from godwit.lab.netns import Namespace, Network, wait_until
-from godwit.lab.placement import PLACEMENTS, placed
+from godwit.lab.placement import PLACEMENTS, measured
 from godwit.lab.traffic import Traffic
 
 GIB = 1 << 30
@@ -268,11 +268,6 @@ def connections(side: Side, seconds: float, *, forwarded: bool = False) -> dict[
     return values
 
 
-def _placed(placement: str, measure: Measure, side: Side, seconds: float) -> dict[str, float]:
-    with placed(side.pid, placement):
-        return measure(side, seconds)
-
-
 # --- beside idle connections --------------------------------------------------------
 
 
@@ -423,7 +418,7 @@ def _cases() -> Iterator[Case]:
                 f"{name}-{placement}",
                 f"{title}, {where}",
                 1500,
-                functools.partial(_placed, placement, measure),
+                functools.partial(measured, placement, measure),
                 without=_WITHOUT_IDEAL if name == "crr-forward" else frozenset(),
             )
     yield Case(
@@ -442,7 +437,7 @@ def _cases() -> Iterator[Case]:
                     f"{name}-idle-{idle}-{placement}",
                     f"{title}, beside {many}, {where}",
                     1500,
-                    functools.partial(_beside, functools.partial(_placed, placement, measure)),
+                    functools.partial(_beside, functools.partial(measured, placement, measure)),
                     bed,
                     without,
                 )

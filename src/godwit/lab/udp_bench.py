@@ -33,6 +33,7 @@ from godwit.lab.bench import Case, Side, Working
 from godwit.lab.errors import LabError
 from godwit.lab.ideal import DISCARD
 from godwit.lab.netns import Namespace
+from godwit.lab.placement import PLACEMENTS, measured
 
 ANY = "0.0.0.0"
 
@@ -303,6 +304,12 @@ def _case(
     return Case(name, title, mtu, measure, without=_WITHOUT_IDEAL if other else frozenset())
 
 
+def _latencies(name: str, title: str, mtu: int, *, size: int) -> Iterator[Case]:
+    for placement, where in PLACEMENTS.items():
+        measure = functools.partial(measured, placement, functools.partial(_latency, size=size))
+        yield Case(f"{name}-{placement}", f"{title}, {where}", mtu, measure)
+
+
 CASES = (
     _case("up-1400", "up, 1400 B, unpaced", 1500, up=True, size=1400),
     _case("up-1400-joined", "up, 1400 B, unpaced, cut up by the card", 1500, up=True, size=1400, joined=True),
@@ -340,8 +347,8 @@ CASES = (
     _case("up-8k-paced", "up, 8 KiB in fragments, 2 000/s", 1500, up=True, size=8192, rate=2_000.0),
     _case("down-8k", "down, 8 KiB in fragments, flooded", 1500, up=False, size=8192),
     _case("down-8k-paced", "down, 8 KiB in fragments, 2 000/s", 1500, up=False, size=8192, rate=2_000.0),
-    Case("latency-64", "question and answer, 64 B", 1500, functools.partial(_latency, size=64)),
+    *_latencies("latency-64", "question and answer, 64 B", 1500, size=64),
     _case("up-8k-65520", "up, 8 KiB at MTU 65520, unpaced", 65520, up=True, size=8192),
     _case("down-8k-65520", "down, 8 KiB at MTU 65520, flooded", 65520, up=False, size=8192),
-    Case("latency-8k-65520", "question and answer, 8 KiB at MTU 65520", 65520, functools.partial(_latency, size=8192)),
+    *_latencies("latency-8k-65520", "question and answer, 8 KiB at MTU 65520", 65520, size=8192),
 )
