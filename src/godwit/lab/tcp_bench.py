@@ -49,7 +49,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from godwit.lab._tcp import PATIENCE, Answerer, Echo, Receiver, Sender, Times, ask, visit
 from godwit.lab.backend import IDEAL, Backend, Kind
-from godwit.lab.bench import NONE, PORT_COUNT, Bed, Case, Side, Working
+from godwit.lab.bench import DESCRIPTORS, NONE, PORT_COUNT, Bed, Case, Side, Working
 from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError
 from godwit.lab.guest import StreamGuest
@@ -370,7 +370,9 @@ class StreamSide(Side):
         """Start both, once; `LabError` if the back-end does not start."""
         if self._stream_guest is None:
             net = self._net
-            backend = self._cleanup.enter_context(Backend(net.a, self._folder, self.kind, stream=True, mtu=net.mtu))
+            backend = self._cleanup.enter_context(
+                Backend(net.a, self._folder, self.kind, stream=True, mtu=net.mtu, descriptors=DESCRIPTORS)
+            )
             guest = self._cleanup.enter_context(StreamGuest(f"guest-{self.kind}", mtu=net.mtu))
             guest.connect(backend.socket)
             guest.configure()
