@@ -100,7 +100,7 @@ debug: venv ## an unoptimised build with debug information, in build/debug/lib
 # Python itself is not built with the sanitizers, so their libraries are loaded first. It frees little at
 # its end, which is no leak; and its own allocator would hide overruns inside its arenas.
 # Not what takes long and has the data plane do what others do, too, or is about the laboratory itself.
-ASAN_LEAVES := $(patsubst %,tests/lab/test_%.py,outcomes fault_matrix endurance addresses guard failures \
+ASAN_LEAVES := $(patsubst %,tests/lab/test_%.py,outcomes fault_matrix endurance addresses guard failures going_on \
 	clients services hosts options agent debian image netns qmp traffic \
 	bench bench_report move_bench rest_bench tcp_bench)
 
