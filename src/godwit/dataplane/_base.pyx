@@ -42,9 +42,9 @@ from godwit.dataplane.plane cimport (
     MAX_MAPS,
     MAX_TARGETS,
     NONE,
-    SEND_BUFFER,
     RARE_FRAME,
     RARE_SLOTS,
+    SEND_BUFFER,
     UDP_SLOT,
     Flow,
     Listener,
@@ -53,6 +53,7 @@ from godwit.dataplane.plane cimport (
     frames_both_ways,
 )
 from godwit.dataplane.reassembly cimport reassembly_free, reassembly_init
+from godwit.dataplane.sockstate cimport kernel_limit
 from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
@@ -213,7 +214,7 @@ cdef class EngineBase:
         ev.data.u64 = watch_data(WATCH_WAKE, 0, 0)
         check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, self.p.wake, &ev) != 0 else 0, "epoll")
         self.p.peek_offset = kernel_has_peek_offset()
-        self.p.send_buffer = min(2 * wmem_max(), SEND_BUFFER)
+        self.p.send_buffer = min(2 * kernel_limit("core/wmem_max", 212992), SEND_BUFFER)     # SO_SNDBUF is doubled
         self.p.now = clock_ms(self.p)
 
     def __dealloc__(self):
@@ -815,15 +816,6 @@ cdef class EngineBase:
             if any(seen.mac):
                 copy_bytes(self.p.config.guest_mac, seen.mac, 6, "MAC address")
                 self.p.config.guest_mac_known = True
-
-
-cdef int wmem_max():
-    """The largest SO_SNDBUF, in bytes; where a namespace does not show it, the kernel's default."""
-    try:
-        with open("/proc/sys/net/core/wmem_max") as limit:
-            return min(int(limit.read()), SEND_BUFFER)
-    except (OSError, ValueError):
-        return 212992
 
 
 cdef bint kernel_has_peek_offset():

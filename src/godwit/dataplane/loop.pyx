@@ -79,16 +79,14 @@ cdef enum:
     RING_ROUNDS = 8
 
 
-cdef uint64_t clock_ms(Plane *p) noexcept nogil:
-    cdef timespec ts
-    clock_gettime(CLOCK_MONOTONIC, &ts)
-    return <uint64_t>ts.tv_sec * 1000 + ts.tv_nsec // 1000000 + p.ahead
-
-
 cdef uint64_t clock_ns() noexcept nogil:
     cdef timespec ts
     clock_gettime(CLOCK_MONOTONIC, &ts)
     return <uint64_t>ts.tv_sec * 1000000000 + ts.tv_nsec
+
+
+cdef uint64_t clock_ms(Plane *p) noexcept nogil:
+    return clock_ns() // 1000000 + p.ahead
 
 
 cdef void loop_wake(Plane *p) noexcept nogil:
@@ -195,11 +193,6 @@ cdef void card_out(Plane *p) noexcept nogil:
         p.again = True
 
 
-cdef bint look(Plane *p, Queue *q) noexcept nogil:
-    """Has the guest sent something?"""
-    return queue_active(q) and queue_pending(q) != 0
-
-
 cdef int poll_busy(Plane *p, epoll_event *events) noexcept nogil:
     """Wait, first without sleeping, and without kicks from the guest.
 
@@ -212,7 +205,7 @@ cdef int poll_busy(Plane *p, epoll_event *events) noexcept nogil:
         n = epoll_wait(p.epfd, events, EVENTS, 0)
         if n != 0:
             return n
-        if look(p, q):
+        if queue_active(q) and queue_pending(q) != 0:
             break
         if clock_ns() >= until:
             if not queue_active(q) or not queue_notify_on(q, &p.mem, q.last_avail):

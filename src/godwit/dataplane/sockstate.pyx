@@ -698,18 +698,22 @@ cdef socklen_t fill(sockaddr_storage *out, bytes addr, uint16_t port, uint32_t s
     return sock_end(out, addr, port, scope)
 
 
+cdef object kernel_limit(str name, default):
+    """The last number of a file below /proc/sys/net, of which a namespace need not show all."""
+    try:
+        with open(f"/proc/sys/net/{name}") as limits:
+            return int(limits.read().split()[-1])
+    except (OSError, ValueError, IndexError):
+        return default
+
+
 cdef uint32_t receive_room():
     """Bytes of a receive queue that surely fit into a new socket.
 
     A receive buffer grows by itself as the queue is written, as long as nobody
     has set its size; to tcp_rmem's limit.
     """
-    try:
-        with open("/proc/sys/net/ipv4/tcp_rmem") as limits:
-            limit = int(limits.read().split()[2])
-    except (OSError, ValueError, IndexError):
-        limit = 4 << 20
-    return min(limit, MAX_QUEUE) // 8 * 7
+    return min(kernel_limit("ipv4/tcp_rmem", 4 << 20), MAX_QUEUE) // 8 * 7
 
 
 def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, uint32_t scope,
