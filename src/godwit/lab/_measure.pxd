@@ -1,19 +1,9 @@
 # cython: language_level=3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the bench's senders and receivers share: the clock, poll(2), and words that two threads see."""
+"""What the bench's senders and receivers share: the clock, and words that two threads see."""
 
 from libc.stdint cimport uint64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
-
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long count, int timeout)
-    enum:
-        POLLIN
-        POLLOUT
 
 cdef extern from *:
     """

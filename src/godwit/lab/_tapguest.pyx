@@ -42,6 +42,8 @@ from godwit.dataplane.driver cimport (
     vring_desc,
     vring_used_elem,
 )
+from godwit.dataplane.sys cimport POLLIN, poll, pollfd
+from godwit.lab._measure cimport flag_load, flag_store
 
 cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:
@@ -73,15 +75,6 @@ cdef extern from "<sys/epoll.h>" nogil:
         EPOLL_CTL_MOD
         EPOLL_CTL_DEL
 
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long count, int timeout)
-    enum:
-        POLLIN
-
 cdef extern from "<linux/virtio_net.h>" nogil:
     cdef struct virtio_net_hdr_v1:
         uint8_t flags
@@ -101,15 +94,9 @@ cdef extern from *:
     #define GODWIT_HEADER ((size_t)12)
     #define GODWIT_IOV 1024            /* UIO_MAXIOV */
     _Static_assert(sizeof(struct virtio_net_hdr_v1) == GODWIT_HEADER, "header of virtio 1.x");
-    static inline int order_load(const int *p)
-    { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-    static inline void order_store(int *p, int v)
-    { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     """
     const size_t GODWIT_HEADER
     const int GODWIT_IOV
-    int order_load(const int *p) nogil
-    void order_store(int *p, int v) nogil
 
 cdef enum:
     BATCH = 64        # frames one way before the other way has its turn
@@ -366,7 +353,7 @@ cdef class Mover:
         """Return when the thread is parked. No effect when it is, or has ended."""
         if self._order != RUN:
             return
-        order_store(&self._order, PARK)
+        flag_store(&self._order, PARK)
         ring_signal(self._control)
         with nogil:
             await_token(self._parked)
@@ -375,7 +362,7 @@ cdef class Mover:
         """Let the thread go on, from `pause` or from its start."""
         if self._order != PARK or self._thread is None:
             return
-        order_store(&self._order, RUN)
+        flag_store(&self._order, RUN)
         ring_signal(self._resumed)
 
     def start(self):
@@ -390,7 +377,7 @@ cdef class Mover:
         cdef int before = self._order
         if self._thread is None:
             return
-        order_store(&self._order, END)
+        flag_store(&self._order, END)
         ring_signal(self._control)
         if before == PARK:
             ring_signal(self._resumed)
@@ -405,9 +392,9 @@ cdef class Mover:
                 drain(self._control)
                 if self._failure == FINE:
                     self._failure = self._loop()
-                while order_load(&self._order) == RUN:
+                while flag_load(&self._order) == RUN:
                     self._sleep()        # failed: follow orders, but touch no ring any more
-                if order_load(&self._order) == END:
+                if flag_load(&self._order) == END:
                     break
                 ring_signal(self._parked)
 
@@ -426,13 +413,13 @@ cdef class Mover:
         cdef bint stalled
         if self._rx.kick < 0:
             # Parked is what one is without a back-end; never spin here.
-            while order_load(&self._order) == RUN:
+            while flag_load(&self._order) == RUN:
                 self._sleep()
             return FINE
         # What was made available meanwhile may have gone unnoticed.
         ring_signal(self._rx.kick)
         ring_signal(self._tx.kick)
-        while order_load(&self._order) == RUN:
+        while flag_load(&self._order) == RUN:
             failure = self._reclaim()
             if failure != FINE:
                 return failure

@@ -15,9 +15,30 @@ import os
 from libc.errno cimport EAGAIN, EBADMSG, ECONNRESET, EINTR, EINVAL, ENOMEM, ETIMEDOUT, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from posix.unistd cimport close
 
-from godwit.lab._measure cimport POLLIN, POLLOUT, count_add, count_load, flag_load, flag_store, monotonic, poll, pollfd
+from godwit.dataplane.sys cimport (
+    AF_INET,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    MSG_TRUNC,
+    POLLIN,
+    POLLOUT,
+    SOCK_CLOEXEC,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    accept4,
+    close,
+    connect,
+    poll,
+    pollfd,
+    recv,
+    send,
+    setsockopt,
+    sockaddr,
+    sockaddr_in,
+    socket,
+)
+from godwit.lab._measure cimport count_add, count_load, flag_load, flag_store, monotonic
 
 cdef extern from "<arpa/inet.h>" nogil:
     uint16_t htons(uint16_t value)
@@ -28,34 +49,10 @@ cdef extern from "<sys/time.h>" nogil:
         long tv_sec
         long tv_usec
 
-cdef extern from "<netinet/in.h>" nogil:
-    cdef struct in_addr:
-        uint32_t s_addr
-    cdef struct sockaddr_in:
-        unsigned short sin_family
-        uint16_t sin_port
-        in_addr sin_addr
-
 cdef extern from "<sys/socket.h>" nogil:
-    cdef struct sockaddr:
-        pass
-    ctypedef unsigned int socklen_t
-    int socket(int family, int type, int protocol)
-    int connect(int fd, const sockaddr *address, socklen_t size)
-    int accept4(int fd, sockaddr *address, socklen_t *size, int flags)
-    int setsockopt(int fd, int level, int option, const void *value, socklen_t size)
-    ssize_t send(int fd, const void *data, size_t size, int flags)
-    ssize_t recv(int fd, void *data, size_t size, int flags)
     enum:
-        AF_INET
-        SOCK_STREAM
-        SOCK_CLOEXEC
-        SOL_SOCKET
         SO_RCVTIMEO
         SO_SNDTIMEO
-        MSG_DONTWAIT
-        MSG_NOSIGNAL
-        MSG_TRUNC
 
 cdef enum:
     TO_SEND = 256 * 1024        # bytes at a time

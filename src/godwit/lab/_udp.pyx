@@ -16,37 +16,24 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_nanosleep, timespec
 
-from godwit.lab._measure cimport POLLIN, flag_load, flag_store, monotonic, poll, pollfd
-
-cdef extern from "<sys/socket.h>" nogil:
-    ctypedef unsigned int socklen_t
-    cdef struct iovec:
-        void *iov_base
-        size_t iov_len
-    cdef struct msghdr:
-        void *msg_name
-        socklen_t msg_namelen
-        iovec *msg_iov
-        size_t msg_iovlen
-        int msg_flags
-    cdef struct mmsghdr:
-        msghdr msg_hdr
-        unsigned int msg_len
-    cdef struct sockaddr_storage:
-        pass
-    int sendmmsg(int fd, mmsghdr *messages, unsigned int count, int flags)
-    int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
-    ssize_t send(int fd, const void *data, size_t size, int flags)
-    ssize_t recv(int fd, void *data, size_t size, int flags)
-    int setsockopt(int fd, int level, int option, const void *value, socklen_t size)
-    enum:
-        MSG_DONTWAIT
-        MSG_TRUNC
-
-cdef extern from "<netinet/udp.h>" nogil:
-    enum:
-        SOL_UDP
-        UDP_SEGMENT
+from godwit.dataplane.sys cimport (
+    IPPROTO_UDP,
+    MSG_DONTWAIT,
+    MSG_TRUNC,
+    POLLIN,
+    UDP_SEGMENT,
+    iovec,
+    mmsghdr,
+    poll,
+    pollfd,
+    recv,
+    recvmmsg,
+    send,
+    sendmmsg,
+    setsockopt,
+    sockaddr_storage,
+)
+from godwit.lab._measure cimport flag_load, flag_store, monotonic
 
 cdef enum:
     BATCH = 32              # datagrams in one system call
@@ -113,7 +100,7 @@ def send_numbered(int fd, *, uint32_t size, double seconds, double rate=0.0, bin
     if joined:
         if BATCH * size > LARGEST - 100:
             raise ValueError(f"{BATCH} datagrams of {size} bytes are too many for one message")
-        if setsockopt(fd, SOL_UDP, UDP_SEGMENT, &size, sizeof(int)) != 0:
+        if setsockopt(fd, IPPROTO_UDP, UDP_SEGMENT, &size, sizeof(int)) != 0:
             raise OSError(errno, "UDP_SEGMENT")
     cdef _Batch batch = _Batch(size)
     cdef uint64_t sent = 0, refused = 0, number = 0, start, now, end, owed, forgiven = 0

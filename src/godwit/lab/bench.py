@@ -61,6 +61,18 @@ def expect_descriptors() -> None:
         raise LabError(f"{DESCRIPTORS} descriptors are needed for each process, {most} are allowed (ulimit -Hn)")
 
 
+def cpu(*pids: int | None) -> float:
+    """Processor time of these processes so far, in seconds: their own clocks (clock_getcpuclockid(3))."""
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids if pid is not None)
+
+
+def grounds(cleanup: contextlib.ExitStack, mtu: int) -> tuple[Network, str]:
+    """A network, and a folder that back-ends of any user reach: what most beds are made on."""
+    folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-bench-"))
+    os.chmod(folder, 0o755)  # passt becomes another user
+    return cleanup.enter_context(Network(mtu=mtu)), folder
+
+
 class Side:
     """One back-end and the guest behind it, or neither (``NONE``).
 
@@ -104,10 +116,7 @@ class Side:
 
     def cpu(self) -> float:
         """Processor time of the back-end so far, user's and system's, in seconds; 0 where there is none."""
-        if self._pid is None:
-            return 0.0
-        # The process's own clock (clock_getcpuclockid(3)): what /proc/PID/stat tells, in ns.
-        return time.clock_gettime(~self._pid << 3 | 2)
+        return cpu(self._pid)
 
     def frames_from_guest(self) -> int:
         """Frames that the guest's card has sent so far."""
@@ -131,9 +140,7 @@ class Bed(Closing):
         expect_descriptors()
         self._cleanup = contextlib.ExitStack()
         try:
-            folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-bench-"))
-            os.chmod(folder, 0o755)  # passt becomes another user
-            net = self._cleanup.enter_context(Network(mtu=mtu))
+            net, folder = grounds(self._cleanup, mtu)
             self.sides = {
                 kind: side(kind, net, folder, _FIRST_PORT + 1000 * number, self._cleanup)
                 for number, kind in enumerate(kinds)

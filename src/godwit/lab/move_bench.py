@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from godwit.lab.backend import Backend, Kind
-from godwit.lab.bench import DESCRIPTORS, Case, expect_descriptors
+from godwit.lab.bench import DESCRIPTORS, Case, cpu, expect_descriptors
 from godwit.lab.closing import Closing
 from godwit.lab.crowd import Crowd
 from godwit.lab.errors import LabError
@@ -47,11 +47,6 @@ _TAKEN = 4096  # what a guest takes all the same that does not read, at most
 _SAMPLE = 500  # connections that are used between two moves; after the second, all are
 _LINGER = 0.0  # seconds for a back-end to end, which would stay for the sake of connections that have left
 _QUIET = 0.05  # seconds in which a back-end uses no processor
-
-
-def cpu(*pids: int | None) -> float:
-    """Processor time of these processes so far, in seconds: their own clocks (clock_getcpuclockid(3))."""
-    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids if pid is not None)
 
 
 def _cpu_of(backend: Backend) -> float:

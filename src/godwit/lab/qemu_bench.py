@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 
 from godwit.lab.backend import IDEAL, Backend, Kind
-from godwit.lab.bench import NONE, Case
+from godwit.lab.bench import NONE, Case, cpu, grounds
 from godwit.lab.closing import Closing
 from godwit.lab.errors import LabError
-from godwit.lab.move_bench import cpu
 from godwit.lab.netns import Network
 from godwit.lab.qemu import QemuGuest
 
@@ -72,9 +69,7 @@ class QemuBed(Closing):
     def __init__(self, mtu: int, kinds: Sequence[Kind]) -> None:
         self._cleanup = contextlib.ExitStack()
         try:
-            folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-bench-"))
-            os.chmod(folder, 0o755)  # passt becomes another user
-            net = self._cleanup.enter_context(Network(mtu=mtu))
+            net, folder = grounds(self._cleanup, mtu)
             server = net.server.popen([sys.executable, "-c", SERVER, str(PORT)], stdout=subprocess.PIPE)
             assert server.stdout is not None
             self._cleanup.callback(server.stdout.close)

@@ -22,19 +22,18 @@ import functools
 import os
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from godwit.lab.backend import IDEAL, Backend, Kind
-from godwit.lab.bench import DESCRIPTORS, NONE, Case, expect_descriptors
+from godwit.lab.bench import DESCRIPTORS, NONE, Case, cpu, expect_descriptors, grounds
 from godwit.lab.closing import Closing
 from godwit.lab.crowd import Crowd, RefusedError
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
-from godwit.lab.move_bench import MOVING, MoveSide, cpu, cpu_when_quiet
+from godwit.lab.move_bench import MOVING, MoveSide, cpu_when_quiet
 from godwit.lab.netns import Network
 
 MTU = 1500
@@ -79,9 +78,7 @@ class RestBed(Closing):
         expect_descriptors()
         self._cleanup = contextlib.ExitStack()
         try:
-            folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-bench-"))
-            os.chmod(folder, 0o755)  # passt becomes another user
-            net = self._cleanup.enter_context(Network(mtu=mtu))
+            net, folder = grounds(self._cleanup, mtu)
             self.sides = {kind: RestSide(kind, mtu, net, folder) for kind in kinds}
         except BaseException:
             self._cleanup.close()
