@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
@@ -129,6 +130,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], None]:
 async def start(device: NetDevice) -> None:
     for index in (0, 1):
         await device.set_vring_kick(index, None)
+    await device._at_rest()
 
 
 async def stop(device: NetDevice) -> None:
@@ -257,6 +259,62 @@ def test_a_guest_that_has_moved_in_is_told_of_its_new_host(run: Any) -> None:
         assert await device.check_device_state()
         await start(device)
         assert engine.told() == [("fe80::1", ["2001:db8:1:: 0xffffffff"])]
+
+    run(work)
+
+
+@pytest.mark.parametrize("begins", ["a kick", "an announcement"])
+def test_a_guest_need_not_wait_for_its_connections(run: Any, monkeypatch: pytest.MonkeyPatch, begins: str) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        committing, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+        def commit() -> None:
+            committing.set()
+            assert may_end.wait(10)
+            ended.set()
+
+        monkeypatch.setattr(device._mover, "commit", commit)
+        reads, writes = os.pipe()
+        os.write(writes, _empty_stream())
+        os.close(writes)
+        await device.set_device_state_fd(Direction.LOAD, 0, reads)
+        assert await device.check_device_state()
+        if begins == "an announcement":
+            await device.send_rarp(b"\x52\0\0\0\0\1")
+        for index in (0, 1):
+            await device.set_vring_kick(index, None)
+        await device.send_rarp(b"\x52\0\0\0\0\1")
+        assert await asyncio.to_thread(committing.wait, 10)
+        assert device.why_not() == "a migration is under way"
+        changed(device)
+        assert (len(engine.configured), engine.told()) == (1, [])
+        stopping = asyncio.ensure_future(device.get_vring_base(0))  # for the next migration
+        assert (await asyncio.wait([stopping], timeout=0.1))[0] == set()
+        may_end.set()
+        assert await stopping == 0
+        assert ended.is_set()
+        assert engine.told() == [CHANGED]
+
+    run(work)
+
+
+def test_a_front_end_that_hangs_up_meanwhile_does_not_cut_that_short(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        calls: list[str] = []
+        may_end = threading.Event()
+        monkeypatch.setattr(device._mover, "commit", lambda: calls.append(f"commit {may_end.wait(10)}"))
+        monkeypatch.setattr(device._mover, "close_flows", lambda: calls.append("close"))
+        reads, writes = os.pipe()
+        os.write(writes, _empty_stream())
+        os.close(writes)
+        await device.set_device_state_fd(Direction.LOAD, 0, reads)
+        assert await device.check_device_state()
+        await device.set_vring_kick(0, None)
+        hanging_up = asyncio.ensure_future(device.disconnected())
+        assert (await asyncio.wait([hanging_up], timeout=0.1))[0] == set()
+        may_end.set()
+        await hanging_up
+        assert calls == ["commit True", "close"]
 
     run(work)
 

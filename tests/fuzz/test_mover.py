@@ -210,7 +210,7 @@ def test_a_load_that_ends_without_the_guest_leaves_nothing(rig: Rig, number: int
         assert outcome is not None
         ends[type(outcome.error).__name__] += 1
         if rig.mover._arrivals is not None:
-            ends["filled"] += len(rig.mover._arrivals.sockets(0, restored=True)[0])
+            ends["filled"] += len(rig.mover._arrivals.with_socket(0, restored=True))
         transfer.close()
         assert rig.content() == before, seed
         assert rig.heard() == [], seed

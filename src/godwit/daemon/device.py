@@ -153,6 +153,8 @@ class NetDevice(BaseDevice):
         self._before_answer = before_answer
         self._due = False  # the network is another, which is to be followed when the guest runs
         self._stands_still = False  # its rings were stopped: suspended, or its end is near
+        self._going_on: asyncio.Task[None] | None = None  # what a transfer has left is let go
+        self._has_rings = False  # and meanwhile a ring was started
         self._moved_in = False  # and has not been told of the network here
         self._telling: asyncio.TimerHandle | None = None
         self._descriptors = MAX_FLOWS  # that flows may have, those that linger included
@@ -191,7 +193,7 @@ class NetDevice(BaseDevice):
 
     def why_not(self) -> str:
         """What speaks against another process's going on with the guest right now; empty: nothing."""
-        if self._transfers.current is not None or handover.is_logged(self._engine):
+        if self._transfers.current is not None or self._going_on is not None or handover.is_logged(self._engine):
             return "a migration is under way"
         if self._rescuing or handover.is_held(self._engine) or not self._mover.settled:
             return "connections stand still: they wait for a repair helper, or for their address"
@@ -535,32 +537,31 @@ class NetDevice(BaseDevice):
 
     async def get_vring_base(self, index: int) -> int:
         """GET_VRING_BASE: the ring stands still from here on."""
+        await self._at_rest()
         self._stands_still = True
         return self._engine.ring_stop(index)
 
     async def set_vring_kick(self, index: int, fd: int | None) -> None:
         """SET_VRING_KICK: the guest runs, here."""
-        try:
-            await self._guest_runs()
-        except BaseException:
-            if fd is not None:
-                os.close(fd)
-            raise
+        self._guest_runs()
         with _refusals():
             self._engine.ring_kick(index, fd)
-        if self._advertising is None:
+        if self._advertising is None and not self._has_rings:
             assert self._loop is not None  # since start()
             self._loop.call_later(_LOOK_AFTER, self._look_at_memory)
         self._guest_has_rings()
 
     async def plug(self, card: StreamCard) -> None:
         """In place of all the requests before: the guest is behind this card, and runs (`godwit.daemon.stream`)."""
-        await self._guest_runs()
+        self._guest_runs()
         with _refusals():
             self._engine.plug(card)
         self._guest_has_rings()
 
     def _guest_has_rings(self) -> None:
+        if self._going_on is not None:
+            self._has_rings = True  # it is told of its network when its connections are there
+            return
         if self._advertising is None:
             assert self._loop is not None  # since start()
             self._advertising = self._loop.call_later(ADVERTISE_INTERVAL, self._advertise)
@@ -600,7 +601,8 @@ class NetDevice(BaseDevice):
 
     async def send_rarp(self, mac: bytes) -> None:
         """SEND_RARP: after a load, the guest runs. No network below us would have to learn its address."""
-        await self._goes_on(await self._transfers.guest_is_announced())
+        if self._transfers.state is State.LOADED:
+            self._guest_runs()
 
     # ---- migration
 
@@ -608,6 +610,7 @@ class NetDevice(BaseDevice):
         """SET_DEVICE_STATE_FD: start a save or a load; it goes on in a thread."""
         saving = direction is Direction.SAVE
         recording = Recording(path, "saved" if saving else "loaded") if (path := self._options.record) else None
+        await self._at_rest()
         copy, done = (recording.write, recording.close) if recording is not None else (None, lambda: None)
         transfer: Migration[FlowMover] = Migration(versions(), self._mover, copy=copy)
         way, version = (Transfer.SOURCE, self._options.migrate_version) if saving else (Transfer.TARGET, None)
@@ -624,18 +627,33 @@ class NetDevice(BaseDevice):
         except StateError as error:
             raise DeviceError(str(error)) from error
 
-    async def _guest_runs(self) -> None:
+    def _guest_runs(self) -> None:
         """The front-end starts the guest: what a save froze is thawed, what a load brought is let go."""
+        if self._going_on is not None:
+            return
         if self._transfers.current is None:
             self._mover.thaw_listeners()
-            return
-        await self._goes_on(await self._transfers.guest_runs())
+        else:
+            # The guest need not stand still for it: no ring is served meanwhile, and what it sends waits there.
+            self._going_on = asyncio.ensure_future(self._go_on())
 
-    async def _goes_on(self, ended: State | None) -> None:
-        """The guest runs here, after a transfer that has ended in that state."""
-        self._note_end(ended)
-        if ended is not None:
+    async def _go_on(self) -> None:
+        """Let go what a transfer has left, while the front-end starts the rings and the guest."""
+        try:
+            self._note_end(await self._transfers.guest_runs())
             await asyncio.to_thread(self._mover.give_up_all)
+        except Exception:
+            log.exception("the end of the migration has failed")
+        finally:
+            self._going_on = None
+        if self._has_rings:
+            self._has_rings = False
+            self._guest_has_rings()
+
+    async def _at_rest(self) -> None:
+        """Wait until all that a transfer has left has been let go."""
+        if self._going_on is not None:
+            await asyncio.wait([self._going_on])
 
     def _note_end(self, ended: State | None) -> None:
         """A transfer has ended, in that state."""
@@ -657,6 +675,7 @@ class NetDevice(BaseDevice):
 
     async def disconnected(self) -> None:
         """The front-end is gone, and the guest with it: for good, or to where it was moved."""
+        await self._at_rest()
         if await self._transfers.settle("the front-end has hung up") in (State.SAVED, State.LINGERING):
             await self._begin_linger(await asyncio.to_thread(self._mover.leave))
         self._note_end(await self._transfers.hung_up())

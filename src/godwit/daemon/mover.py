@@ -186,6 +186,7 @@ class Mover:
         self._parked = False
         self._held_alone = False  # what is asked of the helper is for flows that are held while the guest runs
         self._frozen: Sequence[int] = []  # source: flows whose socket is frozen
+        self._locking: Callable[[], None] | None = None  # source: waits until the helper has set their repair mode
         self._in_repair: set[int] = set()  # of those, the ones in repair mode
         self._saved: set[int] = set()  # and of those, the ones whose socket is in the stream
         self._frozen_listeners: list[int] = []
@@ -288,9 +289,9 @@ class Mover:
     # ---- source
 
     def freeze(self) -> None:
-        """Freeze every flow and listener, then have the helper set repair mode.
+        """Freeze every flow and listener, and begin to have the helper set repair mode.
 
-        :raises RepairError: there was a helper, and it is gone or failed.
+        :raises RepairError: there was a helper, and it is gone.
         """
         with self._lock:
             self._park()
@@ -318,8 +319,24 @@ class Mover:
                 "the repair socket" if self._repair is None else self._repair.path,
             )
             return
-        self._set_mode(moving.sockets(self._engine, self._frozen), Repair.ON)
+        # The flows themselves can be written while it is at work on their sockets.
+        self._locking = self._beside(partial(self._set_mode, moving.sockets(self._engine, self._frozen), Repair.ON))
+
+    def _locked(self) -> None:
+        """Wait until the helper has set repair mode.
+
+        :raises RepairError: there was one, and it is gone or failed.
+        """
+        if self._locking is None:
+            return
+        wait, self._locking = self._locking, None
+        wait()
         self._in_repair.update(self._frozen)
+
+    def _locked_or_not(self) -> None:
+        """Wait until the helper touches these sockets no more, whatever has come of it."""
+        with contextlib.suppress(Exception):
+            self._locked()
 
     def flows(self) -> Sequence[int]:
         """All TCP flows, also those without a socket, and those in a handshake."""
@@ -334,7 +351,11 @@ class Mover:
         return moving.flow_records(self._engine, flows, native)
 
     def dump(self, flows: Sequence[int]) -> Iterator[bytes | str]:
-        """The sockets and their queues; of one that cannot move, why."""
+        """The sockets and their queues; of one that cannot move, why.
+
+        :raises RepairError: there was a helper, and it is gone or failed.
+        """
+        self._locked()
         first = 0
         for place, flow in enumerate(flows):
             waiting = self._awaited.get(flow)
@@ -387,6 +408,7 @@ class Mover:
         self._watch()
 
     def _go_on(self) -> None:
+        self._locked_or_not()
         self.thaw_listeners()
         # The socket itself says whether it is in repair mode: a helper that failed may have come to any point.
         self._leave_repair([flow for flow in self._frozen if self._is_in_repair(flow)])
@@ -474,6 +496,7 @@ class Mover:
         """
         with self._lock:
             try:
+                self._locked_or_not()
                 # What could not be saved the caller resets, for the peer's sake: in repair mode that would say nothing.
                 self._leave_repair([f for f in self._frozen if f in self._in_repair and f not in self._saved])
                 for flow in self._frozen:
@@ -538,7 +561,9 @@ class Mover:
 
     def _enter_repair(self, first: int) -> None:
         """Begin with what has come from that number on, as far as it has sockets."""
-        numbers, fds = self._came().sockets(first)
+        arrivals = self._came()
+        numbers = arrivals.with_socket(first)
+        fds = arrivals.sockets(numbers)
         self._entering = _Entering(numbers, self._beside(partial(self._set_mode, fds, Repair.ON)))
 
     def _entered(self) -> None:
@@ -707,27 +732,35 @@ class Mover:
         for number in arrivals.not_restored():
             if number not in self._waits:
                 self._lose(number, "it was not restored")
-        for number, error in arrivals.complete():
-            self._lose(number, f"completing its socket: {os.strerror(error)}")
-        self._leave_arrivals(*arrivals.sockets(0, restored=True))
+        self._leave_arrivals(arrivals.with_socket(0, restored=True))
         self._end_lost()
 
-    def _leave_arrivals(self, numbers: array[int], fds: Sequence[int]) -> None:
-        """End repair mode; those that are out of it go on while the helper is at work on the next ones."""
+    def _leave_arrivals(self, numbers: array[int]) -> None:
+        """End repair mode. While the helper is at work on some the next ones are completed, and those before go on."""
         out = numbers[:0]
-        for first in range(0, len(fds), BATCH):
-            batch = slice(first, first + BATCH)
-            wait = self._beside(partial(self._set_mode, fds[batch], Repair.OFF))
+        leaving = self._complete(numbers[:BATCH])
+        for following in range(BATCH, len(numbers) + BATCH, BATCH):
+            fds = self._came().sockets(leaving)
+            wait = self._beside(partial(self._set_mode, fds, Repair.OFF))
             try:
                 self._finish(out)
+                complete = self._complete(numbers[following : following + BATCH])
             finally:
-                done = self._done(wait, len(fds[batch]))
-            out = numbers[batch][:done]
-            if done < len(fds[batch]):
-                for number in numbers[first + done :]:
+                done = self._done(wait, len(fds))
+            out = leaving[:done]
+            if done < len(fds):
+                for number in (*leaving[done:], *numbers[following:]):
                     self._lose(number, "no repair helper")
                 break
+            leaving = complete
         self._finish(out)
+
+    def _complete(self, numbers: array[int]) -> array[int]:
+        """All that they need but to be out of repair mode. Gives those that have it."""
+        failed = dict(self._came().complete(numbers))
+        for number, error in failed.items():
+            self._lose(number, f"completing its socket: {os.strerror(error)}")
+        return array("I", (number for number in numbers if number not in failed)) if failed else numbers
 
     def _done(self, wait: Callable[[], None], count: int) -> int:
         """How many sockets of so many the helper has set."""
@@ -784,6 +817,7 @@ class Mover:
     def give_up_all(self) -> None:
         """After a transfer: should its end have failed, what stands still since is reset rather than left to hang."""
         with self._lock:
+            self._locked_or_not()
             came = self._arrived()
             left = {*self._frozen, *came}
             if not left and not self._parked:

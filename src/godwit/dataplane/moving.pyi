@@ -59,8 +59,11 @@ class Arrivals:
     def not_restored(self) -> list[int]:
         """The numbers of those that have a place, are not lost, and whose socket is not the connection."""
 
-    def sockets(self, first: int, restored: bool = False) -> tuple[array[int], array[int]]:
-        """The numbers from ``first`` on that have a socket, or only those that are restored; and their descriptors."""
+    def with_socket(self, first: int, restored: bool = False) -> array[int]:
+        """The numbers from ``first`` on that have a socket, or only those that are restored."""
+
+    def sockets(self, numbers: Sequence[int]) -> array[int]:
+        """The descriptors of these; -1 for one without."""
 
     def enter_repair(self, numbers: Sequence[int]) -> None:
         """Their sockets are in repair mode."""
@@ -82,8 +85,8 @@ class Arrivals:
         Error 0: it is a lost one, or has ended; EDQUOT: there is no memory for its queues.
         """
 
-    def complete(self) -> list[tuple[int, int]]:
-        """At the commit, in repair mode still: what was sent, of all that are restored.
+    def complete(self, numbers: array[int]) -> list[tuple[int, int]]:
+        """At the commit, in repair mode still: how a running socket is set, and what was sent.
 
         (number, error) of those where it failed.
         """

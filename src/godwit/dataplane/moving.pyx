@@ -469,16 +469,24 @@ cdef class Arrivals:
         return [i for i in range(self.count)
                 if self.all[i].flow != NONE and not self.all[i].restored and not self.all[i].lost]
 
-    def sockets(self, size_t first, bint restored=False):
+    def with_socket(self, size_t first, bint restored=False):
         cdef size_t i
         cdef Flow *f
-        numbers, fds = array("I"), array("i")
+        numbers = array("I")
         for i in range(first, self.count):
             f = self.place(&self.all[i])
             if f != NULL and f.sock >= 0 and not self.all[i].lost and (self.all[i].restored or not restored):
                 numbers.append(i)
-                fds.append(f.sock)
-        return numbers, fds
+        return numbers
+
+    def sockets(self, numbers):
+        cdef size_t number
+        cdef Flow *f
+        fds = array("i")
+        for number in numbers:
+            f = self.place(self.at(number))
+            fds.append(-1 if f == NULL else f.sock)
+        return fds
 
     def enter_repair(self, numbers):
         cdef size_t number
@@ -568,21 +576,13 @@ cdef class Arrivals:
             raise ValueError("no sockets with their queues" if n == 0 else f"flow {number} has not come")
         return trouble
 
-    def complete(self):
-        cdef size_t i
-        cdef Flow *f
-        cdef Arrival *a
-        with nogil:
-            for i in range(self.count):
-                a = &self.all[i]
-                f = self.place(a)
-                a.error = 0
-                if a.restored and not a.lost and f != NULL:
-                    # Thawed first: the answer to the probe that ends repair mode shall not be missed.
-                    a.error = sock_open(f.sock, not is_v4(f.remote_addr))
-                    if a.error == 0:
-                        a.error = sock_complete(f.sock, &a.socket, a.sndq)
-        return self.errors(0, self.count)
+    cdef int complete_one(self, Arrival *a, Flow *f) noexcept nogil:
+        # Thawed first: the answer to the probe that ends repair mode shall not be missed.
+        cdef int rc = sock_open(f.sock, not is_v4(f.remote_addr))
+        return rc if rc != 0 else sock_complete(f.sock, &a.socket, a.sndq)
+
+    def complete(self, const uint32_t[::1] numbers):
+        return self.each(numbers, False)
 
     cdef int finish_one(self, Arrival *a, Flow *f) noexcept nogil:
         cdef Plane *p = self.engine.p
@@ -595,7 +595,7 @@ cdef class Arrivals:
             f.carry_to_sock = carry_new(unsent + taken, notsent - <uint32_t>taken)
             if f.carry_to_sock == NULL:
                 return -ENOMEM
-        f.flags = f.flags & ~<uint32_t>(FF_HELD | FF_FOUND) | FF_HURRY  # as sock_create() has told the kernel
+        f.flags = f.flags & ~<uint32_t>(FF_HELD | FF_FOUND) | FF_HURRY  # as sock_complete() has told the kernel
         if flow_watch(p, f) != 0:
             tcp_reset(p, f)
         else:
@@ -603,15 +603,21 @@ cdef class Arrivals:
         return 0
 
     def finish(self, const uint32_t[::1] numbers):
+        self.engine.p.now = clock_ms(self.engine.p)
+        return self.each(numbers, True)
+
+    cdef list each(self, const uint32_t[::1] numbers, bint last):
+        """Complete or finish those that are restored: (number, error number) of those where that failed."""
         cdef Py_ssize_t i
         cdef Flow *f
         cdef Arrival *a
-        self.engine.p.now = clock_ms(self.engine.p)
         with nogil:
             for i in range(numbers.shape[0]):
                 if numbers[i] < self.count:
                     a = &self.all[numbers[i]]
                     f = self.place(a)
-                    a.error = self.finish_one(a, f) if f != NULL and not a.lost else 0
+                    a.error = 0
+                    if a.restored and not a.lost and f != NULL:
+                        a.error = self.finish_one(a, f) if last else self.complete_one(a, f)
         return [(number, -self.all[number].error) for number in numbers
                 if number < self.count and self.all[<size_t>number].error != 0]

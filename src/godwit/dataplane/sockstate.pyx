@@ -217,12 +217,6 @@ cdef int sock_create(bint v6) noexcept nogil:
     if fd < 0:
         return -errno
     # Repair mode, which begins before the socket is bound, has SO_REUSEADDR in it.
-    set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1)
-    set_int(fd, SOL_SOCKET, SO_OOBINLINE, 1)    # this and the next: see begin(), tcp.pyx
-    set_int(fd, SOL_SOCKET, SO_KEEPALIVE, 1)
-    # Before the queues: a connection without a measured round-trip time waits
-    # 3 s before it retransmits, and its timer starts when they are written.
-    sock_hurry(fd, True)
     rc = sock_freeze(fd, v6)
     if rc != 0:
         close(fd)
@@ -422,7 +416,6 @@ cdef int sock_restore(int fd, const SockState *s, const uint8_t *rcvq) noexcept 
         rc = -ENOBUFS
     if rc != 0:
         return rc
-    set_int(fd, IPPROTO_TCP, TCP_MAXSEG, 0)     # as large as the options say (send_room)
     options[0].opt_code = OPT_WS
     options[0].opt_val = s.snd_ws | <uint32_t>s.rcv_ws << 16
     options[1].opt_code = OPT_MSS
@@ -465,23 +458,24 @@ cdef socklen_t sock_end(sockaddr_storage *out, const uint8_t *a, uint16_t port, 
     return sizeof(sockaddr_in6)
 
 
-cdef void send_room(int fd, uint32_t bytes_sent) noexcept nogil:
+cdef bint send_room(int fd, uint32_t bytes_sent) noexcept nogil:
     """Make the send buffer of an unconnected socket large enough, or as large as we may.
 
     Repair mode obeys its limit. The kernel goes on to size it by itself
-    (SO_BUF_LOCK), from there.
+    (SO_BUF_LOCK), from there. Returns whether segments are larger for it, until it is connected.
     """
     cdef int size = 0, wanted = bytes_sent + bytes_sent // 8 + 2 * PIECE
     cdef socklen_t n = sizeof(size)
     if bytes_sent <= DEFAULT_ROOM:
-        return
+        return False
     set_int(fd, SOL_SOCKET, SO_SNDBUF, wanted // 2)     # which doubles it
     set_int(fd, SOL_SOCKET, SO_BUF_LOCK, 0)
     if getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &n) == 0 and size >= wanted:
-        return
+        return False
     # Beyond net.core.wmem_max (208 KiB before Linux 6.18): on connect the
     # kernel has room for an initial window of segments; so let them be large.
     set_int(fd, IPPROTO_TCP, TCP_MAXSEG, MOST_MSS)
+    return True
 
 
 # Where sock_connect() may fail.
@@ -509,6 +503,7 @@ cdef int sock_connect(int fd, const sockaddr_storage *local, const sockaddr_stor
     """
     cdef SockState s = given[0]
     cdef uint32_t first_byte = s.seq_snd
+    cdef bint larger
     cdef int rc
     if fin_sent(s.tcpi_state) and not s.tcpi_options & SEQ_OF_FIRST_BYTE:
         first_byte -= 1
@@ -534,10 +529,12 @@ cdef int sock_connect(int fd, const sockaddr_storage *local, const sockaddr_stor
     # The size of segments is settled by connect(): the MSS among the options
     # comes too late for it, and segments would stay at the least size, 536.
     set_int(fd, IPPROTO_TCP, TCP_MAXSEG, <int>min(s.mss, <uint32_t>MOST_MSS))
-    send_room(fd, s.sndq - s.notsent)
+    larger = send_room(fd, s.sndq - s.notsent)
     step[0] = AT_CONNECT
     if connect(fd, <const sockaddr *>remote, size) != 0:
         return -errno
+    if larger:
+        set_int(fd, IPPROTO_TCP, TCP_MAXSEG, 0)     # as large as the options say
     step[0] = AT_FILLING
     s.rcvq -= left_out[0]
     return sock_restore(fd, &s, rcvq + left_out[0])
@@ -551,6 +548,12 @@ cdef int sock_complete(int fd, const SockState *s, const uint8_t *sndq) noexcept
     """
     cdef uint32_t done, sent = s.sndq - s.notsent
     cdef int rc
+    set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1)
+    set_int(fd, SOL_SOCKET, SO_OOBINLINE, 1)    # this and the next: see begin(), tcp.pyx
+    set_int(fd, SOL_SOCKET, SO_KEEPALIVE, 1)
+    # Before the queue: a connection without a measured round-trip time waits
+    # 3 s before it retransmits, and its timer starts when that is written.
+    sock_hurry(fd, True)
     if s.sndq == 0 and s.tcpi_state != FIN_WAIT2:
         return 0
     rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)

@@ -15,7 +15,8 @@ which the guest moves there and back in each measurement:
   is not going to be quiet: see `queued`).
 * Back as QEMU does it, the target loading what the source saves meanwhile:
   *blackout* is how long the guest stood still, *silence* the longest that a
-  connection in use had, of some that the guest sends over all the time.
+  connection in use had, of some that the guest sends over all the time. godwit's
+  guest runs before its connections do; passt's runs when they do.
 
 Before the source is stopped it is cut off the network, which leads to the target
 when that has loaded. The connections are the ``crowd``'s, real ones to a real
