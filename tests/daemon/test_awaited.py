@@ -16,15 +16,19 @@ from godwit.daemon.awaited import Awaited, Waiting, is_here
 from godwit.dataplane import Engine, FlowState, Side, SocketState
 from godwit.net.records import V4_MAPPED
 
+from ..dataplane.arrivals import arrive
+
 NOBODYS = V4_MAPPED + bytes((203, 0, 113, 77))
 NOBODYS6 = bytes.fromhex("20010db8000000000000000000000077")
 GUEST = V4_MAPPED + bytes((10, 0, 0, 2))
 PEER = V4_MAPPED + bytes((10, 0, 0, 3))
+PEER6 = bytes.fromhex("20010db8000000000000000000000003")
 PORT = 47011
 
 
 def flow(address: bytes, port: int) -> FlowState:
-    guest, host = Side(PEER, GUEST, 80, port), Side(address, PEER, port, 80)
+    peer = PEER if address.startswith(V4_MAPPED) else PEER6
+    guest, host = Side(PEER, GUEST, 80, port), Side(address, peer, port, 80)
     return FlowState((2, 1), (guest, host), 0, 0, 0, 0x06, 1400, 0, 0, 0, 1000, 1000, 1, 1, 1, 1, 1)
 
 
@@ -61,7 +65,9 @@ class Rig:
         with self.engine.parked():
             for number, address in enumerate(addresses):
                 state = flow(address, PORT + number)
-                index = self.engine.import_flow(state)
+                came = arrive(self.engine, state)
+                came.free_socket(0)  # it gets another one when the address is here
+                index = came.flow(0)
                 self.awaited.keep(address, PORT + number)
                 flows[index] = Waiting(state, state.sides[1], SocketState(*([0] * 16)), b"", b"")
             self.awaited.wait(flows)

@@ -15,6 +15,8 @@ from godwit.daemon.rescue import Rescue
 from godwit.dataplane import Engine, FlowState, Side
 from godwit.repair import in_repair
 
+from ..dataplane.arrivals import add_flow
+
 V4 = bytes(10) + b"\xff\xff"
 LOOPBACK = V4 + bytes((127, 0, 0, 1))
 TCP_REPAIR = 19
@@ -87,11 +89,8 @@ class Rig:
         self.peers.append(peer)
         port, own = self.server.getsockname()[1], ours.getsockname()[1]
         sides = (Side(LOOPBACK, V4 + bytes((192, 0, 2, 10)), port, own), Side(LOOPBACK, LOOPBACK, own, port))
-        flow = self.engine.import_flow(
-            FlowState((2, 1), sides, 0, 7, 8, 0x04, 1460, 0, 0, 0, 1000, 1000, 1, 1, 1, 1, 1)
-        )
-        self.engine.set_flow_socket(flow, ours.detach())
-        return flow
+        state = FlowState((2, 1), sides, 0, 7, 8, 0x04, 1460, 0, 0, 0, 1000, 1000, 1, 1, 1, 1, 1)
+        return add_flow(self.engine, state, ours)
 
     def join(self) -> None:
         while self.threads:

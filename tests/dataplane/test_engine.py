@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import select
@@ -14,8 +15,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from godwit.dataplane import Engine, FlowState, Side
+from godwit.dataplane import Engine, FlowState, Side, moving
+from godwit.net import native
 
+from .arrivals import add_flow as add_flow_with
 from .driver import Guest, other_frame
 
 V4 = bytes(10) + b"\xff\xff"
@@ -52,9 +55,7 @@ def add_flow(engine: Engine, server: socket.socket) -> tuple[int, socket.socket]
     peer.settimeout(5.0)
     own = ours.getsockname()[1]
     with engine.parked():
-        flow = engine.import_flow(flow_to(server.getsockname()[1], own))
-        engine.set_flow_socket(flow, ours.detach())
-        engine.resume_flow(flow, watch=True)
+        flow = add_flow_with(engine, flow_to(server.getsockname()[1], own), ours, goes_on=True)
     return flow, peer
 
 
@@ -159,14 +160,23 @@ def test_what_the_last_guest_asked_is_not_answered_to_the_next(guest: Guest) -> 
 
 def test_flows_are_limited(engine: Engine) -> None:
     engine.limit_flows(2)
-    for own in (1000, 1001):
-        engine.import_flow(flow_to(80, own))
-    assert engine.is_full()
-    engine.import_flow(flow_to(80, 1002))  # one that comes has to be there to be reset
-    engine.forget_flow(0)
-    assert engine.is_full()
-    engine.forget_flow(1)
-    assert not engine.is_full()
+    came = moving.Arrivals(engine, 0, 0)
+
+    def is_full(own: int) -> bool:
+        """Whether there is no descriptor for one more. It is in the table all the same: it has to be, to be reset."""
+        number = len(came)
+        trouble = came.prepare(native.FLOW.encode(flow_to(80, own)), True)
+        assert trouble in ([], [(number, errno.EMFILE)])
+        assert came.flow(number) >= 0
+        assert came.has_place(number) == (engine.flow_socket(came.flow(number))[0] >= 0) == (not trouble)
+        return bool(trouble)
+
+    assert [is_full(own) for own in (1000, 1001, 1002)] == [False, False, True]
+    engine.forget_flow(came.flow(0))
+    assert is_full(1003)  # the one beyond the limit counts as well
+    for number in (1, 2):
+        engine.forget_flow(came.flow(number))
+    assert not is_full(1004)
 
 
 def test_without_a_descriptor_connections_from_outside_are_refused(engine: Engine, server: socket.socket) -> None:

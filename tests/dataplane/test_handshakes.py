@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from array import array
 
-from godwit.dataplane import Ping
+from godwit.dataplane import FlowState, Ping
 from godwit.lab.netns import Namespace
 
+from .arrivals import arrive
 from .driver import (
     ACK,
     RST,
@@ -29,16 +31,29 @@ from .test_tcp_data import Stream
 ACCEPTED, SYN_FROM_GUEST, ESTABLISHED = 0x01, 0x02, 0x04
 
 
+def take_over(source: Guest, flow: int, target: Guest, state: FlowState) -> int:
+    """Go on with that state and the socket of a flow in another data plane. Both are parked."""
+    with socket.socket(fileno=source.engine.release_flow(flow)) as sock:
+        came = arrive(target.engine, state, sock)
+    there = came.flow(0)
+    assert target.engine.flow_state(there)._replace(idle=0) == state._replace(idle=0)
+    assert came.finish(array("I", [0])) == []
+    return there
+
+
+def open_anew(source: Guest, flow: int, target: Guest) -> None:
+    """As a call that nobody has answered is: without its socket."""
+    came = arrive(target.engine, source.engine.flow_state(flow))
+    came.lose(0)
+    target.engine.open_flow(came.flow(0))
+
+
 def move(source: Guest, target: Guest) -> int:
     """The one flow that there is, with its socket, to another data plane."""
     source.engine.park()
     target.engine.park()
     [flow] = source.engine.tcp_flows(handshakes=True)
-    state = source.engine.flow_state(flow)
-    there = target.engine.import_flow(state)
-    target.engine.set_flow_socket(there, source.engine.release_flow(flow))
-    assert target.engine.flow_state(there)._replace(idle=0) == state._replace(idle=0)
-    target.engine.resume_flow(there, watch=True)
+    there = take_over(source, flow, target, source.engine.flow_state(flow))
     source.engine.unpark()
     target.engine.unpark()
     return there
@@ -112,7 +127,7 @@ def test_a_call_that_is_made_anew(family: Family) -> None:
             target.engine.park()
             [flow] = source.engine.tcp_flows(handshakes=True)
             assert not source.engine.flow_is_connecting(flow)
-            target.engine.open_flow(target.engine.import_flow(source.engine.flow_state(flow)))
+            open_anew(source, flow, target)
             target.engine.unpark()
             source.engine.unpark()
             conn.guest = target
@@ -137,7 +152,7 @@ def test_a_call_that_is_made_anew_and_refused(family: Family) -> None:
             target.engine.park()
             [flow] = source.engine.tcp_flows(handshakes=True)
             server.close()
-            target.engine.open_flow(target.engine.import_flow(source.engine.flow_state(flow)))
+            open_anew(source, flow, target)
             target.engine.unpark()
             source.engine.unpark()
             conn.guest = target
@@ -247,9 +262,7 @@ def test_a_window_too_small_for_a_segment_is_looked_at_again(family: Family) -> 
             target.engine.park()
             [flow] = source.engine.tcp_flows()
             state = source.engine.flow_state(flow)
-            there = target.engine.import_flow(state._replace(wnd_to_tap=30_000 >> state.ws_to_tap))
-            target.engine.set_flow_socket(there, source.engine.release_flow(flow))
-            target.engine.resume_flow(there, watch=True)
+            take_over(source, flow, target, state._replace(wnd_to_tap=30_000 >> state.ws_to_tap))
             source.engine.unpark()
             target.engine.unpark()
             conn.guest = target

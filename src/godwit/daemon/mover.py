@@ -476,7 +476,7 @@ class Mover:
     def _resume(self, flows: Iterable[int]) -> None:
         for flow in flows:
             self._thaw_socket(flow)
-            self._engine.resume_flow(flow, watch=False)
+            self._engine.resume_flow(flow)
         self._schedule(HURRY_SECONDS, self._calm)
 
     def _calm(self) -> None:

@@ -3,13 +3,11 @@
 
 import os
 
-from libc.errno cimport EEXIST
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from godwit.dataplane._base cimport EngineBase, carried_from, check, copy_bytes
 from godwit.dataplane.flow cimport (
-    carry_bytes,
     carry_free,
     carry_new,
     flow_close,
@@ -17,31 +15,25 @@ from godwit.dataplane.flow cimport (
     flow_find,
     flow_index,
     flow_new,
-    flow_new_beyond,
     flow_wait_ring,
     flow_watch,
 )
 from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_loopback, is_unspecified, is_v4, to_host
 from godwit.dataplane.icmp cimport PING_TIMEOUT, ping_open
-from godwit.dataplane.layouts cimport End, Moved
+from godwit.dataplane.layouts cimport Moved
 from godwit.dataplane.loop cimport clock_ms
-from godwit.dataplane.moving cimport moved_in, moved_out
+from godwit.dataplane.moving cimport moved_out
 from godwit.dataplane.plane cimport (
-    EV_ACCEPTED,
     EV_ESTABLISHED,
-    EV_FIN_TO_GUEST,
-    EV_SYN_FROM_GUEST,
     FF_ANSWERED,
     FF_ANY_PEER,
     FF_CONNECTING,
     FF_DRAINING,
-    FF_FIN_KNOWN,
     FF_FORWARD,
     FF_FOUND,
     FF_FROM_GUEST,
     FF_HELD,
     FF_HURRY,
-    FF_PEER_FIN,
     FF_RESET_DUE,
     FF_TAKES_V4,
     FF_V6,
@@ -66,14 +58,7 @@ from godwit.dataplane.sys cimport (
     sockaddr_storage,
     socklen_t,
 )
-from godwit.dataplane.tcp cimport (
-    tcp_abort,
-    tcp_drop_socket,
-    tcp_hurry,
-    tcp_local_end,
-    tcp_reset,
-    tcp_resume,
-)
+from godwit.dataplane.tcp cimport tcp_abort, tcp_drop_socket, tcp_hurry, tcp_reset, tcp_resume
 from godwit.dataplane.tcp_open cimport tcp_accept, tcp_open_anew, tcp_refuse_waiting
 from godwit.dataplane.udp cimport PORT_LOOPBACK, PORT_OWN, udp_add_peer, udp_prepare, udp_used
 from godwit.dataplane.udp_to_guest cimport Carried, Seen, look_at_control, udp_drain, udp_take_waiting
@@ -175,38 +160,6 @@ cdef class Engine(EngineBase):
             m.bytes_from_guest, m.bytes_to_guest, m.idle,
         )
 
-    def import_flow(self, state):
-        """A flow as another back-end knew it, without a socket yet. Returns its index.
-
-        ValueError: it is in the table already, or the table is full.
-        """
-        cdef Moved m
-        cdef Flow *f = NULL
-        cdef int rc
-        m.from_guest = state.pif[0] == PIF_GUEST
-        guest = state.sides[0 if m.from_guest else 1]
-        host = state.sides[1 if m.from_guest else 0]
-        end_in(&m.guest_our, guest.our_addr, guest.our_port)
-        end_in(&m.guest_end, guest.end_addr, guest.end_port)
-        end_in(&m.host_our, host.our_addr, host.our_port)
-        end_in(&m.host_end, host.end_addr, host.end_port)
-        m.retries, m.ws_from_guest, m.ws_to_guest, m.events, m.mss = state[2:7]
-        m.wnd_from_guest, m.wnd_to_guest = state[10:12]
-        m.seq_to_guest, m.ack_from_guest, m.seq_from_guest, m.ack_to_guest, m.init_from_guest = state[12:17]
-        m.bytes_from_guest, m.bytes_to_guest, m.idle = state[17:]
-        self.p.now = clock_ms(self.p)
-        rc = moved_in(self.p, &m, &f)
-        if rc != 0:
-            raise ValueError("two flows between the same ends" if rc == -EEXIST else "the flow table is full")
-        return flow_index(self.p, f)
-
-    def set_flow_socket(self, uint32_t index, int fd):
-        """The socket of a flow that was imported; the engine's from now on."""
-        cdef Flow *f = self.flow(index)
-        if f.sock >= 0:
-            raise ValueError(f"flow {index} has a socket")
-        f.sock = fd
-
     def drop_flow_socket(self, uint32_t index):
         """Close a flow's socket without a word to the guest. The peer is reset, unless it is in repair mode."""
         tcp_drop_socket(self.flow(index))
@@ -221,31 +174,6 @@ cdef class Engine(EngineBase):
             f.sock = -1
         flow_close(self.p, f)
         return fd
-
-    def carry(self, uint32_t index, bytes to_guest, bytes to_sock):
-        """Bytes of an imported flow that its socket had no room for: they go before all others."""
-        cdef Flow *f = self.flow(index)
-        if to_guest:
-            f.carry_to_guest = carry_new(to_guest, <uint32_t>len(to_guest))
-            if f.carry_to_guest == NULL:
-                raise MemoryError
-        if to_sock:
-            f.carry_to_sock = carry_new(to_sock, <uint32_t>len(to_sock))
-            if f.carry_to_sock == NULL:
-                raise MemoryError
-
-    def carried(self, uint32_t index):
-        """(bytes for the guest, bytes for the socket) that a flow still carries."""
-        cdef Flow *f = self.flow(index)
-        return carry_bytes(f.carry_to_guest), carry_bytes(f.carry_to_sock)
-
-    def peer_closed(self, uint32_t index):
-        """Whether the peer closed before a migration, of which the flow's socket does not know."""
-        return self.flow(index).flags & FF_PEER_FIN != 0
-
-    def note_peer_closed(self, uint32_t index):
-        """The peer of an imported flow has closed: the end of the queue is the end."""
-        self.flow(index).flags |= FF_PEER_FIN
 
     # ---- UDP that moves; the thread is parked here, too
 
@@ -262,10 +190,6 @@ cdef class Engine(EngineBase):
             if self.p.flows[i].kind == FLOW_UDP_PORT and self.p.flows[i].sock >= 0
             and self.p.flows[i].our_port != PORT_LOOPBACK
         ]
-
-    def udp_socket(self, uint32_t index):
-        """The descriptor of a UDP port."""
-        return self.udp_port(index).sock
 
     def udp_port_state(self, uint32_t index):
         """The UdpPort of one, to be written into a stream."""
@@ -519,14 +443,13 @@ cdef class Engine(EngineBase):
             if i < self.p.used_flows and self.p.flows[i].kind == FLOW_PING:
                 flow_close(self.p, &self.p.flows[i])
 
-    def resume_flow(self, uint32_t index, bint watch):
-        """Go on with a flow: one thawed, or (``watch``) one imported and restored."""
+    def resume_flow(self, uint32_t index):
+        """Go on with a flow that was held here."""
         cdef Flow *f = self.flow(index)
         self.p.now = clock_ms(self.p)
         f.flags &= ~(FF_HELD | FF_FOUND)
-        if not watch:
-            # Watched anew, so that what came while it was held, and was passed over, is told again.
-            epoll_ctl(self.p.epfd, EPOLL_CTL_DEL, f.sock, NULL)
+        # Watched anew, so that what came while it was held, and was passed over, is told again.
+        epoll_ctl(self.p.epfd, EPOLL_CTL_DEL, f.sock, NULL)
         if flow_watch(self.p, f) != 0:
             tcp_reset(self.p, f)
             return
@@ -553,10 +476,6 @@ cdef class Engine(EngineBase):
     def forget_flow(self, uint32_t index):
         """Close a flow without a word to anyone."""
         flow_close(self.p, self.flow(index))
-
-    def is_full(self):
-        """Whether flows have as many sockets as limit_flows() allows."""
-        return self.p.open_sockets >= self.p.flow_limit
 
     def limit_flows(self, uint32_t most):
         """Refuse new flows while they have so many sockets: each takes a descriptor."""
@@ -611,11 +530,6 @@ cdef class Engine(EngineBase):
                         **tcp_numbers(f),
                     })
         return found
-
-
-cdef object end_in(End *end, bytes addr, uint16_t port):
-    copy_bytes(end.addr, addr, 16, "address")
-    end.port = port
 
 
 cdef dict tcp_numbers(Flow *f):

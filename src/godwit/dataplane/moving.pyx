@@ -134,6 +134,7 @@ cdef void moved_out(Plane *p, Flow *f, Moved *m) noexcept nogil:
 
 
 cdef int moved_in(Plane *p, const Moved *m, Flow **made) noexcept nogil:
+    """A new flow, held, without a socket; -EEXIST: it is there already, -ENFILE: the table is full."""
     cdef Flow *f
     if flow_find(p, FLOW_TCP, m.guest_end.addr, m.guest_end.port, m.guest_our.addr, m.guest_our.port) != NULL:
         return -EEXIST
