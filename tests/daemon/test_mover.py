@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +25,10 @@ from godwit.net.records import (
     TCP_LAST_ACK,
 )
 from godwit.net.state import NEVER_SEEN, sound_sockets
-from godwit.repair import Repair, RepairListener
+from godwit.repair import Repair, RepairListener, in_repair
 
 from ..dataplane.arrivals import add_flow, arrive
+from ..repair.conftest import FakeHelper, obey
 
 V4 = bytes(10) + b"\xff\xff"
 GUEST = V4 + bytes((192, 0, 2, 10))
@@ -38,13 +41,16 @@ class Rig:
     def __init__(self, folder: object) -> None:
         self.engine = Engine(16)
         self.listener = RepairListener(f"{folder}/r")
+        self.soon: list[Callable[[], None]] = []
         self.mover = Mover(self.engine, self.listener, 0, self.schedule)
         self.mover.helper_expected = True
         self.server = socket.create_server(("127.0.0.1", 0))
         self.peers: list[socket.socket] = []
 
     def schedule(self, delay: float, work: Callable[[], None]) -> None:
-        """Nothing later."""
+        """Nothing later; what is to be done soon is left to the test."""
+        if not delay:
+            self.soon.append(work)
 
     def set_mode(self, fds: Sequence[int], mode: Repair) -> None:
         for fd in fds:
@@ -467,6 +473,53 @@ def test_without_another_thread_it_is_done_in_this_one(rig: Rig, monkeypatch: py
         assert sock.recv(4, socket.MSG_PEEK) == b"here"
     finally:
         sock.detach()
+
+
+@pytest.mark.parametrize("obeyed", [2, 3])
+def test_a_helper_that_goes_away_in_the_second_batch_of_a_commit(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, obeyed: int
+) -> None:
+    """Messages of two sockets, two to a batch. What was answered goes on; all else is reset, and called lost."""
+    caplog.set_level("INFO")
+    rig.engine.start()
+    monkeypatch.setattr(mover, "BATCH", 4)
+    monkeypatch.setattr("godwit.repair.client.MAX_SOCKETS", 2)
+    monkeypatch.delattr(rig.mover, "_set_mode")  # the helper is one that speaks the protocol
+    messages: list[int] = []
+
+    def act(number: int, mode: Repair, fds: list[int]) -> bytes | None:
+        if mode == Repair.ON:
+            return obey(number, mode, fds)
+        messages.append(len(fds))
+        if len(messages) <= obeyed:
+            return obey(number, mode, fds)
+        obey(number, mode, fds[:1])
+        return None
+
+    with contextlib.closing(FakeHelper(rig.listener.path, act)):
+        flows = leave_and_load(rig, 10)
+        rig.mover.commit()
+    assert messages == [2] * (obeyed + 1)
+    assert rig.mover.settled
+    for knock in rig.soon:
+        knock()
+    going, lost = 2 * obeyed, 10 - 2 * obeyed
+    assert f"{going} connections go on here, {lost} were lost" in caplog.messages
+    assert f"{lost} lost, 127.0.0.1 port " in caplog.text
+    assert [rig.engine.flow_socket(flow)[0] >= 0 for flow in flows] == [True] * going + [False] * lost
+    with rig.engine.parked():
+        assert not handover.is_held(rig.engine)
+    for peer in rig.peers[going:]:
+        assert is_reset(peer)
+    for number, peer in enumerate(rig.peers[:going]):
+        peer.sendall(b"%d" % number)
+        with socket.socket(fileno=os.dup(rig.engine.flow_socket(flows[number])[0])) as sock:
+            assert not in_repair(sock.fileno())
+            sock.settimeout(5)
+            assert sock.recv(4, socket.MSG_PEEK) == b"%d" % number
+            sock.send(b"back")
+            peer.settimeout(5)
+            assert peer.recv(4) == b"back"
 
 
 def test_an_accident_beside_a_load_leaves_nothing_behind(
