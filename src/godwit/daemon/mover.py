@@ -3,7 +3,7 @@
 
 The data plane's thread is parked from the freeze to the thaw on a source, and
 from the first flow prepared to the commit or discard on a target. A socket
-passes through three hands: the engine owns it, ``sockstate`` reads and fills
+passes through three hands: the engine owns it, ``moving`` reads and fills
 it, the repair helper, through ``RepairListener``, sets its repair mode.
 
 Every method may block and is called from a worker thread. Trouble with one

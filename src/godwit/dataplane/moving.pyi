@@ -13,7 +13,12 @@ def flow_records(engine: EngineBase, flows: Sequence[int], native: bool) -> byte
     """The records of these flows, in their order. Nothing in them was checked."""
 
 def freeze(engine: EngineBase) -> tuple[array[int], list[tuple[int, int]]]:
-    """Freeze each TCP flow that has a socket: those that are frozen, and (flow, error number) of the others."""
+    """Have the kernel discard what arrives for TCP flows, before TCP sees it.
+
+    Nothing is acknowledged; RST and FIN are ignored (IP_MINTTL or IPV6_MINHOPCOUNT 255, RFC 5082). Needs no privilege.
+    A frozen connection still sends, and even in repair mode still retransmits. Of the flows that have a socket returns
+    those that are frozen, and (flow, error number) of the others.
+    """
 
 def sockets(engine: EngineBase, flows: Sequence[int]) -> array[int]:
     """Their descriptors; -1 for one without."""
@@ -23,9 +28,11 @@ def dump(
 ) -> tuple[int, bytes, int]:
     """Sockets of frozen flows in repair mode, from the ``at``-th on, until there are ``most`` bytes or so.
 
+    Changes nothing but SO_PEEK_OFF, which is -1 afterwards. One that both sides have closed has a receive queue still.
     Returns how far it has come, the sockets, and the error number of the one that has ended it, or 0; it goes on
-    behind that one. EXDEV: its peer is this host itself, which does not move (unless ``local_moves``); others as
-    ``sockstate.dump`` raises them.
+    behind that one. EXDEV: its peer is this host itself, which does not move (unless ``local_moves``); EINVAL: it is
+    not connected, or has an urgent byte in its queue; ENOBUFS: a queue is larger than 64 MiB; EPERM: it is not in
+    repair mode; one that broke gives the error that broke it.
     """
 
 class Arrivals:

@@ -56,6 +56,14 @@ from godwit.dataplane.plane cimport (
     Plane,
 )
 from godwit.dataplane.sockstate cimport (
+    CLOSE_WAIT,
+    CLOSED,
+    CLOSING,
+    ESTABLISHED,
+    FIN_WAIT1,
+    LAST_ACK,
+    SEQ_OF_FIRST_BYTE,
+    TIME_WAIT,
     Queued,
     SockState,
     receive_room,
@@ -73,20 +81,10 @@ from godwit.dataplane.sockstate cimport (
 from godwit.dataplane.sys cimport pollfd, sockaddr_storage, socklen_t
 from godwit.dataplane.tcp cimport tcp_drop_socket, tcp_local_end, tcp_reset, tcp_resume
 
-from godwit.dataplane.sockstate import FIRST_BYTE, STEPS
+from godwit.dataplane.sockstate import STEPS
 
 cdef enum:
     LOOK = 256              # sockets that are asked at once
-    # TCP_INFO's
-    ESTABLISHED = 1
-    FIN_WAIT1 = 4
-    TIME_WAIT = 6
-    CLOSED = 7
-    CLOSE_WAIT = 8
-    LAST_ACK = 9
-    CLOSING = 11
-
-cdef uint8_t SEQ_OF_FIRST_BYTE = FIRST_BYTE
 
 
 # ---- flows

@@ -9,8 +9,25 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from godwit.dataplane.sys cimport pollfd, sockaddr_storage, socklen_t
 
+cdef enum:
+    # TCP states as TCP_INFO gives them (the kernel's tcp_states.h)
+    ESTABLISHED = 1
+    SYN_SENT = 2
+    FIN_WAIT1 = 4
+    FIN_WAIT2 = 5
+    TIME_WAIT = 6
+    CLOSED = 7
+    CLOSE_WAIT = 8
+    LAST_ACK = 9
+    CLOSING = 11
+    # Of tcpi_options, in states with a FIN of ours: seq_snd is the number of
+    # the first byte. passt, which does not look at this bit, writes one more:
+    # the FIN counted as one of the bytes before the queue. (The kernel's
+    # meaning, a child of a fast open, no socket of either program has.)
+    SEQ_OF_FIRST_BYTE = 0x80
+
 cdef struct SockState:
-    uint32_t seq_snd        # of the first byte in the send queue (in a stream of passt: FIRST_BYTE)
+    uint32_t seq_snd        # of the first byte in the send queue (in a stream of passt: see SEQ_OF_FIRST_BYTE)
     uint32_t seq_rcv        # and in the receive queue
     uint32_t sndq           # bytes, a FIN not counted
     uint32_t notsent

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel's side of a TCP connection: frozen, read out, and made anew.
 
-The order is the caller's. On the source: freeze, repair on (by the helper),
-dump; to go on after all: thaw, repair off, thaw. On the target: create
-(frozen), repair on, restore; at the commit: thaw, complete, repair off, finish.
-Repair mode ends with TCP_REPAIR_OFF, whose window probe has the peer say where
-it is, and the thaw comes first lest the answer be missed.
+The order is the callers', who have many sockets (`moving`). On the source:
+freeze, repair on (by the helper), dump; to go on after all: thaw, repair off,
+thaw. On the target: create (frozen), repair on, connect; at the commit: open,
+complete, repair off, finish. Repair mode ends with TCP_REPAIR_OFF, whose window
+probe has the peer say where it is, and the thaw comes first lest the answer be
+missed.
 
 A dump changes nothing but SO_PEEK_OFF, which the caller sets anew.
 docs/platform/ has the kernel's behaviour that this relies on.
@@ -14,10 +15,9 @@ docs/platform/ has the kernel's behaviour that this relies on.
 import os
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from godwit.dataplane.host cimport get_sockaddr, is_link_local6, is_v4
+from godwit.dataplane.host cimport is_link_local6, is_v4
 from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
@@ -71,8 +71,6 @@ from godwit.dataplane.sys cimport (
     socket,
     socklen_t,
 )
-
-from godwit.dataplane.state import SocketState
 
 cdef extern from "<linux/tcp.h>" nogil:
     cdef struct tcp_info:
@@ -130,15 +128,6 @@ cdef extern from *:
         SO_DETACH_FILTER
 
 cdef enum:
-    # TCP states as TCP_INFO gives them (the kernel's tcp_states.h)
-    ESTABLISHED = 1
-    SYN_SENT = 2
-    FIN_WAIT1 = 4
-    FIN_WAIT2 = 5
-    CLOSED = 7
-    CLOSE_WAIT = 8
-    LAST_ACK = 9
-    CLOSING = 11
     # option codes that TCP_REPAIR_OPTIONS takes: those of the wire
     OPT_MSS = 2
     OPT_WS = 3
@@ -152,11 +141,6 @@ cdef enum:
     HURRY_RTO = 1000        # ms; the least that the kernel takes
     LINUX_RTO = 120000      # its own limit (TCP_RTO_MAX)
     DEFAULT_ROOM = 32 << 10     # bytes of a queue that every new socket takes
-    # Of tcpi_options, in states with a FIN of ours: seq_snd is the number of
-    # the first byte. passt, which does not look at this bit, writes one more:
-    # the FIN counted as one of the bytes before the queue. (The kernel's
-    # meaning, a child of a fast open, no socket of either program has.)
-    SEQ_OF_FIRST_BYTE = 0x80
     # TCP_MAXSEG takes no more. See send_room().
     MOST_MSS = 32767
 
@@ -586,21 +570,13 @@ cdef int sock_finish(int fd, const SockState *s, const uint8_t *unsent) noexcept
 
 # ---- for the control thread
 
-FIRST_BYTE = SEQ_OF_FIRST_BYTE
-
-
 cdef object check(int rc, str what):
     if rc < 0:
         raise OSError(-rc, f"{what}: {os.strerror(-rc)}")
 
 
-def freeze(int fd, bint v6):
-    """Have the kernel discard every segment for this socket. Needs no privilege."""
-    check(sock_freeze(fd, v6), "freezing a socket")
-
-
 def thaw(int fd, bint v6):
-    """Undo freeze()."""
+    """Undo `moving.freeze`, and what repair mode and its helper have left on the socket."""
     check(sock_thaw(fd, v6), "thawing a socket")
 
 
@@ -650,51 +626,6 @@ def knock(bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, 
     return answered
 
 
-def create(bint v6):
-    """A TCP socket, frozen from the start, non-blocking. Returns its descriptor."""
-    cdef int fd = sock_create(v6)
-    check(fd, "making a frozen socket")
-    return fd
-
-
-def dump(int fd):
-    """(SocketState, send queue, receive queue) of a frozen socket in repair mode."""
-    cdef SockState s
-    cdef Queued q
-    cdef uint8_t *queues = NULL
-    cdef pollfd looked
-    cdef int rc
-    looked.fd = fd
-    with nogil:
-        sock_look(&looked, 1)
-        rc = sock_dump(&looked, &s, &q)
-        if rc == 0 and q.out + q.incoming:
-            queues = <uint8_t *>malloc(<size_t>q.out + q.incoming)
-            if queues == NULL:
-                rc = -ENOMEM
-        if rc == 0:
-            rc = sock_dump_queues(fd, &s, &q, queues)
-    if rc != 0:
-        free(queues)
-    check(rc, "reading a socket's state")
-    try:
-        state = SocketState(
-            s.seq_snd, s.seq_rcv, s.sndq, s.notsent, s.rcvq, s.mss, s.timestamp, s.snd_wl1, s.snd_wnd,
-            s.max_window, s.rcv_wnd, s.rcv_wup, s.snd_ws, s.rcv_ws, s.tcpi_state, s.tcpi_options)
-        if queues == NULL:
-            return state, b"", b""
-        return state, queues[:s.sndq], queues[s.sndq:s.sndq + s.rcvq]
-    finally:
-        free(queues)
-
-
-cdef SockState native(state):
-    cdef SockState s
-    (s.seq_snd, s.seq_rcv, s.sndq, s.notsent, s.rcvq, s.mss, s.timestamp, s.snd_wl1, s.snd_wnd, s.max_window,
-     s.rcv_wnd, s.rcv_wup, s.snd_ws, s.rcv_ws, s.tcpi_state, s.tcpi_options) = state
-    return s
-
-
 cdef socklen_t fill(sockaddr_storage *out, bytes addr, uint16_t port, uint32_t scope) except 0:
     if len(addr) != 16:
         raise ValueError(f"an address of {len(addr)} bytes")
@@ -717,59 +648,3 @@ cdef uint32_t receive_room():
     has set its size; to tcp_rmem's limit.
     """
     return min(kernel_limit("ipv4/tcp_rmem", 4 << 20), MAX_QUEUE) // 8 * 7
-
-
-def restore(int fd, bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, uint32_t scope,
-            state, bytes rcvq):
-    """Make a socket in repair mode the connection that `state` describes, without a packet.
-
-    Addresses are 16 bytes. Returns how many bytes from the start of the
-    receive queue found no room in the new socket: they are the caller's to
-    deliver first. OSError where the kernel refuses: the address is not this
-    host's, the port is taken, a value cannot be.
-    """
-    cdef SockState s = native(state)
-    cdef sockaddr_storage local, remote
-    cdef socklen_t size = fill(&local, our_addr, our_port, scope)
-    cdef const uint8_t *incoming = rcvq
-    cdef uint32_t room = receive_room(), left_out = 0
-    cdef int rc, step = 0
-    if len(rcvq) != s.rcvq or s.notsent > s.sndq:
-        raise ValueError("a queue that does not fit its length")
-    if fill(&remote, end_addr, end_port, scope) != size:
-        raise ValueError("the ends of a connection are of one family")
-    with nogil:
-        rc = sock_connect(fd, &local, &remote, size, &s, incoming, room, &left_out, &step)
-    check(rc, STEPS[step])
-    return left_out
-
-
-def complete(int fd, state, bytes sndq):
-    """At the commit, in repair mode still: the part of the send queue that was sent.
-
-    OSError where it does not fit.
-    """
-    cdef SockState s = native(state)
-    cdef const uint8_t *data = sndq
-    cdef int rc
-    if len(sndq) != s.sndq or s.notsent > s.sndq:
-        raise ValueError("a queue that does not fit its length")
-    with nogil:
-        rc = sock_complete(fd, &s, data)
-    check(rc, "filling the send queue")
-
-
-def finish(int fd, state, bytes unsent):
-    """After repair mode: write what was not sent yet, and the FIN where it is due.
-
-    Returns how many bytes the socket took; the rest, and the FIN after it, are
-    the caller's to write when there is room.
-    """
-    cdef SockState s = native(state)
-    cdef const uint8_t *data = unsent
-    cdef int rc
-    if len(unsent) != s.notsent:
-        raise ValueError("unsent bytes that do not fit their count")
-    rc = sock_finish(fd, &s, data)
-    check(rc, "writing what was not sent yet")
-    return rc
