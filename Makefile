@@ -32,8 +32,11 @@ $(STAMP): pyproject.toml | prerequisites-build
 	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[lab,test,dev]'
 	@touch $@
 
-build: venv ## the Cython modules, in place
+# The byte code as well, as an installation has it: where Python may not write it, by an environment or for want of
+# permission, each start would compile everything anew, which takes longer than all the rest of it.
+build: venv ## the Cython modules and the byte code, in place
 	$(PY) setup.py -q build_ext --inplace
+	$(PY) -m compileall -q src/godwit
 
 demo: build prerequisites-lab ## a guest with open connections migrates there and back
 	$(BIN)/godwit demo
