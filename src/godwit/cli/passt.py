@@ -12,12 +12,11 @@ import sys
 from collections.abc import Sequence
 
 from godwit.cli.serve import start
-from godwit.daemon.options import Dialect
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    return start(argv, Dialect.PASST)
+    return start(argv, "godwit-passt")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,11 @@ import logging
 import os
 import pwd
 import resource
-import secrets
 import signal
 import socket
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from godwit.daemon.errors import SocketInUseError, StartError, reason
 
@@ -136,7 +135,7 @@ def _is_live(path: str) -> bool:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a full backlog would block: live, too
-        probe.bind(_PROBE + secrets.token_hex(8).encode())
+        probe.bind(_PROBE + os.urandom(8).hex().encode())
         return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
 
 
@@ -277,8 +276,7 @@ class PidFile:
 # --- The user
 
 
-@dataclass(frozen=True)
-class User:
+class User(NamedTuple):
     """Whom to run as."""
 
     uid: int

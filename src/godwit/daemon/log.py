@@ -17,7 +17,6 @@ anything again: the daemon may have given up the right to do either.
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
 import socket
 import sys
@@ -116,7 +115,9 @@ def _lasting(options: Options, stderr: logging.Formatter) -> logging.Handler | N
         return handler
     if not _is_heard(SYSLOG):
         return None  # a container without syslog; --log-file is what works there
-    handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON, socket.SOCK_DGRAM)
+    from logging.handlers import SysLogHandler  # only here: it brings much along that no other log needs
+
+    handler = SysLogHandler(SYSLOG, SysLogHandler.LOG_DAEMON, socket.SOCK_DGRAM)
     handler.setFormatter(logging.Formatter(f"godwit[%(process)d]: {FORMAT}"))
     return handler
 
