@@ -14,7 +14,7 @@ import os
 import resource
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from godwit.daemon.options import Options
 from godwit.dataplane import Engine
@@ -32,8 +32,7 @@ FLOWS_SHARE = 0.25
 FEW = 1024  # descriptors for these: the log says so where the ports that were named leave no more
 
 
-@dataclass(frozen=True)
-class Inherited:
+class Inherited(NamedTuple):
     """Sockets that another process has handed over.
 
     ``bound``: those of forwarded ports, taken out of there as they are used. ``udp`` puts one of UDP into the data

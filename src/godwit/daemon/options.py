@@ -19,8 +19,7 @@ import enum
 import ipaddress
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from godwit import __version__
 from godwit.daemon.errors import OptionError
@@ -60,8 +59,7 @@ class VirtioFeatures(enum.Enum):
     PASST = "passt"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(NamedTuple):
     """What the command line says, checked. Paths are absolute.
 
     ``net`` is what the guest is told. ``repair_path`` and ``takeover_path`` are None for the default
@@ -93,9 +91,9 @@ class Options:
     migrate_exit: bool = False
     migrate_linger: bool = True
     virtio_features: VirtioFeatures = VirtioFeatures.FULL
-    net: NetOptions = field(default_factory=NetOptions)
-    tcp_ports: Forwards = field(default_factory=Forwards)
-    udp_ports: Forwards = field(default_factory=Forwards)
+    net: NetOptions = NetOptions()
+    tcp_ports: Forwards = Forwards()
+    udp_ports: Forwards = Forwards()
     freebind: bool = False
     busy_poll: int = 0  # microseconds before the data plane sleeps
     tcp: bool = True
@@ -230,8 +228,7 @@ class Kind(enum.Enum):
     PASTA = enum.auto()  # pasta's, means nothing for a guest: refused by name
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One option: its names, and what becomes of it."""
 
     names: tuple[str, ...]
@@ -525,7 +522,7 @@ _MAPPED = ("map_host", "map_guest", "dns_forward", "dns_host")
 
 def _net(given: dict[str, Any]) -> NetOptions:
     """The options that `godwit.net` reads. Of several addresses of a family the last one counts, as with passt."""
-    values: dict[str, Any] = {f.name: given[f.name] for f in fields(NetOptions) if given.get(f.name) is not None}
+    values: dict[str, Any] = {name: given[name] for name in NetOptions._fields if given.get(name) is not None}
     if not given["icmp"]:
         values["ndp"] = False  # as passt(1) has it
     if given["family"] is not None:
@@ -589,7 +586,7 @@ def parse(argv: Sequence[str], dialect: Dialect) -> Options:
     and ``--print-capabilities`` print and raise SystemExit(0), as argparse does.
     """
     given = vars(parser(dialect).parse_args(list(argv)))
-    values: dict[str, Any] = {f.name: given[f.name] for f in fields(Options) if given.get(f.name) is not None}
+    values: dict[str, Any] = {name: given[name] for name in Options._fields if given.get(name) is not None}
     for name in ("tcp_ports", "udp_ports"):
         try:
             values[name] = parse_forwards(values.get(name, ()))
@@ -605,7 +602,7 @@ def parse(argv: Sequence[str], dialect: Dialect) -> Options:
     net = _net(given)
     if values["stream"] and net.mtu is None:
         # Each frame goes through the socket by itself: the fewer, the faster. That is passt's default, too.
-        net = replace(net, mtu=MAX_MTU)
+        net = net._replace(mtu=MAX_MTU)
     try:
         check_options(net)
     except NetConfigError as error:

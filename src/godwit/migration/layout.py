@@ -46,7 +46,7 @@ class Element(ABC):
         """One phrase for the documentation."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Number(Element):
     """A u32."""
 
@@ -71,7 +71,7 @@ class Number(Element):
         return f"{self.doc} (u32)"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class One(Element):
     """A record behind its size, so that it may grow."""
 
@@ -95,7 +95,7 @@ class One(Element):
         return f"the size of the record (u16) and a [{self.record.name}](#{anchor(self.record.name)})"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Many(Element):
     """As many records of one kind as there are, ``most`` at most; their values are flat tuples."""
 
@@ -123,7 +123,7 @@ class Many(Element):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Packed(Many):
     """The same where the bytes of the records, one after another, are the value: for very many.
 
@@ -146,7 +146,7 @@ class Packed(Many):
         return records, [shown(self.record, flat) for flat in self.record.unpack_many(records)]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Data(Element):
     """Bytes; how many follows from what came before."""
 
@@ -184,7 +184,7 @@ class Data(Element):
         return self.doc
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Text(Element):
     """The rest of the entry, as UTF-8; what is none is replaced."""
 

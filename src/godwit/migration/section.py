@@ -49,8 +49,7 @@ class Leaf(NamedTuple):
     show: Callable[[Any], str] | None = None
 
 
-@dataclass(frozen=True)
-class Scalars:
+class Scalars(NamedTuple):
     """The kind of an integer or of a byte string."""
 
     name: str
@@ -101,8 +100,7 @@ def array(kind: Kind, count: int) -> Array:
     return Array(kind, count)
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(NamedTuple):
     """One field: ``allowed`` holds every value it may have (a range, a frozenset); None: all.
 
     For an array, ``allowed`` is about each element. ``why`` says what is

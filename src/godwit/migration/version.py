@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from godwit.migration.errors import VersionRefusedError
 from godwit.migration.header import Header
@@ -21,8 +21,7 @@ from godwit.migration.stream import Reader, Writer
 Context = TypeVar("Context")
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """Something in a stream: where (in bytes from its start), how long, what, and its values by name."""
 
     offset: int

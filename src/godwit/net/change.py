@@ -17,7 +17,7 @@ guest was told on the host that it comes from, and is not so here (`told`,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import TypeVar
 
@@ -117,8 +117,7 @@ def _says(config: NetConfig) -> Withdrawn:
 
 def _together(first: Withdrawn, then: Withdrawn) -> Withdrawn:
     """Both, each thing once."""
-    names = [one.name for one in fields(Withdrawn)]
-    return Withdrawn(**{name: tuple(dict.fromkeys((*getattr(first, name), *getattr(then, name)))) for name in names})
+    return Withdrawn._make(tuple(dict.fromkeys((*some, *more))) for some, more in zip(first, then, strict=True))
 
 
 def _without(gone: Withdrawn, config: NetConfig) -> Withdrawn:

@@ -84,8 +84,7 @@ class Rewrite(NamedTuple):
     scope: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetOptions:
+class NetOptions(NamedTuple):
     """What the command line overrides. None: taken from the host. An empty ``dns`` or ``search``: none."""
 
     interface: str | None = None
@@ -124,8 +123,7 @@ class NetOptions:
     dns_host6: IPv6Address | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Withdrawn:
+class Withdrawn(NamedTuple):
     """What the guest was told and does not hold any more, as long as it may still believe in it.
 
     ``servers4``: addresses of the guest's, each with the router and DHCP server that gave it. ``routers6`` are the

@@ -28,7 +28,6 @@ import resource
 import socket
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
@@ -99,8 +98,7 @@ class Listener(NamedTuple):
     to_address: IPAddress | None
 
 
-@dataclass(frozen=True, slots=True)
-class Forwards:
+class Forwards(NamedTuple):
     """All the forwards of one protocol, in ranges; the ones that must succeed come first."""
 
     ranges: tuple[Forward, ...] = ()

@@ -7,16 +7,15 @@ so is a line that cannot be understood: the resolver library does the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import NamedTuple
 
 PATH = "/etc/resolv.conf"
 MAX_NAME = 253  # RFC 1035, section 2.3.4, as text without the last dot
 MAX_LABEL = 63
 
 
-@dataclass(frozen=True, slots=True)
-class Resolv:
+class Resolv(NamedTuple):
     """Name servers in their order, and the search list.
 
     An IPv6 server may carry the scope of a link-local address

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from godwit.vhost_user.errors import DeviceError, ProtocolError, VhostUserError
 from godwit.vhost_user.frames import NEED_REPLY, REPLY, Frame, FrameReader, Outgoing, close_fds, encode
@@ -51,15 +52,13 @@ class RequestReceived:
         self._fds = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRefused:
+class RequestRefused(NamedTuple):
     """A request broke the protocol; the front-end was told and the session goes on."""
 
     error: ProtocolError
 
 
-@dataclass(frozen=True, slots=True)
-class SessionEnded:
+class SessionEnded(NamedTuple):
     """Nothing more will come: the front-end hung up (no error), or something ended the session."""
 
     error: VhostUserError | None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from godwit.vhost_user.errors import DisconnectedError, ProtocolError
 from godwit.vhost_user.features import ProtocolFeature
@@ -25,8 +25,7 @@ from godwit.vhost_user.messages import TABLE, Request, Row
 from godwit.vhost_user.payloads import U64, Empty, Payload, StateReply, decode
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """What the back-end answered. ``failed``: it could not do what was asked. ``fds`` are the receiver's."""
 
     request: Request

@@ -9,8 +9,8 @@ Source: the vhost-user specification, section "Front-end message types".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Flag, IntEnum, auto
+from typing import NamedTuple
 
 from godwit.vhost_user.features import Feature, ProtocolFeature
 from godwit.vhost_user.payloads import (
@@ -101,8 +101,7 @@ _NO_PROTOCOL = ProtocolFeature(0)
 _RING = When.OWNED | When.RING_EXISTS
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A request. The defaults are those of a plain request that the back-end supports.
 
     ``fds``: least and most descriptors; a payload may say more exactly.

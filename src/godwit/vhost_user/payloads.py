@@ -107,7 +107,7 @@ def _check(name: str, value: int, bits: int) -> None:
         raise ValueError(f"{name} {value} does not fit in {bits} bits")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Empty:
     """No payload; the descriptors are the arguments."""
 
@@ -125,7 +125,7 @@ class Empty:
         return tuple(fds)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LogReply:
     """The reply to SET_LOG_BASE: empty, though some back-ends send a u64 that means nothing."""
 
@@ -143,7 +143,7 @@ class LogReply:
         return ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class U64:
     """A number of 64 bits."""
 
@@ -166,7 +166,7 @@ class U64:
         return (self.value,)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Mac:
     """An Ethernet address of 6 bytes in the first bytes of a u64, the rest ignored."""
 
@@ -190,7 +190,7 @@ class Mac:
         return (self.mac,)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Mtu:
     """An MTU in bytes: 68 to 65535 (virtio 1.3, section 5.1.4)."""
 
@@ -214,7 +214,7 @@ class Mtu:
         return (self.mtu,)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VringState:
     """A ring's index and a number of 32 bits that belongs to it."""
 
@@ -239,7 +239,7 @@ class VringState:
         return (self.index, self.num)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VringIndex:
     """A ring's index; the number that follows is reserved and ignored."""
 
@@ -262,7 +262,7 @@ class VringIndex:
         return (self.index,)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VringEnable:
     """A ring's index, and 1 to enable the ring or 0 to disable it."""
 
@@ -289,7 +289,7 @@ class VringEnable:
         return (self.index, self.enabled)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VringFd:
     """A u64: a ring's index in bits 0 to 7, bit 8 set where no descriptor comes along."""
 
@@ -319,7 +319,7 @@ class VringFd:
         return (self.index, fds[0] if fds else None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VringAddress:
     """A ring's index and addresses, aligned as split rings are (virtio 1.3, section 2.7)."""
 
@@ -374,7 +374,7 @@ def _pack_region(region: MemoryRegion) -> bytes:
     return _REGION.pack(region.guest_addr, region.size, region.user_addr, region.mmap_offset)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class MemoryTable:
     """Up to 8 memory regions, each with a descriptor.
 
@@ -412,7 +412,7 @@ class MemoryTable:
         return ([region._replace(fd=fd) for region, fd in zip(self.regions, fds, strict=True)],)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SingleRegion:
     """One memory region behind 8 bytes of padding."""
 
@@ -435,7 +435,7 @@ class SingleRegion:
         return (self.region._replace(fd=fds[0] if fds else -1),)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Log:
     """Where the dirty log is: ``size`` bytes at ``offset`` of the descriptor."""
 
@@ -464,7 +464,7 @@ class Log:
         return (*fds, self.size, self.offset)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StateTransfer:
     """Which way the device's state goes, and in which phase of a migration."""
 
@@ -489,7 +489,7 @@ class StateTransfer:
         return (self.direction, self.phase, *fds)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StateReply:
     """The reply to SET_DEVICE_STATE_FD: a u64 with an error in bits 0 to 7, and ``NOFD``."""
 
