@@ -21,7 +21,6 @@ import sys
 import termios
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -195,7 +194,8 @@ class Target:
         self.arrivals = moving.Arrivals(self.engine, 0, 1 << 30)
         with host.enter():
             assert self.arrivals.prepare(record, True) == []
-        [self.number], [fd] = self.arrivals.sockets(0)
+        [self.number] = self.numbers = self.arrivals.with_socket(0)
+        [fd] = self.arrivals.sockets(self.numbers)
         self.flow = self.arrivals.flow(self.number)
         self.sock = socket.socket(fileno=os.dup(fd))
         self.sock.setblocking(False)
@@ -217,9 +217,9 @@ class Target:
 
     def commit(self) -> None:
         """What a target does then. Where there was no room for all, the data plane runs, and sends the rest."""
-        assert self.arrivals.complete() == []
+        assert self.arrivals.complete(self.numbers) == []
         repair(self.sock, OFF)
-        assert self.arrivals.finish(array("I", [self.number])) == []
+        assert self.arrivals.finish(self.numbers) == []
         if self.carried()[1]:
             self.engine.start()
 
@@ -849,7 +849,7 @@ def test_queues_of_megabytes_move(connections: Connections) -> None:
 def test_a_queue_beyond_all_limits_is_refused_or_left_out(connections: Connections) -> None:
     saved = made_up(connections, sndq=bytes(64 << 20)).changed(snd_wnd=65 << 20, max_window=65 << 20)
     moved = connections.load(connections.net.b, saved)
-    assert moved.arrivals.complete() == [(moved.number, errno.ENOBUFS)]
+    assert moved.arrivals.complete(moved.numbers) == [(moved.number, errno.ENOBUFS)]
     saved = made_up(connections, rcvq=random.randbytes(64 << 20))
     moved = connections.load(connections.net.b, saved)
     left_out, _ = moved.carried()
