@@ -23,8 +23,8 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+def _read(words: list[str]) -> tuple[str, list[str]]:
+    """The command and its arguments; help, and what is no command, end the process."""
     parser = argparse.ArgumentParser(
         prog="godwit",
         usage="godwit [--version] COMMAND [ARGUMENT ...]",
@@ -38,13 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.description = "\n".join(f"{name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    words = sys.argv[1:] if argv is None else list(argv)
     if not words:
         parser.print_help(sys.stderr)
         parser.exit(2, "\ngodwit: a command is needed\n")
     given = parser.parse_args(words)
-    module, _ = COMMANDS[given.command]
-    status: int = importlib.import_module(module).main(given.arguments)
+    return given.command, given.arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    # Where a command comes first there is nothing to read here.
+    command, arguments = (words[0], words[1:]) if words and words[0] in COMMANDS else _read(words)
+    module, _ = COMMANDS[command]
+    status: int = importlib.import_module(module).main(arguments)
     return status
 
 

@@ -19,6 +19,7 @@ import enum
 import ipaddress
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from godwit import __version__
@@ -438,7 +439,14 @@ class _Refuse(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one plain line: front-ends show it to the user as the reason."""
+    """Errors are one plain line: front-ends show it to the user as the reason.
+
+    argparse makes a formatter for each option, and by default each looks how wide the terminal is: help alone needs it.
+    """
+
+    def format_help(self) -> str:
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
@@ -496,7 +504,7 @@ def parser(dialect: Dialect) -> argparse.ArgumentParser:
         prog=dialect.value,
         description="A guest's network, over vhost-user or, as frames, over a stream socket.",
         epilog=_SPECS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.HelpFormatter, width=80),
     )
     for row in TABLE:
         _add(made, row)

@@ -60,7 +60,7 @@ _ROUNDS = 4  # how often a dump is begun anew because something changed under it
 _NOTHING_THERE = (errno.ENOENT, errno.EOPNOTSUPP, errno.EAFNOSUPPORT)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Link:
     """One interface: its index, name, MTU in bytes and flags (IFF_*)."""
 
@@ -75,7 +75,7 @@ class Link:
         return bool(self.flags & IFF_UP) and not self.flags & IFF_LOOPBACK
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Address:
     """One address of one interface; ``flags`` are IFA_F_*, ``scope`` is RT_SCOPE_*."""
 
@@ -86,7 +86,7 @@ class Address:
     flags: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DefaultRoute:
     """One default route of the main table; ``metric`` orders them, lowest first."""
 
@@ -97,7 +97,7 @@ class DefaultRoute:
     metric: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HostNetwork:
     """What the host's network looked like at one moment."""
 
@@ -107,7 +107,7 @@ class HostNetwork:
     names: dict[int, Link] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", {link.index: link for link in self.links})
+        self.names = {link.index: link for link in self.links}
 
 
 class Message(NamedTuple):
