@@ -17,7 +17,6 @@ cdef class EngineBase:
     cdef _remap(self)
     cdef _unwatch_kick(self, Queue *q)
     cdef _note_target(self, bytes addr)
-    cdef _forward(self, int fd, uint16_t guest_port, bytes guest_addr)
 
 # Raise OSError for a negative error number.
 cdef object check(int rc, str what)

@@ -21,24 +21,17 @@ from godwit.dataplane.flow cimport (
     WATCH_KICK,
     WATCH_LISTENER,
     WATCH_WAKE,
-    flow_new_beyond,
-    flow_watch,
     flows_free,
     flows_init,
     watch_data,
 )
-from godwit.dataplane.host cimport get_sockaddr, is_unspecified
 from godwit.dataplane.loop cimport clock_ms, loop_run, loop_wake
 from godwit.dataplane.memory cimport memory_add, memory_clear, memory_clear_log, memory_remove, memory_set_log
 from godwit.dataplane.pcap cimport pcap_close, pcap_flush, pcap_open
 from godwit.dataplane.plane cimport (
     DROPS,
     FF_ANSWERED,
-    FF_FORWARD,
-    FF_TAKES_V4,
-    FF_V6,
     FLOW_UDP,
-    FLOW_UDP_PORT,
     MAX_MAPS,
     MAX_TARGETS,
     NONE,
@@ -56,9 +49,9 @@ from godwit.dataplane.reassembly cimport reassembly_free, reassembly_init
 from godwit.dataplane.sockstate cimport kernel_limit
 from godwit.dataplane.sys cimport (
     AF_INET,
-    AF_INET6,
     EFD_CLOEXEC,
     EFD_NONBLOCK,
+    ENFILE,
     EPOLLET,
     EPOLLIN,
     EPOLLOUT,
@@ -66,13 +59,10 @@ from godwit.dataplane.sys cimport (
     EPOLL_CLOEXEC,
     EPOLL_CTL_ADD,
     EPOLL_CTL_DEL,
-    IPPROTO_IPV6,
-    IPV6_V6ONLY,
     SOCK_CLOEXEC,
     SOCK_DGRAM,
     SOCK_STREAM,
     SOL_SOCKET,
-    SO_BINDTODEVICE,
     SO_PEEK_OFF,
     SO_TYPE,
     close,
@@ -81,7 +71,6 @@ from godwit.dataplane.sys cimport (
     epoll_event,
     errno,
     eventfd,
-    getsockname,
     getsockopt,
     load32_acquire,
     read,
@@ -90,14 +79,12 @@ from godwit.dataplane.sys cimport (
     sem_post,
     sem_wait,
     setsockopt,
-    sockaddr,
-    sockaddr_storage,
     socket,
     socklen_t,
     store32_release,
     write,
 )
-from godwit.dataplane.udp cimport PORT_FORWARDED, PORT_FORWARDED_AT, udp_prepare
+from godwit.dataplane.udp cimport udp_forward
 from godwit.dataplane.udp_to_guest cimport Carried, udp_free, udp_init
 from godwit.dataplane.virtqueue cimport (
     MAX_QUEUE_SIZE,
@@ -358,12 +345,6 @@ cdef class EngineBase:
                 self.p.config.maps[self.p.config.map_count].port = port
                 self.p.config.maps[self.p.config.map_count].scope = scope
                 self.p.config.map_count += 1
-
-    def set_guest_mac(self, bytes mac):
-        """The guest's MAC address, where it is known before its first frame."""
-        with self.parked():
-            copy_bytes(self.p.config.guest_mac, mac, 6, "MAC address")
-            self.p.config.guest_mac_known = True
 
     def set_features(self, uint64_t features):
         """The virtio and vhost features that the driver has taken."""
@@ -656,10 +637,12 @@ cdef class EngineBase:
         ``guest_addr`` (16 bytes): to this address behind the guest's MAC
         address, not to the guest's own.
         """
-        cdef int i, kind = 0
+        cdef int i, rc, kind = 0
         cdef socklen_t n = sizeof(kind)
+        cdef uint8_t addr[16]
         cdef Listener *grown
         cdef epoll_event ev
+        copy_bytes(addr, guest_addr or bytes(16), 16, "address")
         os.set_blocking(fd, False)
         with self.parked():
             if self.p.spare < 0:
@@ -668,7 +651,10 @@ cdef class EngineBase:
                 self._note_target(guest_addr)
             check(-errno if getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &n) != 0 else 0, "listening socket")
             if kind == SOCK_DGRAM:
-                self._forward(fd, guest_port, guest_addr or bytes(16))
+                rc = udp_forward(self.p, fd, addr, guest_port)
+                if rc == -ENFILE:
+                    raise ValueError("the flow table is full")
+                check(rc, "UDP socket")
                 return
             i = self.p.listener_count
             if i & (i - 1) == 0:    # room for twice as many, each time
@@ -676,7 +662,7 @@ cdef class EngineBase:
                 if grown == NULL:
                     raise MemoryError
                 self.p.listeners = grown
-            copy_bytes(self.p.listeners[i].guest_addr, guest_addr or bytes(16), 16, "address")
+            memcpy(self.p.listeners[i].guest_addr, addr, 16)
             self.p.listener_count += 1
             self.p.listeners[i].fd = fd
             self.p.listeners[i].guest_port = guest_port
@@ -693,43 +679,6 @@ cdef class EngineBase:
         if self.p.target_count < MAX_TARGETS:
             copy_bytes(self.p.targets[self.p.target_count], addr, 16, "address")
             self.p.target_count += 1
-
-    cdef _forward(self, int fd, uint16_t guest_port, bytes guest_addr):
-        """A forwarded UDP port."""
-        cdef sockaddr_storage addr
-        cdef socklen_t n = sizeof(addr)
-        cdef uint8_t bound[16]
-        cdef uint8_t ignored[16]
-        cdef uint8_t *nobody = ignored
-        cdef char device[16]
-        cdef socklen_t device_size = sizeof(device)
-        cdef int only = 1
-        cdef socklen_t only_size = sizeof(only)
-        cdef uint16_t port
-        cdef Flow *f
-        cdef bint v6, wild
-        check(-errno if getsockname(fd, <sockaddr *>&addr, &n) != 0 else 0, "UDP socket")
-        get_sockaddr(<sockaddr *>&addr, bound, &port)
-        v6 = addr.ss_family == AF_INET6
-        if v6:
-            getsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &only_size)
-        if getsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, device, &device_size) != 0:
-            device_size = 0
-        # What the guest itself sends from the port leaves through a socket that anyone can be reached from.
-        wild = is_unspecified(bound) and device_size == 0 and not any(guest_addr)
-        copy_bytes(bound, guest_addr, 16, "address")
-        memset(nobody, 0, 16)
-        f = flow_new_beyond(self.p, FLOW_UDP_PORT, bound, guest_port, nobody,
-                            PORT_FORWARDED if wild else PORT_FORWARDED_AT)
-        if f == NULL:
-            raise ValueError("the flow table is full")
-        self.p.open_ports -= 1
-        self.p.open_sockets -= 1    # it was there before the limit was set
-        self.p.forwards += 1
-        f.flags = FF_FORWARD | (FF_V6 if v6 else 0) | (FF_TAKES_V4 if not v6 or not only else 0)
-        f.sock = fd
-        udp_prepare(fd, v6, not v6 or not only, True)
-        check(flow_watch(self.p, f), "UDP socket")
 
     def listen_many(self, sockets):
         """`listen` for each (descriptor, port of the guest's, address or None). The thread stops once."""

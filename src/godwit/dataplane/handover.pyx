@@ -80,7 +80,7 @@ from godwit.dataplane.sys cimport (
     errno,
     load32_acquire,
 )
-from godwit.dataplane.udp cimport PORT_FORWARDED, PORT_FORWARDED_AT
+from godwit.dataplane.udp cimport PORT_FORWARDED, PORT_FORWARDED_AT, udp_new_forward
 from godwit.dataplane.virtqueue cimport MAX_QUEUE_SIZE, Queue, queue_map
 
 from godwit.dataplane.live import LiveFlag, LivePartial, LivePeer, LivePing, LivePort, LiveRing, LiveTcp
@@ -414,16 +414,10 @@ def add_port(EngineBase engine not None, port, int fd, datagrams):
     cdef bytes data
     if (port.kind == PORT_FORWARDED or port.kind == PORT_FORWARDED_AT) != forwarded:
         raise ValueError("a UDP port that is forwarded and is not")
-    if not forwarded or port.kind == PORT_FORWARDED:
-        f = new_flow(engine, FLOW_UDP_PORT, port.guest_addr, port.guest_port, bytes(16), port.kind)
-    else:   # on several addresses of the host's
-        f = new_forward(engine, port.guest_addr, port.guest_port)
     if forwarded:
-        engine.p.open_ports -= 1
-        engine.p.open_sockets -= 1
-        engine.p.forwards += 1
-        if any(port.guest_addr):
-            engine._note_target(port.guest_addr)
+        f = new_forward(engine, port.guest_addr, port.guest_port, port.kind)
+    else:
+        f = new_flow(engine, FLOW_UDP_PORT, port.guest_addr, port.guest_port, bytes(16), port.kind)
     f.sock = fd
     f.flags = flags_in(port.flags)
     if f.flags & FF_ANY_PEER:
@@ -441,14 +435,19 @@ def add_port(EngineBase engine not None, port, int fd, datagrams):
     return flow_index(engine.p, f)
 
 
-cdef Flow *new_forward(EngineBase engine, bytes guest_addr, uint16_t guest_port) except NULL:
+cdef Flow *new_forward(EngineBase engine, bytes guest_addr, uint16_t guest_port, uint16_t kind) except NULL:
     cdef Flow *f
+    cdef uint8_t addr[16]
     cdef bytes nobody = bytes(16)
-    if len(guest_addr) != 16:
-        raise ValueError("an address must be 16 bytes")
-    f = flow_new_beyond(engine.p, FLOW_UDP_PORT, guest_addr, guest_port, nobody, PORT_FORWARDED_AT)
+    copy_bytes(addr, guest_addr, 16, "address")
+    # On single addresses of the host's there are several.
+    if kind == PORT_FORWARDED and flow_find(engine.p, FLOW_UDP_PORT, addr, guest_port, nobody, kind) != NULL:
+        raise ValueError("two flows between the same ends")
+    f = udp_new_forward(engine.p, addr, guest_port, kind)
     if f == NULL:
         raise ValueError("the flow table is full")
+    if any(guest_addr):
+        engine._note_target(guest_addr)
     return f
 
 

@@ -54,8 +54,7 @@ cdef int sock_freeze(int fd, bint v6) noexcept nogil
 # Whether it is in SYN_SENT.
 cdef bint sock_is_connecting(int fd) noexcept nogil
 cdef void sock_hurry(int fd, bint on) noexcept nogil
-cdef int sock_thaw(int fd, bint v6) noexcept nogil
-# The same for a socket in repair mode that sock_finish() is to follow.
+# Undo that, and a lock of a repair helper's, on a socket in repair mode that sock_finish() is to follow.
 cdef int sock_open(int fd, bint v6) noexcept nogil
 # A new socket, frozen; or a negative error number.
 cdef int sock_create(bint v6) noexcept nogil

@@ -18,6 +18,12 @@ cdef void udp_from_guest(Plane *p, Packet *k) noexcept nogil
 cdef void udp_flush(Plane *p) noexcept nogil
 # Set up a socket's options for UDP either way; `forwarded`: tell where each datagram was sent to.
 cdef void udp_prepare(int fd, bint v6, bint v4, bint forwarded) noexcept nogil
+# A forwarded port, without its socket. It was there before any limit was set, and counts for none. NULL: the flow table
+# is full.
+cdef Flow *udp_new_forward(Plane *p, const uint8_t *guest_addr, uint16_t guest_port, int port_class) noexcept nogil
+# Have what comes to a socket go to a port of the guest's, or of another address behind its MAC address (16 zeros: its
+# own). 0, or an error; -ENFILE: the flow table is full.
+cdef int udp_forward(Plane *p, int fd, const uint8_t *guest_addr, uint16_t guest_port) noexcept nogil
 
 # The flow of a datagram (or of an error about one) between a port and a peer
 # of the host's side; NULL: there is none.

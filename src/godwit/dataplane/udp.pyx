@@ -30,6 +30,7 @@ from godwit.dataplane.flow cimport (
     flow_find,
     flow_index,
     flow_new,
+    flow_new_beyond,
     flow_watch,
     peer_find,
     peer_in,
@@ -37,6 +38,7 @@ from godwit.dataplane.flow cimport (
 )
 from godwit.dataplane.host cimport (
     bind_outbound,
+    get_sockaddr,
     is_link_local6,
     is_loopback,
     is_unspecified,
@@ -87,6 +89,7 @@ from godwit.dataplane.sys cimport (
     EIO,
     EMSGSIZE,
     ENETUNREACH,
+    ENFILE,
     ENOBUFS,
     IPPROTO_IP,
     IPPROTO_IPV6,
@@ -117,6 +120,7 @@ from godwit.dataplane.sys cimport (
     SOCK_DGRAM,
     SOCK_NONBLOCK,
     SOL_SOCKET,
+    SO_BINDTODEVICE,
     SO_BROADCAST,
     SO_RCVBUF,
     UDP_GRO,
@@ -124,6 +128,8 @@ from godwit.dataplane.sys cimport (
     be16,
     cmsghdr,
     errno,
+    getsockname,
+    getsockopt,
     in6_pktinfo,
     in_pktinfo,
     iovec,
@@ -132,7 +138,9 @@ from godwit.dataplane.sys cimport (
     sendmsg,
     set_option,
     sockaddr,
+    sockaddr_storage,
     socket,
+    socklen_t,
 )
 from godwit.dataplane.virtqueue cimport MAX_CHAIN
 
@@ -171,6 +179,47 @@ cdef void udp_prepare(int fd, bint v6, bint v4, bint forwarded) noexcept nogil:
         set_option(fd, IPPROTO_IPV6, IPV6_RECVTCLASS, 1)
         if forwarded:
             set_option(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
+
+
+cdef Flow *udp_new_forward(Plane *p, const uint8_t *guest_addr, uint16_t guest_port, int port_class) noexcept nogil:
+    cdef Flow *f = flow_new_beyond(p, FLOW_UDP_PORT, guest_addr, guest_port, NOBODY, <uint16_t>port_class)
+    if f != NULL:
+        p.open_ports -= 1
+        p.open_sockets -= 1
+        p.forwards += 1
+        f.flags = FF_FORWARD
+    return f
+
+
+cdef int udp_forward(Plane *p, int fd, const uint8_t *guest_addr, uint16_t guest_port) noexcept nogil:
+    cdef sockaddr_storage addr
+    cdef socklen_t n = sizeof(addr)
+    cdef uint8_t bound[16]
+    cdef uint16_t port
+    cdef char device[16]
+    cdef socklen_t device_size = sizeof(device)
+    cdef int only = 1
+    cdef bint v6, v4, wild
+    cdef Flow *f
+    if getsockname(fd, <sockaddr *>&addr, &n) != 0:
+        return -errno
+    get_sockaddr(<sockaddr *>&addr, bound, &port)
+    v6 = addr.ss_family == AF_INET6
+    n = sizeof(only)
+    if v6:
+        getsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &n)
+    v4 = not v6 or not only
+    if getsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, device, &device_size) != 0:
+        device_size = 0
+    # What the guest itself sends from the port leaves through a socket that anyone can be reached from.
+    wild = is_unspecified(bound) and device_size == 0 and memcmp(guest_addr, NOBODY, 16) == 0
+    f = udp_new_forward(p, guest_addr, guest_port, PORT_FORWARDED if wild else PORT_FORWARDED_AT)
+    if f == NULL:
+        return -ENFILE
+    f.flags |= (FF_V6 if v6 else 0) | (FF_TAKES_V4 if v4 else 0)
+    f.sock = fd
+    udp_prepare(fd, v6, v4, True)
+    return flow_watch(p, f)
 
 
 cdef uint32_t strangers_share(Plane *p) noexcept nogil:
