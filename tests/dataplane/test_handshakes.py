@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import operator
 import socket
+import threading
 from array import array
+from collections.abc import Iterable
 
-from godwit.dataplane import FlowState, Ping
+from godwit.dataplane import FlowState, Ping, Side, SocketState, moving
 from godwit.lab.netns import Namespace
+from godwit.net.native import FLOW
+from godwit.net.records import SOCKET, TCP_ESTABLISHED
 
 from .arrivals import arrive
 from .driver import (
@@ -17,6 +23,7 @@ from .driver import (
     RX,
     SYN,
     TX,
+    V4,
     Conn,
     Family,
     Guest,
@@ -29,6 +36,7 @@ from .driver import (
 from .test_tcp_data import Stream
 
 ACCEPTED, SYN_FROM_GUEST, ESTABLISHED = 0x01, 0x02, 0x04
+TCP_REPAIR, ON, OFF_NO_WP = 19, 1, -1
 
 
 def take_over(source: Guest, flow: int, target: Guest, state: FlowState) -> int:
@@ -267,3 +275,44 @@ def test_a_window_too_small_for_a_segment_is_looked_at_again(family: Family) -> 
             target.engine.unpark()
             conn.guest = target
             conn.until(lambda _: conn.peer_window > 30_000)
+
+
+def set_mode(fds: Iterable[int], mode: int) -> None:
+    for fd in fds:
+        sock = socket.socket(fileno=fd)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, mode)
+        sock.detach()
+
+
+def test_calls_that_come_with_a_guest_that_runs_write_into_no_ring_that_is_changed_meanwhile() -> None:
+    """The commit is at work in a thread while the front-end starts the rings, and may do anything else to them."""
+    count = 100
+    here, there, inside = map(address, ("127.0.0.1", "127.0.0.2", V4.guest))
+    numbers = [0, 7, 8, ACCEPTED, 1460, 0, 0, 0, 1000, 0, 1, 1, 1, 1, 1]
+    with Guest(num=1024, rx=((2048,),) * count) as guest, guest.engine.parked():
+        states = [
+            FlowState((1, 2), (Side(here, there, 80, port), Side(there, inside, port, 80)), *numbers)
+            for port in range(30000, 30000 + count)
+        ]
+        came = moving.Arrivals(guest.engine, 0, 1 << 20)
+        assert came.prepare(b"".join(map(FLOW.encode, states)), True) == []
+        flows = came.with_socket(0)
+        fds = came.sockets(flows)
+        set_mode(fds, ON)
+        came.enter_repair(flows)
+        restored = SOCKET.encode(
+            SocketState(1000, 2000, 0, 0, 0, 1460, 0, 2000, 65535, 65535, 65535, 2000, 7, 7, TCP_ESTABLISHED, 0)
+        )
+        assert came.restore(0, restored * count) == []
+        assert came.complete(flows) == []
+        set_mode(fds, OFF_NO_WP)
+        rings = operator.methodcaller("rings")
+        committing = threading.Thread(target=came.finish, args=(flows,))
+        committing.start()
+        while committing.is_alive():
+            # One call: nothing gets the GIL meanwhile.
+            assert len(set(map(tuple, map(rings, itertools.repeat(guest.engine, 2000))))) == 1
+        committing.join()
+        assert guest.engine.rings()[RX][4] == count
+        for flow in came.flows():
+            guest.engine.drop_flow_socket(flow)

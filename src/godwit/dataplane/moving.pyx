@@ -595,10 +595,16 @@ cdef class Arrivals:
             if f.carry_to_sock == NULL:
                 return -ENOMEM
         f.flags = f.flags & ~<uint32_t>(FF_HELD | FF_FOUND) | FF_HURRY  # as sock_complete() has told the kernel
+        # What may write into a ring, or to the guest, has the GIL, as all that changes rings and memory: a front-end
+        # starts the rings while this goes on, and nothing keeps it from taking the memory away again.
         if flow_watch(p, f) != 0:
-            tcp_reset(p, f)
-        else:
+            with gil:
+                tcp_reset(p, f)
+        elif f.events & EV_ESTABLISHED and f.carry_to_sock == NULL:
             tcp_resume(p, f)
+        else:
+            with gil:
+                tcp_resume(p, f)
         return 0
 
     def finish(self, const uint32_t[::1] numbers):
