@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +21,15 @@ from scapy.layers.l2 import ARP, Ether
 from godwit.daemon import device as device_module
 from godwit.daemon.device import NetDevice
 from godwit.daemon.options import Options
+from godwit.dataplane import Observed, sockstate
 from godwit.migration import Direction as Transfer
 from godwit.migration import Migration
 from godwit.net import state
 from godwit.net.change import settle
 from godwit.net.config import NetConfig, link_local, packed16
+from godwit.net.state import NEVER_SEEN
 from godwit.net.versions import versions
+from godwit.repair import RepairListener
 from godwit.vhost_user import Direction
 
 OLD, NEW = "2001:db8:1::7", "2001:db8:2::7"
@@ -48,6 +54,7 @@ class Engine:
         self.configured: list[dict[str, Any]] = []
         self.injected: list[Any] = []
         self.rare: list[bytes] = []
+        self.listening: list[int] = []
         self._ready, self._other = os.pipe()
 
     def configure(self, **what: Any) -> None:
@@ -73,6 +80,12 @@ class Engine:
 
     def tcp_flows(self) -> list[int]:
         return []
+
+    def observed(self) -> Observed:
+        return NEVER_SEEN
+
+    def listeners(self) -> list[int]:
+        return self.listening
 
     def sees_nothing(self) -> bool:
         return False
@@ -294,6 +307,55 @@ def test_a_guest_need_not_wait_for_its_connections(run: Any, monkeypatch: pytest
         assert await stopping == 0
         assert ended.is_set()
         assert engine.told() == [CHANGED]
+
+    run(work)
+
+
+def test_a_guest_that_comes_back_is_called_again(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ports have given no answer since it left; both rings are started before its connections are let go."""
+
+    async def work(device: NetDevice, engine: Engine) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            engine.listening = [listener.fileno()]
+            sockstate.freeze_listener(listener.fileno())
+            device._mover.take_over(listeners_frozen=True)
+            reads, writes = os.pipe()
+            os.write(writes, _empty_stream())
+            os.close(writes)
+            await device.set_device_state_fd(Direction.LOAD, 0, reads)
+            assert await device.check_device_state()
+            await start(device)
+            assert not device._mover.listeners_frozen
+            with socket.create_connection(listener.getsockname(), 5.0):
+                pass
+
+    run(work)
+
+
+def test_a_migration_that_follows_at_once_is_not_without_its_helper(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The end of the one before comes first. A helper that is lost then fails the migration, not the connections."""
+
+    async def work(device: NetDevice, engine: Engine) -> None:
+        may_end = threading.Event()
+        monkeypatch.setattr(device._mover, "commit", lambda: may_end.wait(10))
+        listener = RepairListener(str(tmp_path / "r"))
+        monkeypatch.setattr(device, "_repair", listener)
+        with closing(listener), socket.socket(socket.AF_UNIX) as helper:
+            helper.connect(listener.path)
+            reads, writes = os.pipe()
+            os.write(writes, _empty_stream())
+            os.close(writes)
+            await device.set_device_state_fd(Direction.LOAD, 0, reads)
+            assert await device.check_device_state()
+            await device.set_vring_kick(0, None)
+            beginning = asyncio.ensure_future(device.set_log(os.memfd_create("log"), 4096, 0))
+            await asyncio.wait([beginning], timeout=0.1)
+            may_end.set()
+            await beginning
+            await device._at_rest()
+            assert device._mover.helper_expected
 
     run(work)
 

@@ -511,6 +511,7 @@ class NetDevice(BaseDevice):
 
     async def set_log(self, fd: int, size: int, offset: int) -> None:
         """SET_LOG_BASE: where a migration begins, for a source."""
+        await self._at_rest()  # a migration that has just ended is not to take what this one expects for its own
         with _refusals():
             self._engine.set_log(fd, size, offset)
         self._mover.helper_expected = self._repair is not None and self._repair.connected()
@@ -609,8 +610,8 @@ class NetDevice(BaseDevice):
     async def set_device_state_fd(self, direction: Direction, phase: int, fd: int) -> int | None:
         """SET_DEVICE_STATE_FD: start a save or a load; it goes on in a thread."""
         saving = direction is Direction.SAVE
-        recording = Recording(path, "saved" if saving else "loaded") if (path := self._options.record) else None
         await self._at_rest()
+        recording = Recording(path, "saved" if saving else "loaded") if (path := self._options.record) else None
         copy, done = (recording.write, recording.close) if recording is not None else (None, lambda: None)
         transfer: Migration[FlowMover] = Migration(versions(), self._mover, copy=copy)
         way, version = (Transfer.SOURCE, self._options.migrate_version) if saving else (Transfer.TARGET, None)
@@ -642,6 +643,7 @@ class NetDevice(BaseDevice):
         try:
             self._note_end(await self._transfers.guest_runs())
             await asyncio.to_thread(self._mover.give_up_all)
+            self._mover.thaw_listeners()
         except Exception:
             log.exception("the end of the migration has failed")
         finally:

@@ -749,7 +749,7 @@ class Mover:
                 done = self._done(wait, len(fds))
             out = leaving[:done]
             if done < len(fds):
-                for number in (*leaving[done:], *numbers[following:]):
+                for number in (*leaving[done:], *complete, *numbers[following + BATCH :]):
                     self._lose(number, "no repair helper")
                 break
             leaving = complete
