@@ -623,6 +623,7 @@ class NetDevice(BaseDevice):
 
     async def check_device_state(self) -> bool:
         """CHECK_DEVICE_STATE: how the transfer ended, once it has."""
+        await self._at_rest()
         try:
             return await self._transfers.check()
         except StateError as error:

@@ -289,10 +289,7 @@ class Mover:
     # ---- source
 
     def freeze(self) -> None:
-        """Freeze every flow and listener, and begin to have the helper set repair mode.
-
-        :raises RepairError: there was a helper, and it is gone.
-        """
+        """Freeze every flow and listener, and begin to have the helper set repair mode; ``dump`` waits for its end."""
         with self._lock:
             self._park()
             self._freeze()
