@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import threading
@@ -22,10 +23,11 @@ from godwit.net.records import (
     TCP_CLOSE_WAIT,
     TCP_ESTABLISHED,
     TCP_FIN_WAIT1,
+    TCP_FIN_WAIT2,
     TCP_LAST_ACK,
 )
 from godwit.net.state import NEVER_SEEN, sound_sockets
-from godwit.repair import Repair, RepairListener, in_repair
+from godwit.repair import Repair, RepairError, RepairListener, in_repair
 
 from ..dataplane.arrivals import add_flow, arrive
 from ..repair.conftest import FakeHelper, obey
@@ -200,6 +202,56 @@ def test_a_commit_that_fails_in_its_midst_leaves_no_connection_hanging(
     rig.mover.give_up_all()
     assert is_reset(rig.peers[0])
     assert rig.mover.settled
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_helper_that_is_lost_in_the_midst_of_a_commit(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails_at: int, done: int
+) -> None:
+    """What is out of repair mode goes on; the rest is lost, for want of a helper or for what was wrong before."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(mover, "BATCH", 2)
+    flows = [rig.add() for _ in range(6)]
+    rig.mover.freeze()
+    states = b"".join(map(rig.record, flows))
+    [dumped] = rig.dump(*flows)
+    assert isinstance(dumped, bytes)
+    for fd in rig.mover.leave().connections:
+        socket.socket(fileno=fd).close()
+    sockets = [
+        SocketState._make(SOCKET.unpack(dumped[at : at + SOCKET.size])) for at in range(0, len(dumped), SOCKET.size)
+    ]
+    odd = 4  # it cannot be completed, as will be seen: its socket is not in repair mode any more
+    sockets[odd] = sockets[odd]._replace(tcpi_state=TCP_FIN_WAIT2)
+    rig.mover.prepare(states, native=True)
+    rig.mover.restore(0, b"".join(map(SOCKET.encode, sockets)))
+    came = rig.came()
+    rig.set_mode([rig.engine.flow_socket(came[odd])[0]], Repair.OFF_NO_WP)
+    asked = 0
+
+    def set_mode(fds: Sequence[int], mode: Repair) -> None:
+        nonlocal asked
+        asked += 1
+        fails = asked > fails_at
+        rig.set_mode(fds[:done] if fails else fds, mode)
+        if fails:
+            raise RepairError("out of order", done)
+
+    monkeypatch.setattr(rig.mover, "_set_mode", set_mode)
+    rig.mover.commit()
+    batches = [0, 1], [2, 3], [5]
+    living = [*itertools.chain(*batches[:fails_at]), *batches[fails_at][:done]]
+    assert f"{len(living)} connections go on here, {6 - len(living)} were lost" in caplog.text
+    assert ("completing its socket" in caplog.text) == (fails_at > 0)
+    for number, (flow, peer) in enumerate(zip(came, rig.peers, strict=True)):
+        fd = rig.engine.flow_socket(flow)[0] if rig.engine.flow_generation(flow) is not None else -1
+        assert (fd >= 0) == (number in living)
+        if fd >= 0:
+            peer.send(b"x")
+            with socket.socket(fileno=os.dup(fd)) as ours:
+                ours.settimeout(5.0)
+                assert ours.recv(2, socket.MSG_PEEK) == b"x"
 
 
 def test_a_flow_that_was_reset_is_in_the_stream_as_lost(rig: Rig) -> None:
