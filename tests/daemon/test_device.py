@@ -360,6 +360,37 @@ def test_a_migration_that_follows_at_once_is_not_without_its_helper(
     run(work)
 
 
+@pytest.mark.parametrize("thread", [True, False])
+def test_a_commit_that_has_an_accident_leaves_nothing_standing_still(
+    run: Any, monkeypatch: pytest.MonkeyPatch, thread: bool
+) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        calls: list[str] = []
+        monkeypatch.setattr(device._mover, "give_up_all", lambda: calls.append("given up"))
+        monkeypatch.setattr(device._mover, "thaw_listeners", lambda: calls.append("thawed"))
+        reads, writes = os.pipe()
+        os.write(writes, _empty_stream())
+        os.close(writes)
+        await device.set_device_state_fd(Direction.LOAD, 0, reads)
+        assert await device.check_device_state()
+        changed(device)
+
+        async def fail(*_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patched:
+            if thread:
+                patched.setattr(device._mover, "commit", lambda: 1 / 0)
+            else:
+                patched.setattr(asyncio, "to_thread", fail)
+            await start(device)
+        assert calls == ["given up", "thawed"]
+        if thread:
+            assert engine.told() == [CHANGED]
+
+    run(work)
+
+
 def test_a_front_end_that_hangs_up_meanwhile_does_not_cut_that_short(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(device: NetDevice, engine: Engine) -> None:
         calls: list[str] = []

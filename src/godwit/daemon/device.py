@@ -602,7 +602,7 @@ class NetDevice(BaseDevice):
 
     async def send_rarp(self, mac: bytes) -> None:
         """SEND_RARP: after a load, the guest runs. No network below us would have to learn its address."""
-        if self._transfers.state is State.LOADED:
+        if self._transfers.loaded:
             self._guest_runs()
 
     # ---- migration
@@ -610,7 +610,11 @@ class NetDevice(BaseDevice):
     async def set_device_state_fd(self, direction: Direction, phase: int, fd: int) -> int | None:
         """SET_DEVICE_STATE_FD: start a save or a load; it goes on in a thread."""
         saving = direction is Direction.SAVE
-        await self._at_rest()
+        try:
+            await self._at_rest()
+        except BaseException:
+            os.close(fd)
+            raise
         recording = Recording(path, "saved" if saving else "loaded") if (path := self._options.record) else None
         copy, done = (recording.write, recording.close) if recording is not None else (None, lambda: None)
         transfer: Migration[FlowMover] = Migration(versions(), self._mover, copy=copy)
@@ -636,7 +640,7 @@ class NetDevice(BaseDevice):
         if self._transfers.current is None:
             self._mover.thaw_listeners()
         else:
-            # The guest need not stand still for it: no ring is served meanwhile, and what it sends waits there.
+            # The guest need not stand still for it: while flows are at rest no ring is served, and what it sends waits.
             self._going_on = asyncio.ensure_future(self._go_on())
 
     async def _go_on(self) -> None:
@@ -644,14 +648,15 @@ class NetDevice(BaseDevice):
         try:
             self._note_end(await self._transfers.guest_runs())
             await asyncio.to_thread(self._mover.give_up_all)
-            self._mover.thaw_listeners()
         except Exception:
             log.exception("the end of the migration has failed")
+            self._mover.give_up_all()  # here: it may be that there is no thread for it
         finally:
             self._going_on = None
-        if self._has_rings:
-            self._has_rings = False
-            self._guest_has_rings()
+            self._mover.thaw_listeners()
+            if self._has_rings:
+                self._has_rings = False
+                self._guest_has_rings()
 
     async def _at_rest(self) -> None:
         """Wait until all that a transfer has left has been let go."""

@@ -48,6 +48,11 @@ class Transfers(Generic[Context]):
         """Where that transfer is."""
         return None if self._current is None else self._current.state
 
+    @property
+    def loaded(self) -> bool:
+        """A load has arrived whose guest is not let run yet: what announces it then, has it run."""
+        return self.state is State.LOADED
+
     async def begin(
         self,
         transfer: Migration[Context],
@@ -123,7 +128,7 @@ class Transfers(Generic[Context]):
 
         A front-end may be told to announce its guest at any time, also one whose guest has moved away.
         """
-        return await self.guest_runs() if self.state is State.LOADED else None
+        return await self.guest_runs() if self.loaded else None
 
     async def settle(self, why: str) -> State | None:
         """Have what runs of the transfer come to its end: a save or load is cancelled, the rest is waited for.
