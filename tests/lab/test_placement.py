@@ -14,7 +14,7 @@ import pytest
 
 from godwit.lab.bench import Working
 from godwit.lab.errors import LabError
-from godwit.lab.placement import PLACEMENTS, placed
+from godwit.lab.placement import APART, SPLIT, TOGETHER, at, placed
 
 PROCESSORS = sorted(os.sched_getaffinity(0))
 
@@ -51,21 +51,23 @@ def places(pid: int) -> list[set[int]]:
     return [os.sched_getaffinity(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", [TOGETHER, APART, SPLIT])
 def test_all_threads(placement: str, backend: int) -> None:
     """Those of one that begins meanwhile, too."""
-    if placement == "apart" and len(PROCESSORS) < 2:
+    if placement != TOGETHER and len(PROCESSORS) < 2:
         with pytest.raises(LabError, match="one processor only"), placed(backend, placement):
             pass
         return
     before = places(backend)
     assert len(before) == 2
-    with placed(backend, placement):
+    with placed(backend, placement) as host:
         ours, theirs = places(os.getpid()), places(backend)
         assert Working(lambda: os.sched_getaffinity(0)).result() == {PROCESSORS[0]}
+        at_the_host = Working(lambda: at(host, lambda: os.sched_getaffinity(0))).result()
     assert len(ours) > 1
     assert all(place == {PROCESSORS[0]} for place in ours)
-    assert theirs == [{PROCESSORS[placement == "apart"]}] * 2
+    assert theirs == [{PROCESSORS[placement != TOGETHER]}] * 2
+    assert at_the_host == {PROCESSORS[placement == SPLIT]}
     assert places(backend) == before
     assert all(place == set(PROCESSORS) for place in places(os.getpid()))
 

@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,14 @@ KINDS: tuple[Kind, ...] = ("godwit", IDEAL, NONE)  # passt, which would have to 
 CASES = {case.name: case for case in tcp_bench.CASES}
 WAITS = {"ms until steady", "longest standstill ms"}  # which may be 0
 STREAMS = {"Gbit/s from the beginning"} | WAITS
-ALONE = ["stream-up-1-1500", "stream-down-4-1500", "rr-together", "rr-16", "crr-together", "crr-forward-together"]
+ALONE = [
+    "stream-up-1-1500-together",
+    "stream-down-4-1500-together",
+    "rr-together",
+    "rr-16",
+    "crr-together",
+    "crr-forward-together",
+]
 
 
 @contextlib.contextmanager
@@ -321,13 +329,44 @@ def test_a_case(name: str, kind: str, bed: Bed) -> None:
     check(case, kind, values)
 
 
-def test_a_back_end_apart(bed: Bed) -> None:
-    case, side = CASES["rr-apart"], bed.sides["godwit"]
+@pytest.mark.parametrize("name", ["rr-apart", "stream-down-4-1500-split", "stream-up-1-1500-split"])
+def test_on_two_processors(name: str, bed: Bed) -> None:
+    case, side = CASES[name], bed.sides["godwit"]
     if len(os.sched_getaffinity(0)) > 1:
         check(case, "godwit", case.measure(side, SECONDS))
     else:
         with pytest.raises(LabError, match="there is one processor only"):
             case.measure(side, SECONDS)
+
+
+@pytest.mark.parametrize("up", [False, True], ids=["down", "up"])
+def test_where_streams_run(up: bool, bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``split``, the guest's end and the front-end on one processor, back-end and server's end on another."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        return
+    found: dict[str, set[int]] = {}
+
+    class Noting(Working):
+        def run(self) -> None:
+            super().run()  # and stays where it was
+            found[str(len(found))] = os.sched_getaffinity(0)
+
+    monkeypatch.setattr(tcp_bench, "Working", Noting)
+    side = bed.sides["godwit"]
+    assert side.pid is not None
+    sampled = tcp_bench._sampled
+
+    def noting(*arguments: Any) -> dict[str, float]:
+        found["back-end"] = os.sched_getaffinity(side.pid or 0)
+        found["front-end"] = os.sched_getaffinity(0)
+        return sampled(*arguments)
+
+    monkeypatch.setattr(tcp_bench, "_sampled", noting)
+    CASES[f"stream-{'up' if up else 'down'}-1-1500-split"].measure(side, SECONDS)
+    # The sender ends first.
+    guest, host = ("2", "3") if up else ("3", "2")
+    assert found == {"back-end": {others[0]}, host: {others[0]}, "front-end": {first}, guest: {first}}
 
 
 def test_a_standstill_is_not_what_is_measured(bed: Bed) -> None:
@@ -336,7 +375,7 @@ def test_a_standstill_is_not_what_is_measured(bed: Bed) -> None:
     assert side.guest is not None
     assert side.pid is not None
     guest, before = side.guest, side.guest.counters["to_guest_frames"]
-    measuring = Working(lambda: CASES["stream-down-4-1500"].measure(side, 1.5))
+    measuring = Working(lambda: CASES["stream-down-4-1500-together"].measure(side, 1.5))
     wait_until(lambda: guest.counters["to_guest_frames"] > before + 100, "streams", 10.0)
     time.sleep(1.0)
     os.kill(side.pid, signal.SIGSTOP)
@@ -353,7 +392,7 @@ def check(case: Case, kind: object, values: dict[str, float]) -> None:
     rate = "Gbit/s" if streams else "connections/s" if case.name.startswith("crr") else "transactions/s"
     cost = {"CPU s/GiB", "CPU s/s"} if streams else {"CPU us"}
     other = STREAMS if streams else {"p50 us", "p99 us"}
-    if case.name == "stream-down-4-1500":
+    if case.name.startswith("stream-down-4"):
         other = other | {"fairness"}
     assert set(values) == {rate} | other | (cost if kind != "none" else set())
     assert all(value > 0 for metric, value in values.items() if metric not in WAITS)

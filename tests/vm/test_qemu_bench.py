@@ -24,7 +24,7 @@ def test_passt_beside_it() -> None:
     with Bed(1500, ["passt"]) as bed:
         side = bed.sides["passt"]
         for name, metric in (
-            ("stream-up-1-1500", "Gbit/s"),
+            ("stream-up-1-1500-together", "Gbit/s"),
             ("rr-together", "transactions/s"),
             ("crr-together", "connections/s"),
         ):

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from godwit.lab.bench import Results, Summary
-from godwit.lab.placement import PLACEMENTS
+from godwit.lab.placement import PLACEMENTS, STREAM_PLACEMENTS
 
 OURS, PEER = "godwit", "passt"
 ENOUGH = 5  # values of each kind: of fewer, nothing is said
@@ -99,10 +100,10 @@ class Target:
 
 
 def _streams(mtu: int, rate: float, cpu: float) -> Iterator[Target]:
-    for way in ("up", "down"):
-        for count in (1, 4):
-            yield Target(f"stream-{way}-{count}-{mtu}", "Gbit/s", rate, least=True)
-            yield Target(f"stream-{way}-{count}-{mtu}", "CPU s/GiB", cpu)
+    for way, count, placement in itertools.product(("up", "down"), (1, 4), STREAM_PLACEMENTS):
+        case = f"stream-{way}-{count}-{mtu}-{placement}"
+        yield Target(case, "Gbit/s", rate, least=True)
+        yield Target(case, "CPU s/GiB", cpu)
 
 
 TARGETS: tuple[Target, ...] = (

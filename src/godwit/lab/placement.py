@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """On which processors a measurement runs.
 
-Where a question and its answer take microseconds, it is the placement of those who
-pass them on that counts: on one processor they take turns, on two each wakes the
-other up, and the kernel chooses anew now and then. So what is compared is placed
-the same way.
+Where those who pass something on wait for each other, it is their placement that
+counts: on one processor they take turns, on two each wakes the other up, which takes
+100 us in some virtual machines, and the kernel chooses anew now and then, or keeps
+for half a minute to what costs ten times as much. So what is compared is placed the
+same way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Protocol, TypeVar
 
 from godwit.lab.errors import LabError
 
-PLACEMENTS = {"together": "on one processor", "apart": "back-end on a processor of its own"}
+TOGETHER, APART, SPLIT = "together", "apart", "split"
+PLACEMENTS = {TOGETHER: "on one processor", APART: "back-end on a processor of its own"}  # of short exchanges
+STREAM_PLACEMENTS = {TOGETHER: "on one processor", SPLIT: "guest on one processor, host on another"}
 
 
 class _Side(Protocol):
@@ -25,6 +28,7 @@ class _Side(Protocol):
 
 
 S = TypeVar("S", bound=_Side)
+R = TypeVar("R")
 
 
 def _bind(pid: int, processors: set[int]) -> None:
@@ -35,27 +39,36 @@ def _bind(pid: int, processors: set[int]) -> None:
 
 
 @contextlib.contextmanager
-def placed(backend: int | None, placement: str) -> Iterator[None]:
+def placed(backend: int | None, placement: str) -> Iterator[int]:
     """For a ``with`` block, have this process on one processor, and a back-end there as well or on another one.
 
-    This process is front-end and ends. ``backend`` is the other's process, None for none; ``placement`` is one
-    of `PLACEMENTS`. `LabError` where there is one processor, and two are needed.
+    This process is front-end and ends. ``backend`` is the other's process, None for none; ``placement`` is one of
+    `PLACEMENTS` or `STREAM_PLACEMENTS`. What is given is the processor for the server's ends, which they are to bind
+    themselves to (`at`): with ``split`` it is the back-end's. `LabError` where there is one processor, and two are
+    needed.
     """
     processors = sorted(os.sched_getaffinity(0))
-    if placement == "apart" and len(processors) < 2:
+    if placement != TOGETHER and len(processors) < 2:
         raise LabError("there is one processor only, and none that the back-end could have for itself")
-    places = {os.getpid(): processors[0]}
+    ours, theirs = processors[0], processors[placement != TOGETHER]
+    places = {os.getpid(): ours}
     if backend is not None:
-        places[backend] = processors[placement == "apart"]
+        places[backend] = theirs
     before = {pid: os.sched_getaffinity(pid) for pid in places}
     try:
         for pid, processor in places.items():
             _bind(pid, {processor})
-        yield
+        yield theirs if placement == SPLIT else ours
     finally:
         for pid in places:
             with contextlib.suppress(FileNotFoundError):  # it has ended
                 _bind(pid, before[pid])
+
+
+def at(processor: int, work: Callable[[], R]) -> R:
+    """Work on this processor: the calling thread stays there."""
+    os.sched_setaffinity(0, {processor})
+    return work()
 
 
 def measured(

@@ -17,7 +17,9 @@ the same; 1/n: one has all). What it leaves out is in ``Gbit/s from the beginnin
 in ``ms until steady``, the time until that from which all counts, and in ``longest
 standstill ms``, the longest without a byte over any of them since they first ran.
 The rates are the receiver's. The ideal back-end is the server of streams itself,
-and their figures are those of the guest's ends.
+and their figures are those of the guest's ends. Once *together*, with all on one
+processor, and once *split*, with the guest's ends and the front-end on one, and the
+back-end and the server's ends on another (``godwit.lab.placement``).
 
 **Transactions**: a byte to the server, the same byte back, then the next one.
 
@@ -27,9 +29,8 @@ free port becomes what is measured. The client takes one after the other, until 
 has read the end; the server's ports take turns.
 
 Of both, the rate, how long one takes for the client (``p50 us``, ``p99 us``), and
-the back-end's time for each (``CPU us``); once *together*, with all on one
-processor, and once *apart*, with the back-end on one of its own
-(``godwit.lab.placement``). Alone, and beside thousands of idle connections through
+the back-end's time for each (``CPU us``); once *together*, and once *apart*, with
+the back-end on a processor of its own. Alone, and beside thousands of idle connections through
 the same back-end, which go to many of the server's ports: there a second back-end
 of the same kind, without any, is measured in between (``, none idle``). Each round
 sees whether the connections to one of the ports carry something; all have to in a
@@ -55,7 +56,7 @@ from godwit.lab.errors import LabError
 from godwit.lab.guest import StreamGuest
 from godwit.lab.ideal import CHARGEN, DISCARD
 from godwit.lab.netns import Namespace, Network, wait_until
-from godwit.lab.placement import PLACEMENTS, measured
+from godwit.lab.placement import PLACEMENTS, STREAM_PLACEMENTS, TOGETHER, at, measured, placed
 from godwit.lab.traffic import Traffic
 
 GIB = 1 << 30
@@ -109,9 +110,9 @@ def _fds(socks: Sequence[socket.socket]) -> list[int]:
 
 
 @contextlib.contextmanager
-def _running(end: Sender | Receiver | Echo | Answerer) -> Iterator[Working]:
-    """Have it run in a thread for a ``with`` block."""
-    working = Working(end.run)
+def _running(end: Sender | Receiver | Echo | Answerer, processor: int | None = None) -> Iterator[Working]:
+    """Have it run in a thread for a ``with`` block: on this processor, or where the caller is."""
+    working = Working(end.run if processor is None else functools.partial(at, processor, end.run))
     try:
         yield working
     finally:
@@ -127,10 +128,19 @@ def fairness(shares: Sequence[int]) -> float:
     return sum(shares) ** 2 / (len(shares) * sum(share**2 for share in shares))
 
 
-def streams(side: Side, seconds: float, *, up: bool, count: int) -> dict[str, float]:
-    """Send over ``count`` connections at once: for so long, when they run."""
-    if side.kind == IDEAL:
-        return _to_the_limit(side, seconds, up=up, count=count)
+def streams(side: Side, seconds: float, *, up: bool, count: int, placement: str) -> dict[str, float]:
+    """Send over ``count`` connections at once: for so long, when they run.
+
+    ``placement`` is one of `STREAM_PLACEMENTS`.
+    """
+    with placed(side.pid, placement) as host:
+        if side.kind == IDEAL:
+            return _to_the_limit(side, seconds, up=up, count=count)
+        return _from_end_to_end(side, seconds, host, up=up, count=count)
+
+
+def _from_end_to_end(side: Side, seconds: float, host: int, *, up: bool, count: int) -> dict[str, float]:
+    """The server's ends are at the processor ``host``."""
     with _connections(side, count) as (guests, servers):
         sources, targets = (guests, servers) if up else (servers, guests)
         sender, receiver = Sender(_fds(sources)), Receiver(_fds(targets))
@@ -138,8 +148,8 @@ def streams(side: Side, seconds: float, *, up: bool, count: int) -> dict[str, fl
         def arrived() -> bool:
             return receiver.bytes == sender.bytes
 
-        with _running(receiver) as receiving:
-            with _running(sender):
+        with _running(receiver, host if up else None) as receiving:
+            with _running(sender, None if up else host):
                 values = _sampled(side, seconds, receiver, receiving)
             # Before the streams are closed: passt resets one that ends while the guest's ring is full.
             wait_until(lambda: arrived() or not receiving.is_alive(), "what was sent to arrive", PATIENCE / 1e3)
@@ -403,12 +413,13 @@ def _cases() -> Iterator[Case]:
     for mtu in MTUS:
         for way in ("up", "down"):
             for count in STREAMS:
-                yield Case(
-                    f"stream-{way}-{count}-{mtu}",
-                    f"{way}, {count} stream{'s' * (count > 1)}, MTU {mtu}",
-                    mtu,
-                    functools.partial(streams, up=way == "up", count=count),
-                )
+                for placement, where in STREAM_PLACEMENTS.items():
+                    yield Case(
+                        f"stream-{way}-{count}-{mtu}-{placement}",
+                        f"{way}, {count} stream{'s' * (count > 1)}, MTU {mtu}, {where}",
+                        mtu,
+                        functools.partial(streams, up=way == "up", count=count, placement=placement),
+                    )
     few: dict[str, tuple[str, Measure]] = {
         "rr": ("transactions", transactions),
         "crr": ("connections", connections),
@@ -446,11 +457,12 @@ def _cases() -> Iterator[Case]:
         yield Case(f"alive-idle-{idle}", f"{many}, after all that", 1500, _alive, bed, without)
     for mtu in STREAM_MODE_MTUS:
         for way in ("up", "down"):
+            measure = functools.partial(streams, up=way == "up", count=1, placement=TOGETHER)
             yield Case(
                 f"stream-mode-{way}-{mtu}",
-                f"{way}, 1 stream, MTU {mtu}, in stream mode",
+                f"{way}, 1 stream, MTU {mtu}, in stream mode, {PLACEMENTS[TOGETHER]}",
                 mtu,
-                functools.partial(_in_stream_mode, functools.partial(streams, up=way == "up", count=1)),
+                functools.partial(_in_stream_mode, measure),
                 STREAM_BED,
                 frozenset({IDEAL, NONE}),
             )
