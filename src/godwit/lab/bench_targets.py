@@ -145,7 +145,7 @@ TARGETS: tuple[Target, ...] = (
     Target("idle-9000", "blackout ms", 150, than=None),
     *(
         Target(case, metric, 0.25)
-        for case in ("queued-up", "queued-down")
+        for case in ("queued-up-1000", "queued-down-1000")
         for metric in ("save ms", "load until running ms", "save CPU us/flow")
     ),
     Target("start", "start ms", 200, than=None),

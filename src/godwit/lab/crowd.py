@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -60,6 +61,7 @@ _AT_ONCE = 256  # connections being opened, or checked, at a time
 _SMALL = 2304  # SOCK_MIN_RCVBUF of the kernel
 _LARGE = 1 << 20
 _SEED = 11
+SIOCOUTQNSD = 0x894B  # linux/sockios.h
 
 
 def _message(number: int, turn: int, way: bytes) -> bytes:
@@ -75,6 +77,12 @@ def _content(number: int, size: int) -> memoryview:
     """What a connection that is filled carries, up to two periods: different for each."""
     at = number * 97 % stream.PERIOD
     return memoryview(_block())[at : at + size]
+
+
+def _unsent(sock: socket.socket) -> int:
+    """How many bytes of a socket's queue were not sent yet, not even once."""
+    (count,) = struct.unpack("i", fcntl.ioctl(sock, SIOCOUTQNSD, bytes(4)))
+    return cast(int, count)
 
 
 class _Connection:
@@ -300,21 +308,47 @@ class _End:
                 self._close(conn)
             self._ended.discard(number)
 
-    def fill(self, numbers: Sequence[int], size: int) -> None:
-        """Send so many bytes over each of these ``FULL`` connections."""
-        for number in range(*numbers):
-            sent = self._conns[number].sock.send(_content(number, size))
-            if sent != size:
-                raise LabError(f"only {sent} of {size} bytes could be sent at once")
+    def fill(self, numbers: Sequence[int], size: int, timeout: float) -> int:
+        """Send so many bytes over each of these ``FULL`` connections; from how many they have left.
+
+        ``timeout``: seconds without one from which they have, after which the others are given up.
+        """
+        due = deque(range(*numbers))
+        full: set[int] = set()  # numbers whose bytes have not all been sent yet
+        stuck = 0
+        deadline = time.monotonic() + timeout
+        while due or full:
+            while due and len(full) < _AT_ONCE:  # the guest's queue has not room for what all of them send
+                number = due.popleft()
+                sent = self._conns[number].sock.send(_content(number, size))
+                if sent != size:
+                    raise LabError(f"only {sent} of {size} bytes could be sent at once")
+                full.add(number)
+            left = {number for number in full if _unsent(self._conns[number].sock)}
+            if len(left) < len(full):
+                deadline = time.monotonic() + timeout
+            elif time.monotonic() > deadline:
+                stuck += len(left)
+                left.clear()
+            else:
+                time.sleep(0.001)
+            full = left
+        return len(range(*numbers)) - stuck
 
     def read(self, numbers: Sequence[int], size: int, timeout: float) -> int:
-        """Read so many bytes from each of these connections; from how many just those came that were sent."""
+        """Read so many bytes from each of these connections; from how many just those came that were sent.
+
+        ``timeout``: seconds without one from which all have come.
+        """
+        due = deque(n for n in range(*numbers) if n in self._conns)
+        missing: dict[int, bytearray] = {}
         deadline = time.monotonic() + timeout
-        missing: dict[int, bytearray] = {n: bytearray() for n in range(*numbers) if n in self._conns}
-        for number in missing:
-            self._conns[number].sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LARGE)
         right = 0
-        while missing and time.monotonic() < deadline:
+        while (due or missing) and time.monotonic() < deadline:
+            while due and len(missing) < _AT_ONCE:  # nor for what all of them have to say of their room
+                number = due.popleft()
+                self._conns[number].sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LARGE)
+                missing[number] = bytearray()
             for number, came in list(missing.items()):
                 with contextlib.suppress(BlockingIOError):
                     try:
@@ -325,6 +359,7 @@ class _End:
                     if not data or len(came) == size:
                         right += came == _content(number, size)
                         del missing[number]
+                        deadline = time.monotonic() + timeout
             time.sleep(0.001)
         return right
 
@@ -527,14 +562,16 @@ class Full:
         self._reader = reader
         self._size = 0
 
-    def fill(self, size: int) -> None:
-        """Send so many bytes over each, once."""
-        self._sender.ask("fill", numbers=self._numbers, size=size)
+    def fill(self, size: int, timeout: float = 3.0) -> int:
+        """Send so many bytes over each, once; from how many they have left, which is waited for so long."""
         self._size = size
+        left = self._sender.ask("fill", patience=120.0, numbers=self._numbers, size=size, timeout=timeout)
+        return cast(int, left)
 
     def read(self) -> int:
         """Read them, and end the connections; over how many all came, and nothing else."""
-        right = cast(int, self._reader.ask("read", numbers=self._numbers, size=self._size, timeout=30.0))
+        words = {"numbers": self._numbers, "size": self._size, "timeout": 15.0}
+        right = cast(int, self._reader.ask("read", patience=180.0, **words))
         for end in (self._sender, self._reader):
             end.ask("drop", numbers=self._numbers)
         return right

@@ -28,7 +28,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from godwit.lab.backend import Backend, Kind
@@ -38,12 +38,13 @@ from godwit.lab.crowd import Crowd
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.migration import Migration
+from godwit.lab.netns import wait_until
 from godwit.lab.scenario import Scenario
 from godwit.vhost_user import VhostUserError
 
 MTU = 1500
 MOVING = frozenset({"godwit", "passt"})  # all others are not moved here
-QUEUED = 24 * 1024  # bytes on each connection with full queues
+PASSTS_MOST = 9000  # connections: of `DESCRIPTORS` it takes two for each
 _TAKEN = 4096  # what a guest takes all the same that does not read, at most
 _SAMPLE = 500  # connections that are used between two moves; after the second, all are
 _LINGER = 0.0  # seconds for a back-end to end, which would stay for the sake of connections that have left
@@ -144,6 +145,11 @@ class MoveSide(Closing):
             raise LabError(f"the guest does not move: {error}") from error
         scenario.where = target
         return migration
+
+    def queued(self) -> int:
+        """How many bytes are in the queues of the back-end's sockets."""
+        table = self.here.space.run("ss", "-Htn", "state", "established").stdout
+        return sum(sum(map(int, line.split()[:2])) for line in table.splitlines())
 
     def cut(self) -> None:
         """Cut the host off the network: until the next move."""
@@ -271,8 +277,8 @@ def idle(side: MoveSide, seconds: float, *, count: int) -> dict[str, float]:
     return found
 
 
-def queued(side: MoveSide, seconds: float, *, count: int, up: bool) -> dict[str, float]:
-    """Move with ``QUEUED`` bytes at the back-end for each connection.
+def queued(side: MoveSide, seconds: float, *, count: int, size: int, up: bool) -> dict[str, float]:
+    """Move with ``size`` bytes at the back-end for each connection.
 
     If ``up`` they come from the guest, and the network is cut off before they are
     sent; otherwise they are for the guest, which does not read. passt is busy all
@@ -284,7 +290,9 @@ def queued(side: MoveSide, seconds: float, *, count: int, up: bool) -> dict[str,
         full = side.crowd.open_full(count, up=up)
         if up:
             side.cut()
-        full.fill(QUEUED + (0 if up else _TAKEN))
+        if (left := full.fill(size + (0 if up else _TAKEN))) != count:
+            raise LabError(f"only {left} of {count} connections take what is to be queued on them")
+        wait_until(lambda: side.queued() >= count * size, "what is to move to come to the back-end", 10.0)
         if back:
             found["blackout ms"] = side.at_once()[0] * 1e3
         else:
@@ -294,33 +302,44 @@ def queued(side: MoveSide, seconds: float, *, count: int, up: bool) -> dict[str,
     return found
 
 
-_NATIVE = functools.partial(MoveBed, dialect="native")
+@dataclass(frozen=True)
+class _Dialect:
+    """What godwit writes. The first is passt's, too."""
+
+    bed: Callable[[int, Sequence[Kind]], MoveBed]
+    suffix: str
+    title: str
+    spoken: frozenset[str]
+
+    def case(self, name: str, title: str, count: int, measure: Callable[[MoveSide, float], dict[str, float]]) -> Case:
+        """One that moves so many connections."""
+        only = self.spoken & (_GODWIT if count > PASSTS_MOST else MOVING)
+        beyond = " (beyond passt's limit)" if count > PASSTS_MOST else ""
+        return Case(
+            f"{name}{self.suffix}", f"move {title}{beyond}{self.title}", MTU, measure, self.bed, frozenset(), only
+        )
+
+
 _GODWIT = frozenset({"godwit"})
+_SHARED = _Dialect(MoveBed, "", "", MOVING)
+_NATIVE = _Dialect(functools.partial(MoveBed, dialect="native"), "-native", ", native dialect", _GODWIT)
+
+_IDLE = (0, 1000, 9000, 10_000, 19_000)
+# What fits into a few seconds, twice 100 MB at most: how many connections, KiB queued on each, in which dialects.
+_QUEUED = ((1000, 24, (_SHARED, _NATIVE)), (9000, 8, (_SHARED,)), (19_000, 4, (_NATIVE,)))
 
 
-def _idle(count: int) -> Callable[[MoveSide, float], dict[str, float]]:
-    return functools.partial(idle, count=count)
+def _cases() -> Iterator[Case]:
+    for dialect in (_SHARED, _NATIVE):
+        for count in _IDLE:
+            title = f"{count:,} idle" if count else "without connections"
+            yield dialect.case(f"idle-{count}", title, count, functools.partial(idle, count=count))
+    for count, size, dialects in _QUEUED:
+        for dialect in dialects:
+            for name, way in (("up", "peer"), ("down", "guest")):
+                title = f"{count:,}, {size} KiB each on the way to the {way}"
+                measure = functools.partial(queued, count=count, size=size << 10, up=name == "up")
+                yield dialect.case(f"queued-{name}-{count}", title, count, measure)
 
 
-def _queued(*, up: bool) -> Callable[[MoveSide, float], dict[str, float]]:
-    return functools.partial(queued, count=1000, up=up)
-
-
-# passt has two descriptors for each connection: of `DESCRIPTORS`, 9000 connections are
-# about what it can hold.
-CASES: tuple[Case, ...] = tuple(
-    Case(f"{name}{suffix}", f"move {title}{written}", MTU, measure, bed, only=only & able)
-    for bed, suffix, written, able in (
-        (MoveBed, "", "", MOVING),
-        (_NATIVE, "-native", ", native dialect", _GODWIT),
-    )
-    for name, title, measure, only in (
-        ("idle-0", "without connections", _idle(0), MOVING),
-        ("queued-up", "1000, 24 KiB each on the way to the peer", _queued(up=True), MOVING),
-        ("queued-down", "1000, 24 KiB each on the way to the guest", _queued(up=False), MOVING),
-        ("idle-1000", "1000 idle", _idle(1000), MOVING),
-        ("idle-9000", "9000 idle", _idle(9000), MOVING),
-        ("idle-10000", "10,000 idle (beyond passt's limit)", _idle(10_000), _GODWIT),
-        ("idle-19000", "19,000 idle (beyond passt's limit)", _idle(19_000), _GODWIT),
-    )
-)
+CASES: tuple[Case, ...] = tuple(_cases())
