@@ -179,17 +179,25 @@ def test_refused(net: Network, agent: Agent) -> None:
         agent.echo(net.server.addr4, 1, 3)
 
 
+def opened(net: Network) -> int:
+    """How many TCP connections the guest has opened so far."""
+    names, values = [line.split() for line in net.a.run("cat", "/proc/net/snmp").stdout.splitlines() if "Tcp:" in line]
+    return int(values[names.index("ActiveOpens")])
+
+
 def test_floods(net: Network, agent: Agent) -> None:
     """In both directions, and what ends them; what the kernel has counted is what the agent says."""
     with net.server.popen([sys.executable, "-c", qemu_bench.SERVER, "5003"], stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == b"ready\n"
-        for up, direction in ((True, "tx"), (False, "rx")):
+        for up, direction, streams in ((True, "tx", 1), (False, "rx", 1), (True, "tx", 4), (False, "rx", 4)):
             counter = ["cat", f"/sys/class/net/eth0/statistics/{direction}_bytes"]
+            opens = opened(net)
             before = int(net.a.run("unshare", "-m", "sh", "-c", f"mount -t sysfs s /sys; {' '.join(counter)}").stdout)
-            count, took = agent.flood(net.server.addr4, 5003, 0.2, up=up)
+            count, took = agent.flood(net.server.addr4, 5003, 0.2, up=up, count=streams)
             after = int(net.a.run("unshare", "-m", "sh", "-c", f"mount -t sysfs s /sys; {' '.join(counter)}").stdout)
             assert 0.2 <= took < 5
+            assert opened(net) - opens == streams
             assert 1_000_000 < count < after - before < 1.3 * count + 20_000_000
         server.kill()
         server.wait()
@@ -200,7 +208,13 @@ def test_floods(net: Network, agent: Agent) -> None:
 def test_commands(agent: Agent) -> None:
     assert agent.run("echo one; echo two >&2") == "one\ntwo"
     assert agent.run("echo", "a  b") == "a  b"
-    for wrong in ("get 5 nowhere 1 1 1 1", "flood 5 nowhere 1 u 1", "nonsense", "status 4711"):
+    for wrong in (
+        "get 5 nowhere 1 1 1 1",
+        "flood 5 nowhere 1 u 1 1",
+        "flood 5 127.0.0.1 1 u 1 17",
+        "nonsense",
+        "status 4711",
+    ):
         agent._send(wrong)
         with pytest.raises(AgentError, match="the guest's agent says"):
             agent.hello(2)

@@ -176,15 +176,16 @@ class Agent:
         self._send(f"{word} {job} {addr} {port} {seed} {length} {rate}")
         return job
 
-    def flood(self, addr: str, port: int, seconds: float, *, up: bool) -> tuple[int, float]:
+    def flood(self, addr: str, port: int, seconds: float, *, up: bool, count: int = 1) -> tuple[int, float]:
         """Send, or receive unless ``up``, for so long what nobody looks at; return bytes and seconds.
 
-        Only agents in QEMU guests do; all else waits meanwhile. The server is told in the first byte: ``u`` or ``d``.
+        Over ``count`` connections at once, 16 at most. Only agents in QEMU guests do; all else waits meanwhile. The
+        server is told in the first byte of each: ``u`` or ``d``.
         """
         job = next(_JOBS)
-        self._send(f"flood {job} {addr} {port} {'u' if up else 'd'} {int(seconds * 1000)}")
-        count, took = map(int, self._answer("flooded", job, seconds + 30.0))
-        return count, took / 1000
+        self._send(f"flood {job} {addr} {port} {'u' if up else 'd'} {int(seconds * 1000)} {count}")
+        carried, took = map(int, self._answer("flooded", job, seconds + 30.0))
+        return carried, took / 1000
 
     def echo(self, addr: str, port: int, count: int, timeout: float = 60.0) -> int:
         """Open ``count`` connections that carry something at each :meth:`check` only; return the job.

@@ -112,9 +112,10 @@ TARGETS: tuple[Target, ...] = (
     *_streams(1500, 4.0, 0.25),
     # The same of a guest that is a whole machine, whose own pace says nothing of the back-end's.
     *(
-        Target(f"qemu-{way}-{mtu}", "CPU s/GiB", bound)
+        Target(f"qemu-{way}-{count}-{mtu}", "CPU s/GiB", bound)
         for mtu, bound in ((65520, 0.6), (1500, 0.25))
         for way in ("up", "down")
+        for count in (1, 4)
     ),
     *(
         target

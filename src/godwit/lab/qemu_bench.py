@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One TCP stream of a QEMU guest, up and down: whether what the embedded guest shows holds for a real one.
+"""TCP streams of a QEMU guest, up and down: whether what the embedded guest shows holds for a real one.
 
 The guests run without KVM here, on one processor each: how fast they are is mostly
 how fast that is, and what counts is the processor time of the back-end.
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from godwit.lab.backend import IDEAL, Backend, Kind
 from godwit.lab.bench import NONE, Case, cpu, grounds
@@ -22,6 +22,7 @@ from godwit.lab.qemu import QemuGuest
 
 PORT = 5003
 MTUS = (65520, 1500)
+STREAMS = (1, 4)
 _MORE = 2.0  # a slow guest is given so many times the seconds that a case is given
 
 # What floods of `Agent.flood` go to and come from.
@@ -85,22 +86,24 @@ class QemuBed(Closing):
         self._cleanup.close()
 
 
-def stream(side: QemuSide, seconds: float, *, up: bool) -> dict[str, float]:
-    """One stream: how fast, and what it costs the back-end."""
+def streams(side: QemuSide, seconds: float, *, up: bool, count: int) -> dict[str, float]:
+    """So many streams: how fast all together, and what they cost the back-end."""
     before = cpu(side.backend.pid)
-    count, took = side.guest.agent.flood(side.server_addr, PORT, _MORE * seconds, up=up)
+    carried, took = side.guest.agent.flood(side.server_addr, PORT, _MORE * seconds, up=up, count=count)
     used = cpu(side.backend.pid) - before
-    return {"Gbit/s": count * 8 / took / 1e9, "CPU s/GiB": used / (count / (1 << 30))}
-
-
-def _stream(*, up: bool) -> Callable[[QemuSide, float], dict[str, float]]:
-    return functools.partial(stream, up=up)
+    return {"Gbit/s": carried * 8 / took / 1e9, "CPU s/GiB": used / (carried / (1 << 30))}
 
 
 CASES: tuple[Case, ...] = tuple(
     Case(
-        f"qemu-{way}-{mtu}", f"QEMU guest, one stream {way}, MTU {mtu}", mtu, measure, QemuBed, frozenset({NONE, IDEAL})
+        f"qemu-{way}-{count}-{mtu}",
+        f"QEMU guest, {count} stream{'s' * (count > 1)} {way}, MTU {mtu}",
+        mtu,
+        functools.partial(streams, up=way == "up", count=count),
+        QemuBed,
+        frozenset({NONE, IDEAL}),
     )
     for mtu in MTUS
-    for way, measure in (("up", _stream(up=True)), ("down", _stream(up=False)))
+    for way in ("up", "down")
+    for count in STREAMS
 )

@@ -16,7 +16,7 @@
  *   stop JOB     (end a put here and now)     -> stopped JOB
  *   drop JOB     (close, and forget it)       -> dropped JOB
  *   exec JOB COMMAND...                       -> out JOB LINE (any number), exit JOB STATUS
- *   flood JOB ADDR PORT u|d MS                -> flooded JOB BYTES MS
+ *   flood JOB ADDR PORT u|d MS COUNT          -> flooded JOB BYTES MS
  *
  * RESULT is: STATE BYTES CRC WRONG_AT GAP_MS ERRNO, where STATE is one of
  * running, ok, failed; WRONG_AT is -1 while every byte was right; GAP_MS is the
@@ -25,9 +25,9 @@
  * and put with BYTES 0 go on until stopped by the sending side. RATE is in
  * bytes per second, 0 for as fast as it goes. A datagram that comes to a port of
  * "datagrams" is given back to its sender as it is. A flood sends ("u") or
- * receives ("d") for so long what nobody looks at: how fast it goes. Its
- * connection begins with that letter; of a "u", the other side closes when all
- * has come.
+ * receives ("d") for so long what nobody looks at, over COUNT connections: how
+ * fast it goes. Each begins with that letter; of a "u", the other side closes
+ * when all has come.
  *
  * On a connection, the side that opens it says in one line what it wants:
  *
@@ -46,6 +46,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -65,6 +66,8 @@
 #define MAX_CONNS 16384
 #define MAX_JOBS 256
 #define MAX_CONNECTING 128 /* of one echo job at a time */
+#define MAX_FLOOD 16 /* connections */
+#define FLOOD_PATIENCE_MS 10000
 #define LINE_MAX_BYTES 1024
 #define TICK_MS 5
 
@@ -779,46 +782,82 @@ static void do_exec(int id, const char *command)
 	say("exit %d %d", id, WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
 }
 
+/* A connection of a flood, which has said what it is; -1 with errno. */
+static int flood_open(const struct sockaddr_storage *addr, socklen_t len, bool up)
+{
+	struct timeval patience = { .tv_sec = FLOOD_PATIENCE_MS / 1000 };
+	int fd = socket(addr->ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int error;
+
+	if (fd < 0)
+		return -1;
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
+	if (!connect(fd, (const struct sockaddr *)addr, len) && send(fd, up ? "u" : "d", 1, MSG_NOSIGNAL) == 1)
+		return fd;
+	error = errno;
+	close(fd);
+	errno = error;
+	return -1;
+}
+
 /* The agent does nothing else meanwhile: such a guest has one processor, and what it can do is little enough. */
-static void do_flood(int id, const char *host, const char *port, bool up, int64_t duration_ms)
+static void do_flood(int id, const char *host, const char *port, bool up, int64_t duration_ms, int count)
 {
 	static uint8_t block[1 << 17];
-	struct timeval patience = { .tv_sec = 10 };
+	struct pollfd fds[MAX_FLOOD];
 	struct sockaddr_storage addr;
 	socklen_t len;
 	uint64_t bytes = 0;
 	int64_t begun;
 	ssize_t n;
-	int fd;
+	int i, open = 0;
 
-	if (!resolve(host, port, &addr, &len)) {
-		say("error %d: bad address", id);
+	if (count < 1 || count > MAX_FLOOD || !resolve(host, port, &addr, &len)) {
+		say("error %d: bad address, or too many", id);
 		return;
 	}
-	fd = socket(addr.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
-	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
-	if (fd < 0 || connect(fd, (struct sockaddr *)&addr, len) || send(fd, up ? "u" : "d", 1, MSG_NOSIGNAL) != 1)
-		goto failed;
+	for (; open < count; open++) {
+		fds[open].events = up ? POLLOUT : POLLIN;
+		fds[open].fd = flood_open(&addr, len, up);
+		if (fds[open].fd < 0)
+			goto failed;
+	}
 	begun = now_ms();
 	do {
-		/* TCP throws away what is received with MSG_TRUNC. */
-		n = up ? send(fd, block, sizeof(block), MSG_NOSIGNAL) : recv(fd, block, sizeof(block), MSG_TRUNC);
+		n = poll(fds, count, FLOOD_PATIENCE_MS);
 		if (n <= 0) {
-			errno = n ? errno : ECONNRESET;
+			errno = n ? errno : ETIMEDOUT;
 			goto failed;
 		}
-		bytes += n;
+		for (i = 0; i < count; i++) {
+			if (!fds[i].revents)
+				continue;
+			/* TCP throws away what is received with MSG_TRUNC. */
+			n = up ? send(fds[i].fd, block, sizeof(block), MSG_NOSIGNAL | MSG_DONTWAIT)
+			       : recv(fds[i].fd, block, sizeof(block), MSG_TRUNC | MSG_DONTWAIT);
+			if (n < 0 && errno == EAGAIN)
+				continue;
+			if (n <= 0) {
+				errno = n ? errno : ECONNRESET;
+				goto failed;
+			}
+			bytes += n;
+		}
 	} while (now_ms() < begun + duration_ms);
-	if (up && (shutdown(fd, SHUT_WR) || recv(fd, block, 1, 0)))
-		goto failed;
+	for (i = 0; up && i < count; i++)
+		if (shutdown(fds[i].fd, SHUT_WR))
+			goto failed;
+	for (i = 0; up && i < count; i++)
+		if (recv(fds[i].fd, block, 1, 0))
+			goto failed;
 	say("flooded %d %" PRIu64 " %" PRId64, id, bytes, now_ms() - begun);
-	close(fd);
-	return;
+	goto out;
 failed:
 	say("error flood: %s", strerror(errno));
-	if (fd >= 0)
-		close(fd);
+out:
+	while (open--)
+		close(fds[open].fd);
 }
 
 static void do_transfer(bool get, int id, const char *host, const char *port, uint64_t seed, uint64_t bytes,
@@ -913,7 +952,7 @@ static void command(char *line)
 {
 	char host[128], port[16];
 	uint64_t seed, bytes, rate;
-	int id, n, skip = 0;
+	int id, n, count, skip = 0;
 	struct job *j;
 	char way;
 
@@ -935,8 +974,8 @@ static void command(char *line)
 		echo_start_more(j);
 	} else if (sscanf(line, "exec %d %n", &id, &skip) == 1 && skip) {
 		do_exec(id, line + skip);
-	} else if (sscanf(line, "flood %d %127s %15s %c %d", &id, host, port, &way, &n) == 5) {
-		do_flood(id, host, port, way == 'u', n);
+	} else if (sscanf(line, "flood %d %127s %15s %c %d %d", &id, host, port, &way, &n, &count) == 6) {
+		do_flood(id, host, port, way == 'u', n, count);
 	} else if (sscanf(line, "listen %d", &n) == 1) {
 		do_listen(n, false);
 	} else if (sscanf(line, "datagrams %d", &n) == 1) {
