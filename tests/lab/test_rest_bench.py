@@ -74,9 +74,12 @@ def test_start(side: RestSide) -> None:
 
 def test_memory_and_wake_ups(side: RestSide, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rest_bench, "SETTLING", 0.1)
-    found = memory(side, 1.0, counts=(1000,))
+    found = memory(side, 1.0, counts=(1000, 2000))
     assert 5 < found["PSS MB"] < found["RSS MB"] < 200
     assert 100 < found["bytes/flow of 1000"] < 10_000  # a flow's state is of that size
+    assert found["bytes/flow beyond 1000"] == pytest.approx(
+        2 * found["bytes/flow of 2000"] - found["bytes/flow of 1000"], abs=0.01
+    )
     # Nothing that goes on wakes it up; something that it has still to do may.
     found = idle(side, 0.1, count=20)
     assert found["wake-ups/s"] < 100

@@ -151,6 +151,6 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("start", "start ms", 200, than=None),
     Target("memory", "PSS MB", 45, than=None),
-    *(Target("memory", f"bytes/flow of {count}", 300, than=None) for count in (1000, 9000)),
+    *(Target("memory", f"bytes/flow {which}", 300, than=None) for which in ("of 1000", "of 9000", "beyond 1000")),
     *(Target(case, "wake-ups/s", 0, than=None) for case in ("idle", "idle-5000")),
 )

@@ -140,16 +140,25 @@ def start(side: RestSide, seconds: float) -> dict[str, float]:
 
 
 def memory(side: RestSide, seconds: float, *, counts: Sequence[int]) -> dict[str, float]:
-    """Memory with a guest and no connection, and what each of so many idle ones adds. ``seconds`` does not matter."""
+    """Memory with a guest and no connection, and what each of so many idle ones adds. ``seconds`` does not matter.
+
+    Of the first ones each adds more: a hash table's pages come into being one by one, wherever in it they fall. So
+    there is also what each adds beyond the least count.
+    """
     with side.serving() as (backend, crowd):
         cpu_when_quiet(backend)
         none = Memory.of(backend.pid)
         found = {"PSS MB": none.pss / 1e6, "RSS MB": none.rss / 1e6}
+        own = {0: none.own}
         for count in counts:
             crowd.open(count - crowd.count)
             crowd.expect_alive()
             cpu_when_quiet(backend)
-            found[f"bytes/flow of {count}"] = (Memory.of(backend.pid).own - none.own) / count
+            own[count] = Memory.of(backend.pid).own
+            found[f"bytes/flow of {count}"] = (own[count] - none.own) / count
+    least, most = counts[0], counts[-1]
+    if most > least:
+        found[f"bytes/flow beyond {least}"] = (own[most] - own[least]) / (most - least)
     return found
 
 
