@@ -41,9 +41,9 @@ build: venv ## the Cython modules and the byte code, in place
 demo: build prerequisites-lab ## a guest with open connections migrates there and back
 	$(BIN)/godwit demo
 
-# What is in the repository is from a whole run, on a machine that does nothing else: an hour. For a look there is
-# BENCH_ARGS="tcp --rounds 1", which leaves the page as it is. QEMU is fetched unless there are groups, and it is none of
-# them. Status 3 is that something could not be measured, which the page says.
+# What is in the repository is from a whole run, on a machine that does nothing else: three quarters of an hour. For a
+# look there is BENCH_ARGS="tcp --rounds 1", which leaves the page as it is. QEMU is fetched unless there are groups, and
+# it is none of them. Status 3 is that something could not be measured, which the page says.
 BENCH_OUT = $(if $(strip $(BENCH_ARGS)),build/bench,docs)
 BENCH_NEEDS = $(if $(filter qemu,$(BENCH_ARGS)),vm-tools,$(if $(filter tcp udp move rest,$(BENCH_ARGS)),,vm-tools))
 

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case; may be repeated")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measure each so often (%(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, metavar="S", help="for about so long each time (%(default)s)"
+        "--seconds", type=float, default=0.5, metavar="S", help="for about so long each time (%(default)s)"
     )
     parser.add_argument(
         "--of",

@@ -23,7 +23,7 @@ from godwit.lab.qemu import QemuGuest
 PORT = 5003
 MTUS = (65520, 1500)
 STREAMS = (1, 4)
-_MORE = 2.0  # a slow guest is given so many times the seconds that a case is given
+_MORE = 3.0  # a slow guest is given so many times the seconds that a case is given
 
 # What floods of `Agent.flood` go to and come from.
 SERVER = """

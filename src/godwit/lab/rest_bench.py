@@ -38,7 +38,7 @@ from godwit.lab.netns import Network
 
 MTU = 1500
 STARTS = 3  # at least so many are measured at a time
-WATCHED = 5.0  # an idle back-end is watched for so long times the seconds that a case is given
+WATCHED = 10.0  # an idle back-end is watched for so long times the seconds that a case is given
 _GUEST_MEMORY = "/memfd:godwit-guest"
 SETTLING = 4.0  # seconds before an idle back-end is looked at: it and the guest have done what they do at first
 _SPARE = 100  # of the descriptors that a process may have, the ends of the connections leave so many
