@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import struct
 import threading
@@ -10,6 +12,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
+from godwit.dataplane import handover
 
 from .driver import (
     ACK,
@@ -379,6 +383,49 @@ def test_shut_window_is_tried(guest: Guest, family: Family) -> None:
         assert probe.payload == b""
         conn.acknowledge()
         assert conn.read(7) == b"waiting"
+
+
+@once
+def test_shut_windows_are_tried_in_turn(family: Family) -> None:
+    """There are more of them than receive buffers: each is tried once before one is tried again."""
+    with Guest(rx=((2048,),) * 4) as guest, contextlib.ExitStack() as stack:
+        conns: dict[int, Conn] = {}
+        for _ in range(16):
+            conn, sock = open_pair(guest, family)
+            stack.enter_context(sock)
+            conn.acknowledge(window=0)
+            guest.barrier()
+            sock.sendall(b"waiting")
+            conns[conn.own] = conn
+        guest.refill = False
+        time.sleep(1.5)  # until all are due, which is after a second
+        guest.refill = True
+        tried = [guest.receive().tcp.dport for _ in conns]
+        assert sorted(tried) == sorted(conns)
+        for conn in conns.values():
+            conn.acknowledge()
+            assert conn.read(7) == b"waiting"
+
+
+@once
+def test_a_guest_that_stands_still_is_not_given_up(family: Family) -> None:
+    """An idle connection is tried after two hours, and no answer counts only while anything comes from the guest."""
+    with Guest() as guest, Guest() as there:
+        conn, sock = open_pair(guest, family)
+        with sock:
+            guest.engine.park()
+            there.engine.park()
+            [(live, fd, _, _)] = handover.tcp(guest.engine)
+            idle = live._replace(idle=3 * 3600 * 1000, due=1, retries=6)
+            handover.add_tcp(there.engine, idle, os.dup(fd), b"", b"")
+            guest.engine.unpark()
+            there.engine.unpark()
+            conn.guest = there
+            probe = conn.next(ACK)
+            assert probe.tcp.seq == (conn.ack - 1) & MASK
+            with there.engine.parked():
+                [(live, _, _, _)] = handover.tcp(there.engine)
+            assert live.retries == 6
 
 
 @once

@@ -95,6 +95,7 @@ cdef enum FlowFlag:
     FF_NO_GSO = 0x800000    # UDP port: the kernel refused to cut up a large datagram
     FF_ANSWERED = 0x1000000 # UDP: the guest has sent to this peer
     FF_SHARED = 0x2000000   # UDP: another flow is, or was, of the same port and the same peer
+    FF_PROBE_DUE = 0x4000000    # a probe waits for a receive buffer; another process sends it when it is due again
 
 # A flow is declared in C, since Cython knows no unnamed unions: what only TCP
 # has and what only UDP and pings have share their place. Which of them a flow

@@ -64,6 +64,7 @@ from godwit.dataplane.plane cimport (
     FF_HURRY,
     FF_MORE,
     FF_PEER_FIN,
+    FF_PROBE_DUE,
     FF_RESET_DUE,
     FF_RING_WAIT,
     FF_SYN_DUE,
@@ -429,6 +430,8 @@ cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil:
     if f.flags & FF_SYN_DUE:
         tcp_send_syn(p, f)
         return
+    if f.flags & FF_PROBE_DUE:
+        send_probe(p, f)
     discard(p, f)
     if f.flags & FF_MORE or (f.flags & FF_EOF and not f.events & EV_FIN_TO_GUEST):
         if send_data(p, f) != 0:
@@ -513,7 +516,7 @@ cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil:
 
 
 cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
-    cdef uint64_t idle
+    cdef bint idle
     if f.flags & (FF_RESET_DUE | FF_HELD) or f.sock < 0:
         return
     if not f.events & EV_ESTABLISHED:
@@ -526,23 +529,14 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
             arm_retransmit(p, f)
         return
     discard(p, f)
-    if in_flight(f) == 0 and (not f.flags & FF_MORE or f.events & EV_FIN_ACKED):
-        idle = p.now - f.last_active
-        if idle >= KEEPALIVE_IDLE:
-            if f.retries >= DATA_RETRIES:
-                tcp_reset(p, f)
-                return
-            f.retries += 1
-            # RFC 9293, 3.8.4: one number before the next; the guest answers.
-            send_flags(p, f, f.seq_to_guest - 1, TCP_ACK)
-            arm_retransmit(p, f)
-            return
+    idle = in_flight(f) == 0 and (not f.flags & FF_MORE or f.events & EV_FIN_ACKED)
+    if idle and f.last_active + KEEPALIVE_IDLE > p.now:
         flow_deadline(p, f, f.last_active + KEEPALIVE_IDLE)
         return
     if not queue_active(&p.queues[RX]) or f.flags & FF_RING_WAIT:
         arm_retransmit(p, f)    # the guest takes nothing now: no fault of the flow's
         return
-    if f.retries >= DATA_RETRIES and f.window:
+    if f.retries >= DATA_RETRIES and (idle or f.window):
         tcp_reset(p, f)
         return
     # A guest from which no frame at all has come since stands still (paused):
@@ -555,12 +549,21 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
         rewind(p, f)
         if f.window == 0:
             f.window = 1        # one byte tries the window (RFC 9293, 3.8.6.1)
-    if f.window == 0:
-        send_flags(p, f, f.seq_to_guest - 1, TCP_ACK)
+    if idle or f.window == 0:
+        send_probe(p, f)
     elif send_data(p, f) != 0:
         tcp_reset(p, f)
         return
     arm_retransmit(p, f)
+
+
+cdef void send_probe(Plane *p, Flow *f) noexcept nogil:
+    """One number before the next, which the guest answers (RFC 9293, 3.8.4); as soon as there is a receive buffer."""
+    if send_flags(p, f, f.seq_to_guest - 1, TCP_ACK):
+        f.flags &= ~FF_PROBE_DUE
+    else:
+        f.flags |= FF_PROBE_DUE
+        flow_wait_ring(p, f)
 
 
 cdef void tcp_hurry(Flow *f, bint on) noexcept nogil:
