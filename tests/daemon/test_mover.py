@@ -254,6 +254,31 @@ def test_a_helper_that_is_lost_in_the_midst_of_a_commit(
                 assert ours.recv(2, socket.MSG_PEEK) == b"x"
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2, 4])
+def test_of_a_batch_that_two_threads_fill_the_right_one_is_lost(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: int
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(mover, "BATCH", 4)
+    flows = [rig.add() for _ in range(5)]
+    rig.mover.freeze()
+    states = b"".join(map(rig.record, flows))
+    [dumped] = rig.dump(*flows)
+    assert isinstance(dumped, bytes)
+    for fd in rig.mover.leave().connections:
+        socket.socket(fileno=fd).close()
+    rig.mover.prepare(states, native=True)
+    socket_ = SocketState._make(SOCKET.unpack(dumped[bad * SOCKET.size : (bad + 1) * SOCKET.size]))
+    refused = SOCKET.encode(socket_._replace(rcv_wnd=1 << 31))  # beyond what any window can be
+    rig.mover.restore(0, dumped[: bad * SOCKET.size] + refused + dumped[(bad + 1) * SOCKET.size :])
+    came = rig.came()
+    rig.mover.commit()
+    assert "4 connections go on here, 1 were lost" in caplog.text
+    assert f"port {rig.peers[bad].getpeername()[1]} to " in caplog.text
+    assert "filling the connection" in caplog.text
+    assert [rig.engine.flow_socket(flow)[0] >= 0 for flow in came] == [number != bad for number in range(5)]
+
+
 def test_a_flow_that_was_reset_is_in_the_stream_as_lost(rig: Rig) -> None:
     """The guest, whose ring has no room, is to hear of it where it goes."""
     flow = rig.add()

@@ -84,12 +84,13 @@ class Arrivals:
     def take_memory(self, size: int) -> bool:
         """Whether there is memory for so much of queues; then it is taken."""
 
-    def restore(self, first: int, sockets: bytes) -> list[tuple[int, int, int, int, str]]:
+    def restore(self, first: int, sockets: bytes | memoryview) -> list[tuple[int, int, int, int, str]]:
         """Make the sockets of the numbers from ``first`` on the connections that these sound records describe.
 
         All but the send queues, which are kept until the commit. Not those without a socket in repair mode. Returns
         (number, where its record begins, bytes of it with its queues, error number, step) of those that could not be.
-        Error 0: it is a lost one, or has ended; EDQUOT: there is no memory for its queues.
+        Error 0: it is a lost one, or has ended; EDQUOT: there is no memory for its queues. Several threads may do it at
+        once, for different numbers.
         """
 
     def complete(self, numbers: array[int]) -> list[tuple[int, int]]:

@@ -83,6 +83,10 @@ from godwit.dataplane.tcp cimport tcp_drop_socket, tcp_local_end, tcp_reset, tcp
 
 from godwit.dataplane.sockstate import STEPS
 
+cdef extern from *:
+    int64_t fetch_and_add "__sync_fetch_and_add" (int64_t *value, int64_t more) nogil
+    int64_t fetch_and_sub "__sync_fetch_and_sub" (int64_t *value, int64_t less) nogil
+
 cdef enum:
     LOOK = 256              # sockets that are asked at once
 
@@ -347,9 +351,9 @@ cdef class Arrivals:
     cdef Arrival *all
     cdef size_t count, room
     cdef uint32_t scope, receive_room
-    cdef uint64_t memory
+    cdef int64_t memory         # below 0 for a moment where two threads want more than there is
 
-    def __init__(self, EngineBase engine not None, uint32_t scope, uint64_t memory):
+    def __init__(self, EngineBase engine not None, uint32_t scope, int64_t memory):
         self.engine = engine
         self.scope = scope
         self.memory = memory
@@ -507,10 +511,14 @@ cdef class Arrivals:
 
     def take_memory(self, uint64_t size):
         """Whether there is memory for so much of queues; then it is taken."""
-        if size > self.memory:
-            return False
-        self.memory -= size
-        return True
+        return self.take(size)
+
+    cdef bint take(self, uint64_t size) noexcept nogil:
+        # Two threads may be restoring.
+        if fetch_and_sub(&self.memory, <int64_t>size) >= <int64_t>size:
+            return True
+        fetch_and_add(&self.memory, <int64_t>size)
+        return False
 
     cdef int restore_one(self, Arrival *a, const uint8_t *data) noexcept nogil:
         cdef Flow *f = self.place(a)
@@ -532,9 +540,8 @@ cdef class Arrivals:
         if rc != 0:
             return rc
         a.step = -1
-        if <uint64_t>s.sndq + left_out > self.memory:
+        if not self.take(<uint64_t>s.sndq + left_out):
             return -EDQUOT
-        self.memory -= <uint64_t>s.sndq + left_out
         if left_out:
             f.carry_to_guest = carry_new(rcvq, left_out)
             if f.carry_to_guest == NULL:
