@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Measure what else the data plane's system calls could be: ``make probes``.
 
-Each group is a way of doing something, first as the data plane does it, and
+Each group but one is a way of doing something, first as the data plane does it, and
 others. All are measured one after the other in each round, every second round in
 the opposite order, and the medians are given with the least and the most. The
 plane and the far end (``probe.h``) are in two network namespaces, or both in one,
-on the loopback interface (``--loopback``).
+on the loopback interface (``--loopback``). The group ``moving`` is what the system
+calls of a migration take for each connection.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ GROUPS: dict[str, dict[str, dict[str, str]]] = {
 ON_FIRST = ("taskset", "-c", "0")
 PLACES = {"rr": {"on their processor": 0, "on one of its own": 1}, "up": {"": 1}, "down": {"": 1}}
 HIDDEN = {"threads", "NAPI id", "notices"}
+MOVING, MOVED = "moving", 2000  # connections
 
 
 def build() -> None:
@@ -132,17 +134,25 @@ def table(work: str, title: str, results: dict[str, list[dict[str, float]]]) -> 
     return "\n".join(lines)
 
 
+def moving(place: Host, rounds: int) -> str:
+    """A table in Markdown."""
+    found = [json.loads(place.run(*ON_FIRST, str(PROGRAM), MOVING, str(MOVED)).stdout) for _ in range(rounds)]
+    cells = [cell([values[metric] for values in found]) for metric in found[0]]
+    return f"| {' | '.join(found[0])} |\n{'|---' * len(cells)}|\n| {' | '.join(cells)} |"
+
+
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all if none is named")
+    known = (*GROUPS, MOVING)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(known)}; all if none is named")
     parser.add_argument("--rounds", type=int, default=9, metavar="N")
     parser.add_argument("--seconds", type=float, default=0.5, metavar="S", help="of each measurement")
     parser.add_argument("--mtu", type=int, default=1500)
     parser.add_argument("--loopback", action="store_true", help="both ends in one namespace, on its loopback interface")
     parser.add_argument("--json", metavar="FILE", help="write every value to this file")
     options = parser.parse_args()
-    if unknown := set(options.groups) - set(GROUPS):
+    if unknown := set(options.groups) - set(known):
         parser.error(f"no such group: {', '.join(sorted(unknown))}")
     enter_user_namespace()
     build()
@@ -150,7 +160,9 @@ def main() -> int:
     with places(options.mtu, options.loopback) as (place, address):
         if not options.groups or "receive" in options.groups:
             sys.stdout.write(f"TCP_ZEROCOPY_RECEIVE: {measure(place, address, 'map', '', options.seconds)}\n\n")
-        for group in options.groups or GROUPS:
+        if not options.groups or MOVING in options.groups:
+            sys.stdout.write(f"{MOVING}\n\n{moving(place, options.rounds)}\n\n")
+        for group in [group for group in GROUPS if not options.groups or group in options.groups]:
             for work, ways in GROUPS[group].items():
                 for where, cpu in PLACES[work].items():
                     title = f"{work}, {where}" if where else work

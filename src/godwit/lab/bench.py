@@ -46,7 +46,7 @@ NONE = "none"  # no back-end: the host itself in the guest's place
 KINDS: tuple[Kind, ...] = ("godwit", "passt", IDEAL, NONE)
 
 FAILURES = (LabError, OSError, VhostUserError, subprocess.SubprocessError)
-PATIENCE = 2  # failures on a side that was not used before, after which a kind is left out of a case
+PATIENCE = 4  # failures on a side that was not used before, after which a kind is left out of a case
 DESCRIPTORS = 20_000  # that a back-end may have, whatever the machine allows
 FORMAT = 1  # of what `Results.dumps` gives
 
@@ -382,9 +382,10 @@ def _note(results: Results, step: Callable[[str], None], failure: str) -> None:
 
 def _measure(case: Case, sides: _Sides, kinds: Sequence[Kind], results: Results, step: Callable[[str], None]) -> None:
     failed = {kind: 0 if case.takes(kind) else PATIENCE for kind in kinds}
-    for number in range(results.rounds):
+    done = dict.fromkeys(kinds, 0)
+    for number in range(2 * results.rounds):  # the second half is for what failed in the first
         for kind in kinds if number % 2 == 0 else reversed(kinds):
-            if failed[kind] == PATIENCE:
+            if failed[kind] == PATIENCE or done[kind] == results.rounds:
                 continue
             fresh = True
             try:
@@ -397,6 +398,7 @@ def _measure(case: Case, sides: _Sides, kinds: Sequence[Kind], results: Results,
                 with contextlib.suppress(*FAILURES):
                     sides.close()
             else:
+                done[kind] += 1
                 results.add(case.name, str(kind), measured)
 
 

@@ -65,7 +65,7 @@ WARM = 0.05  # seconds that questions, or short connections, go on before they c
 
 SLICE = 0.05  # seconds in each of which something comes over each, if streams run
 STEADY = 5  # slices that are enough to believe it
-STEADY_WITHIN = 15.0  # seconds
+STEADY_WITHIN = 10.0  # seconds
 LOOK = 0.01  # seconds between looks at whether something has come
 STANDSTILL = 0.15  # seconds; a retransmission timeout takes 0.2 at least (TCP_RTO_MIN), not all of which is seen
 
