@@ -2,7 +2,8 @@
 /*
  * What it takes to move TCP connections in system calls alone: on a source to
  * freeze and read them, on a target to make them anew, and there to let them go.
- * Both ends are in this process, on the loopback interface, and nothing is queued.
+ * Both ends are in this process, on the loopback interface. What is queued for the
+ * guest goes into a pipe that another process empties, and into the new socket.
  */
 #define _GNU_SOURCE
 #include "probe.h"
@@ -11,9 +12,11 @@
 #include <linux/tcp.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -57,6 +60,10 @@ static void get(int fd, int option, void *value, socklen_t size)
 		die("getsockopt");
 }
 
+static unsigned queued;
+static char *bytes;
+static int drain; /* a pipe */
+
 static void make(struct connection *c, int listener, const struct sockaddr_in *where)
 {
 	socklen_t size = sizeof(c->ours);
@@ -68,6 +75,9 @@ static void make(struct connection *c, int listener, const struct sockaddr_in *w
 	c->peer = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
 	if (c->peer < 0 || getsockname(c->sock, (struct sockaddr *)&c->ours, &size))
 		die("accept");
+	for (ssize_t n, left = queued; left; left -= n)
+		if ((n = send(c->peer, bytes, left, 0)) <= 0)
+			die("send");
 }
 
 static void save(struct connection *c)
@@ -84,6 +94,9 @@ static void save(struct connection *c)
 	get(c->sock, TCP_QUEUE_SEQ, &c->sent, sizeof(c->sent));
 	set_tcp(c->sock, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE);
 	get(c->sock, TCP_QUEUE_SEQ, &c->received, sizeof(c->received));
+	if (queued && (recv(c->sock, bytes, queued, MSG_PEEK | MSG_DONTWAIT) != queued ||
+		       write(drain, bytes, queued) != queued))
+		die("a queue");
 }
 
 static void load(struct connection *c)
@@ -105,10 +118,12 @@ static void load(struct connection *c)
 	set_tcp(c->sock, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE);
 	set_tcp(c->sock, TCP_QUEUE_SEQ, c->sent);
 	set_tcp(c->sock, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE);
-	set_tcp(c->sock, TCP_QUEUE_SEQ, c->received);
+	set_tcp(c->sock, TCP_QUEUE_SEQ, c->received - queued);
 	set_tcp(c->sock, TCP_MAXSEG, c->mss > 32767 ? 32767 : c->mss);
 	if (connect(c->sock, (const struct sockaddr *)&c->peers, sizeof(c->peers)))
 		die("connect in repair mode");
+	if (queued && send(c->sock, bytes, queued, 0) != queued)
+		die("send in repair mode");
 	set(c->sock, IPPROTO_TCP, TCP_REPAIR_OPTIONS, options, sizeof(options));
 	set(c->sock, IPPROTO_TCP, TCP_REPAIR_WINDOW, &c->window, sizeof(c->window));
 }
@@ -126,12 +141,31 @@ static void check(const struct connection *c)
 {
 	char byte = 'x';
 
+	if (queued && recv(c->sock, bytes, queued, MSG_WAITALL) != queued)
+		die("what was queued");
 	if (send(c->peer, &byte, 1, 0) != 1 || recv(c->sock, &byte, 1, 0) != 1 || byte != 'x' ||
 	    send(c->sock, &byte, 1, 0) != 1 || recv(c->peer, &byte, 1, 0) != 1)
 		die("a connection that has moved");
 }
 
-void move_connections(unsigned count)
+static void begin_drain(void)
+{
+	static char taken[1 << 18];
+	int ends[2];
+	pid_t child;
+
+	if (pipe(ends) || (child = fork()) < 0)
+		die("pipe");
+	close(ends[child ? 0 : 1]);
+	drain = ends[1];
+	if (!child) {
+		while (read(ends[0], taken, sizeof(taken)) > 0)
+			;
+		_exit(0);
+	}
+}
+
+void move_connections(unsigned count, unsigned each)
 {
 	static const char *const names[] = { "save", "load", "let go" };
 	struct connection *all = calloc(count, sizeof(*all));
@@ -140,8 +174,11 @@ void move_connections(unsigned count)
 	socklen_t size = sizeof(where);
 	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), epoll = epoll_create1(EPOLL_CLOEXEC);
 
+	queued = each;
+	bytes = calloc(1, each + 1);
+	begin_drain();
 	setrlimit(RLIMIT_NOFILE, &limit); /* where it cannot be had it shows */
-	if (!all || listener < 0 || epoll < 0 || bind(listener, (struct sockaddr *)&where, size) ||
+	if (!all || !bytes || listener < 0 || epoll < 0 || bind(listener, (struct sockaddr *)&where, size) ||
 	    listen(listener, 16) || getsockname(listener, (struct sockaddr *)&where, &size))
 		die("listen");
 	for (unsigned i = 0; i < count; i++)
@@ -163,4 +200,6 @@ void move_connections(unsigned count)
 	puts("}");
 	for (unsigned i = 0; i < count; i++)
 		check(&all[i]);
+	close(drain);
+	wait(NULL);
 }

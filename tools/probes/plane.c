@@ -249,12 +249,12 @@ int main(int argc, char **argv)
 		far_end(atoi(argv[2]));
 		return 0;
 	}
-	if (argc == 3 && !strcmp(argv[1], "moving")) {
-		move_connections(atoi(argv[2]));
+	if (argc == 4 && !strcmp(argv[1], "moving")) {
+		move_connections(atoi(argv[2]), atoi(argv[3]));
 		return 0;
 	}
 	if (argc < 4) {
-		fputs("usage: plane far PORT | plane moving COUNT | plane WORK ADDR PORT [OPTION=VALUE...]\n", stderr);
+		fputs("usage: plane far PORT | plane moving COUNT BYTES | plane WORK ADDR PORT [OPTION=VALUE...]\n", stderr);
 		return 2;
 	}
 	o.work = among(argv[1], works);

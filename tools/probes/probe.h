@@ -119,8 +119,8 @@ void was_given(struct plane *plane, size_t bytes);
 void run_epoll(struct plane *plane);
 void run_uring(struct plane *plane);
 
-/* Move so many connections, and print what each takes. */
-void move_connections(unsigned count);
+/* Move so many connections, with so many bytes queued on each, and print what each takes. */
+void move_connections(unsigned count, unsigned queued);
 
 /* Receive for so long by TCP_ZEROCOPY_RECEIVE, and print what becomes of it. */
 void try_map(int sock, struct shared *shared, double seconds);

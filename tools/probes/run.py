@@ -78,7 +78,7 @@ GROUPS: dict[str, dict[str, dict[str, str]]] = {
 ON_FIRST = ("taskset", "-c", "0")
 PLACES = {"rr": {"on their processor": 0, "on one of its own": 1}, "up": {"": 1}, "down": {"": 1}}
 HIDDEN = {"threads", "NAPI id", "notices"}
-MOVING, MOVED = "moving", 2000  # connections
+MOVING, MOVED, QUEUED = "moving", 1000, (0, 24 * 1024)  # connections, and bytes that are queued on each
 
 
 def build() -> None:
@@ -136,9 +136,15 @@ def table(work: str, title: str, results: dict[str, list[dict[str, float]]]) -> 
 
 def moving(place: Host, rounds: int) -> str:
     """A table in Markdown."""
-    found = [json.loads(place.run(*ON_FIRST, str(PROGRAM), MOVING, str(MOVED)).stdout) for _ in range(rounds)]
-    cells = [cell([values[metric] for values in found]) for metric in found[0]]
-    return f"| {' | '.join(found[0])} |\n{'|---' * len(cells)}|\n| {' | '.join(cells)} |"
+    lines = []
+    for queued in QUEUED:
+        command = (*ON_FIRST, str(PROGRAM), MOVING, str(MOVED), str(queued))
+        found = [json.loads(place.run(*command).stdout) for _ in range(rounds)]
+        cells = [cell([values[metric] for values in found]) for metric in found[0]]
+        if not lines:
+            lines = [f"| bytes queued | {' | '.join(found[0])} |", "|---" * (len(cells) + 1) + "|"]
+        lines.append(f"| {queued} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -159,7 +159,8 @@ def failures(results: Results) -> str:
     """What could not be measured."""
     if not results.failures:
         return "Nothing failed."
-    return "\n".join(f"- {' '.join(failure.split())}" for failure in results.failures)
+    times = Counter(" ".join(failure.split()) for failure in results.failures)
+    return "\n".join(f"- {failure}{f', {count} times' if count > 1 else ''}" for failure, count in times.items())
 
 
 def comparable(results: Results) -> list[tuple[Target, float]]:
