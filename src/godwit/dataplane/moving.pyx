@@ -619,7 +619,7 @@ cdef class Arrivals:
         return self.each(numbers, True)
 
     cdef list each(self, const uint32_t[::1] numbers, bint last):
-        """Complete or finish those that are restored: (number, error number) of those where that failed."""
+        """Complete or finish them: (number, error number) of those where that failed."""
         cdef Py_ssize_t i
         cdef Flow *f
         cdef Arrival *a
@@ -629,7 +629,7 @@ cdef class Arrivals:
                     a = &self.all[numbers[i]]
                     f = self.place(a)
                     a.error = 0
-                    if a.restored and not a.lost and f != NULL:
+                    if f != NULL and not a.lost:
                         a.error = self.finish_one(a, f) if last else self.complete_one(a, f)
         return [(number, -self.all[number].error) for number in numbers
                 if number < self.count and self.all[<size_t>number].error != 0]
