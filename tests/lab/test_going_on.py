@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import random
 import select
 import signal
@@ -314,7 +315,8 @@ def test_out_of_descriptors() -> None:
             assert load.check_idle() == ""
             scenario.move()
             assert load.check_idle() == ""
-        wait_until(lambda: connections_at(scenario) < 150, "the connections to come to their end")
+        pid = scenario.backends[scenario.where].pid
+        wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) < 200, "the connections to come to their end")
         another = scenario.guest.agent.echo(scenario.server_address, PORT, 50)
         assert scenario.guest.agent.check(another).alive == 50
         works_on(scenario, load)

@@ -113,7 +113,7 @@ def test_a_move_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch
         raise LabError("the target has the flu")
 
     case = Case("ill", "ill", 1500, measure, MoveBed)
-    results = run([case], ["godwit"], rounds=2, seconds=1.0, step=lambda text: None)
+    results = run([case], ["godwit"], rounds=1, seconds=1.0, step=lambda text: None)
     assert results.failures == ["ill, godwit: the guest does not move: the target has the flu"]
     (blackout,) = results.values["ill"]["blackout ms"]["godwit"]
     assert blackout > 0

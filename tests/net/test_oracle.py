@@ -235,6 +235,9 @@ NETWORKS = st.fixed_dictionaries(
             prefixes6=st.lists(V6.map(lambda one: IPv6Network((one, 64), strict=False)), max_size=5).map(tuple),
             dns6=st.lists(V6, max_size=6).map(tuple),
             search=st.lists(NAME, max_size=6).map(tuple),
+            routers6=st.just(()),
+            dns4=st.just(()),
+            servers4=st.just(()),
         ),
     }
 )
