@@ -426,6 +426,33 @@ def test_a_guest_that_stands_still_is_not_given_up(family: Family) -> None:
             with there.engine.parked():
                 [(live, _, _, _)] = handover.tcp(there.engine)
             assert live.retries == 6
+            conn.acknowledge()
+            there.barrier()
+            with there.engine.parked():
+                [(live, _, _, _)] = handover.tcp(there.engine)
+            assert live.retries == 0
+
+
+@once
+def test_a_window_that_opens_late_is_one_of_a_guest_that_lives(family: Family) -> None:
+    """It was tried for long; what is sent then, and lost, is sent again as ever."""
+    with Guest() as guest, Guest() as there:
+        conn, sock = open_pair(guest, family)
+        with sock:
+            conn.acknowledge(window=0)
+            guest.barrier()
+            sock.sendall(b"waiting")
+            conn.next(ACK)
+            guest.engine.park()
+            there.engine.park()
+            [(live, fd, _, _)] = handover.tcp(guest.engine)
+            handover.add_tcp(there.engine, live._replace(retries=15, due=60_000), os.dup(fd), b"", b"")
+            guest.engine.unpark()
+            there.engine.unpark()
+            conn.guest = there
+            conn.acknowledge()
+            assert conn.next(ACK).payload == b"waiting"
+            assert conn.next(ACK).payload == b"waiting"  # after a second, and no reset
 
 
 @once

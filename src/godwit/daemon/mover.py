@@ -618,7 +618,7 @@ class Mover:
         finally:
             if wait is not None:
                 wait()
-        for number, at, size, error, step in trouble:
+        for number, at, size, error, step in sorted(trouble):
             data = sockets[at : at + size]
             if not error:
                 ended = SOCKET.unpack(data[: SOCKET.size])[_STATE] != STATE_LOST

@@ -84,8 +84,7 @@ from godwit.dataplane.tcp cimport tcp_drop_socket, tcp_local_end, tcp_reset, tcp
 from godwit.dataplane.sockstate import STEPS
 
 cdef extern from *:
-    int64_t fetch_and_add "__sync_fetch_and_add" (int64_t *value, int64_t more) nogil
-    int64_t fetch_and_sub "__sync_fetch_and_sub" (int64_t *value, int64_t less) nogil
+    bint swapped "__sync_bool_compare_and_swap" (int64_t *value, int64_t before, int64_t after) nogil
 
 cdef enum:
     LOOK = 256              # sockets that are asked at once
@@ -351,7 +350,7 @@ cdef class Arrivals:
     cdef Arrival *all
     cdef size_t count, room
     cdef uint32_t scope, receive_room
-    cdef int64_t memory         # below 0 for a moment where two threads want more than there is
+    cdef int64_t memory
 
     def __init__(self, EngineBase engine not None, uint32_t scope, int64_t memory):
         self.engine = engine
@@ -515,9 +514,11 @@ cdef class Arrivals:
 
     cdef bint take(self, uint64_t size) noexcept nogil:
         # Two threads may be restoring.
-        if fetch_and_sub(&self.memory, <int64_t>size) >= <int64_t>size:
-            return True
-        fetch_and_add(&self.memory, <int64_t>size)
+        cdef int64_t there = self.memory
+        while there >= <int64_t>size:
+            if swapped(&self.memory, there, there - <int64_t>size):
+                return True
+            there = self.memory
         return False
 
     cdef int restore_one(self, Arrival *a, const uint8_t *data) noexcept nogil:

@@ -210,7 +210,7 @@ cdef void close_if_done(Plane *p, Flow *f) noexcept nogil:
 cdef void take_ack(Plane *p, Flow *f, uint32_t ack, uint32_t window, bint bare) noexcept nogil:
     """An acknowledgement: of data, perhaps of our FIN, and the guest's window."""
     cdef uint32_t n = ack - f.seq_ack_from_guest
-    cdef bint same_window = window == f.window
+    cdef bint same_window = window == f.window, opened = f.window <= 1 and window > 1
     if before(ack, f.seq_ack_from_guest) or before(f.seq_max_to_guest, ack):
         # Old, or of what was never sent: RFC 9293, 3.10.7.4, says answer the latter.
         if before(f.seq_max_to_guest, ack):
@@ -218,6 +218,9 @@ cdef void take_ack(Plane *p, Flow *f, uint32_t ack, uint32_t window, bint bare) 
         return
     f.window = window
     if n == 0:
+        # It has answered a keep-alive, or opened its window. While that is shut, probes come ever more rarely.
+        if opened or (window and not in_flight(f)):
+            f.retries = 0
         if bare and same_window and in_flight(f) and not f.flags & FF_FAST_DONE:
             f.dup_acks += 1
             if f.dup_acks >= DUP_ACK_LIMIT:
