@@ -146,6 +146,15 @@ async def start(device: NetDevice) -> None:
     await device._at_rest()
 
 
+async def load(device: NetDevice) -> None:
+    """A guest with no flows arrives, and does not run yet."""
+    reads, writes = os.pipe()
+    os.write(writes, _empty_stream())
+    os.close(writes)
+    await device.set_device_state_fd(Direction.LOAD, 0, reads)
+    assert await device.check_device_state()
+
+
 async def stop(device: NetDevice) -> None:
     for index in (0, 1):
         await device.get_vring_base(index)
@@ -265,11 +274,7 @@ def test_a_loaded_guest_is_not_disturbed(run: Any, committed: bool) -> None:
 
 def test_a_guest_that_has_moved_in_is_told_of_its_new_host(run: Any) -> None:
     async def work(device: NetDevice, engine: Engine) -> None:
-        reads, writes = os.pipe()
-        os.write(writes, _empty_stream())
-        os.close(writes)
-        await device.set_device_state_fd(Direction.LOAD, 0, reads)
-        assert await device.check_device_state()
+        await load(device)
         await start(device)
         assert engine.told() == [("fe80::1", ["2001:db8:1:: 0xffffffff"])]
 
@@ -287,11 +292,7 @@ def test_a_guest_need_not_wait_for_its_connections(run: Any, monkeypatch: pytest
             ended.set()
 
         monkeypatch.setattr(device._mover, "commit", commit)
-        reads, writes = os.pipe()
-        os.write(writes, _empty_stream())
-        os.close(writes)
-        await device.set_device_state_fd(Direction.LOAD, 0, reads)
-        assert await device.check_device_state()
+        await load(device)
         if begins == "an announcement":
             await device.send_rarp(b"\x52\0\0\0\0\1")
         for index in (0, 1):
@@ -319,11 +320,7 @@ def test_a_guest_that_comes_back_is_called_again(run: Any, monkeypatch: pytest.M
             engine.listening = [listener.fileno()]
             sockstate.freeze_listener(listener.fileno())
             device._mover.take_over(listeners_frozen=True)
-            reads, writes = os.pipe()
-            os.write(writes, _empty_stream())
-            os.close(writes)
-            await device.set_device_state_fd(Direction.LOAD, 0, reads)
-            assert await device.check_device_state()
+            await load(device)
             await start(device)
             assert not device._mover.listeners_frozen
             with socket.create_connection(listener.getsockname(), 5.0):
@@ -344,11 +341,7 @@ def test_a_migration_that_follows_at_once_is_not_without_its_helper(
         monkeypatch.setattr(device, "_repair", listener)
         with closing(listener), socket.socket(socket.AF_UNIX) as helper:
             helper.connect(listener.path)
-            reads, writes = os.pipe()
-            os.write(writes, _empty_stream())
-            os.close(writes)
-            await device.set_device_state_fd(Direction.LOAD, 0, reads)
-            assert await device.check_device_state()
+            await load(device)
             await device.set_vring_kick(0, None)
             beginning = asyncio.ensure_future(device.set_log(os.memfd_create("log"), 4096, 0))
             await asyncio.wait([beginning], timeout=0.1)
@@ -368,11 +361,7 @@ def test_a_commit_that_has_an_accident_leaves_nothing_standing_still(
         calls: list[str] = []
         monkeypatch.setattr(device._mover, "give_up_all", lambda: calls.append("given up"))
         monkeypatch.setattr(device._mover, "thaw_listeners", lambda: calls.append("thawed"))
-        reads, writes = os.pipe()
-        os.write(writes, _empty_stream())
-        os.close(writes)
-        await device.set_device_state_fd(Direction.LOAD, 0, reads)
-        assert await device.check_device_state()
+        await load(device)
         changed(device)
 
         async def fail(*_: object) -> None:
@@ -397,11 +386,7 @@ def test_a_front_end_that_hangs_up_meanwhile_does_not_cut_that_short(run: Any, m
         may_end = threading.Event()
         monkeypatch.setattr(device._mover, "commit", lambda: calls.append(f"commit {may_end.wait(10)}"))
         monkeypatch.setattr(device._mover, "close_flows", lambda: calls.append("close"))
-        reads, writes = os.pipe()
-        os.write(writes, _empty_stream())
-        os.close(writes)
-        await device.set_device_state_fd(Direction.LOAD, 0, reads)
-        assert await device.check_device_state()
+        await load(device)
         await device.set_vring_kick(0, None)
         hanging_up = asyncio.ensure_future(device.disconnected())
         assert (await asyncio.wait([hanging_up], timeout=0.1))[0] == set()

@@ -212,21 +212,8 @@ def test_a_helper_that_is_lost_in_the_midst_of_a_commit(
     """What is out of repair mode goes on; the rest is lost, for want of a helper or for what was wrong before."""
     caplog.set_level("INFO")
     monkeypatch.setattr(mover, "BATCH", 2)
-    flows = [rig.add() for _ in range(6)]
-    rig.mover.freeze()
-    states = b"".join(map(rig.record, flows))
-    [dumped] = rig.dump(*flows)
-    assert isinstance(dumped, bytes)
-    for fd in rig.mover.leave().connections:
-        socket.socket(fileno=fd).close()
-    sockets = [
-        SocketState._make(SOCKET.unpack(dumped[at : at + SOCKET.size])) for at in range(0, len(dumped), SOCKET.size)
-    ]
     odd = 4  # it cannot be completed, as will be seen: its socket is not in repair mode any more
-    sockets[odd] = sockets[odd]._replace(tcpi_state=TCP_FIN_WAIT2)
-    rig.mover.prepare(states, native=True)
-    rig.mover.restore(0, b"".join(map(SOCKET.encode, sockets)))
-    came = rig.came()
+    came = leave_and_load(rig, 6, odd, tcpi_state=TCP_FIN_WAIT2)
     rig.set_mode([rig.engine.flow_socket(came[odd])[0]], Repair.OFF_NO_WP)
     asked = 0
 
@@ -260,18 +247,7 @@ def test_of_a_batch_that_two_threads_fill_the_right_one_is_lost(
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(mover, "BATCH", 4)
-    flows = [rig.add() for _ in range(5)]
-    rig.mover.freeze()
-    states = b"".join(map(rig.record, flows))
-    [dumped] = rig.dump(*flows)
-    assert isinstance(dumped, bytes)
-    for fd in rig.mover.leave().connections:
-        socket.socket(fileno=fd).close()
-    rig.mover.prepare(states, native=True)
-    socket_ = SocketState._make(SOCKET.unpack(dumped[bad * SOCKET.size : (bad + 1) * SOCKET.size]))
-    refused = SOCKET.encode(socket_._replace(rcv_wnd=1 << 31))  # beyond what any window can be
-    rig.mover.restore(0, dumped[: bad * SOCKET.size] + refused + dumped[(bad + 1) * SOCKET.size :])
-    came = rig.came()
+    came = leave_and_load(rig, 5, bad, rcv_wnd=1 << 31)  # beyond what any window can be
     rig.mover.commit()
     assert "4 connections go on here, 1 were lost" in caplog.text
     assert f"port {rig.peers[bad].getpeername()[1]} to " in caplog.text
@@ -513,16 +489,21 @@ def test_datagrams_beyond_the_limit_are_lost_only_with_the_guest(
             assert [one.data[:1] for one in rig.engine.udp_waiting(port)] == [b"%d" % number for number in range(8)]
 
 
-def leave_and_load(rig: Rig, count: int = 1) -> list[int]:
-    """Flows go, and come again, up to the commit. Returns their indices."""
+def leave_and_load(rig: Rig, count: int = 1, odd: int | None = None, **values: int) -> list[int]:
+    """Flows go, and come again, up to the commit; the socket of one with other values. Returns their indices."""
     flows = [rig.add() for _ in range(count)]
     rig.mover.freeze()
     records = b"".join(map(rig.record, flows))
-    sockets = [part for part in rig.dump(*flows) if isinstance(part, bytes)]
-    for fd in rig.mover.leave()[0]:
+    [dumped] = rig.dump(*flows)
+    assert isinstance(dumped, bytes)
+    for fd in rig.mover.leave().connections:
         socket.socket(fileno=fd).close()
     rig.mover.prepare(records, native=True)
-    rig.mover.restore(0, b"".join(sockets))
+    if odd is not None:
+        begin, end = odd * SOCKET.size, (odd + 1) * SOCKET.size  # nothing is queued
+        state = SocketState._make(SOCKET.unpack(dumped[begin:end]))
+        dumped = dumped[:begin] + SOCKET.encode(state._replace(**values)) + dumped[end:]
+    rig.mover.restore(0, dumped)
     return rig.came()
 
 
