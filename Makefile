@@ -19,7 +19,7 @@ VARIANT = $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)
 export CC PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo bench probes test test-vm vm-tools fuzz fuzz-keep outcomes faults endurance endurance-vm lint debug asan annotate check clean
+.PHONY: help venv build demo bench probes test test-vm vm-tools fuzz fuzz-keep outcomes faults syscalls endurance endurance-vm lint debug asan annotate check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ outcomes: build prerequisites-lab ## what becomes of connections in every migrat
 
 faults: build prerequisites-lab ## a fault in every place of a migration, into docs/faults.md
 	$(PY) tools/faults.py
+
+syscalls: build prerequisites-lab prerequisites-test prerequisites-trace ## what the daemon asks of the kernel, compared with its list
+	$(PY) tools/syscalls.py --override-ini=addopts= --import-mode=importlib -q $(or $(strip $(PYTEST_ARGS)),tests/lab tests/cli)
 
 endurance: build prerequisites-lab ## one guest moves MOVES times under load: nothing may be lost, nothing may grow
 	$(PY) -m godwit.lab.endurance --moves $(MOVES)

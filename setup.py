@@ -11,6 +11,9 @@ Three variants, each with C files of its own below ``build/``:
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +75,19 @@ def extensions(compile_args: list[str], link_args: list[str]) -> list[Any]:
     return found
 
 
+def write_system_calls() -> None:
+    """Write the system calls that the C library's headers know, for `godwit.confine`: CALL(name, number) for each."""
+    asked = [*shlex.split(os.environ.get("CC", "cc")), "-E", "-dM", "-include", "sys/syscall.h", "-x", "c", os.devnull]
+    macros = subprocess.run(asked, check=True, capture_output=True, text=True).stdout
+    calls = re.findall(r"^#define __NR_(\w+) (\d+)$", macros, re.MULTILINE)
+    if not calls:
+        raise SystemExit("setup.py: sys/syscall.h has no system calls")
+    text = "".join(f"CALL({name}, {number})\n" for name, number in sorted(calls))
+    path = ROOT / SOURCE / "godwit" / "confine" / "_syscalls.h"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
 class Tee:
     """A text stream that writes on to another one and keeps a copy."""
 
@@ -114,6 +130,7 @@ def no_hints(c_files: Path) -> Iterator[None]:
 
 def main() -> None:
     os.chdir(ROOT)
+    write_system_calls()
     chosen = variant()
     compile_args, link_args = VARIANTS[chosen]
     c_files = Path("build") / "cython" / chosen

@@ -18,11 +18,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "godwit"
 
 # From the top down. What each room may import of godwit, besides itself.
 ROOMS: dict[str, set[str]] = {
-    "cli": {"lab", "daemon", "net", "repair", "dataplane", "migration", "vhost_user"},
-    "lab": {"daemon", "net", "repair", "dataplane", "migration", "vhost_user"},
-    "daemon": {"net", "repair", "dataplane", "migration", "vhost_user"},
+    "cli": {"lab", "confine", "daemon", "net", "repair", "dataplane", "migration", "vhost_user"},
+    "lab": {"confine", "daemon", "net", "repair", "dataplane", "migration", "vhost_user"},
+    "daemon": {"confine", "net", "repair", "dataplane", "migration", "vhost_user"},
     "net": {"repair", "dataplane", "migration", "vhost_user"},
-    "repair": {"migration"},
+    "repair": {"confine", "migration"},
+    "confine": set(),
     "dataplane": set(),
     "migration": set(),
     "vhost_user": set(),

@@ -128,7 +128,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], None]:
         async def main() -> None:
             device = NetDevice(config(OLD), Options(), None, **options)
             engine: Any = device._engine
-            await device.start()
+            device.open()
+            device.start()
             try:
                 async with asyncio.timeout(20):
                     await work(device, engine)

@@ -34,8 +34,11 @@ class Device(BaseDevice):
     def __init__(self, *_: object) -> None:
         self._ends = 0.0
 
-    async def start(self) -> None:
+    def open(self) -> None:
         """Nothing to open."""
+
+    def start(self) -> None:
+        """Nothing to start."""
 
     def own(self, user: lifecycle.User) -> None:
         """Nothing to hand over."""
@@ -107,6 +110,7 @@ def _options(folder: Path) -> Options:
         runas=f"{os.getuid()}:{os.getgid()}",
         foreground=True,
         one_off=True,
+        sandbox=False,  # which would be that of the tests
     )
 
 

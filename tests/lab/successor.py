@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A process that takes over as far as a step, and does then what it should not: ``successor.py PATH STEP DEED``.
 
-``die``, ``hang``, ``garbage`` and ``refuse`` are at any of ``STEPS``; ``late`` is at the last: it goes on, too late.
+``die``, ``hang``, ``sleep`` (it hangs, and has no alarm), ``garbage`` and ``refuse`` are at any of ``STEPS``;
+``late`` is at the last: it goes on, too late.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import socket
 import sys
 import time
 
-from godwit.daemon.takeover import ENDING, PATIENCE, Channel, TakeoverError, Word
+from godwit.daemon.takeover import ENDING, PATIENCE, Channel, TakeoverError, Word, end_within
 
 STEPS = ("connected", "greeted", "state", "descriptors", "loaded", "ready", "go")
 
@@ -28,7 +29,7 @@ def main(path: str, step: str, deed: str) -> None:
                 return
             if deed == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if deed == "hang":
+            if deed in ("hang", "sleep"):
                 signal.pause()
             if deed == "garbage":
                 sock.send(b"what is this? " * 20)
@@ -38,6 +39,8 @@ def main(path: str, step: str, deed: str) -> None:
             sock.recv(1)
             sys.exit(3)
 
+        if deed == "hang":
+            end_within(PATIENCE + 2 * ENDING)
         reached("connected")
         channel.send(Word.HELLO, text="0.0.0-test")
         reached("greeted")

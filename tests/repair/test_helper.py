@@ -14,13 +14,13 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from godwit.repair.client import RepairListener
-from godwit.repair.protocol import MAX_SOCKETS, Repair, RepairError
+from godwit.repair.protocol import MAX_SOCKETS, Repair, RepairError, encode, send_request
 
 from .conftest import repair_mode
 
@@ -32,9 +32,9 @@ CAP_NET_ADMIN = 12
 class Helper:
     """The program. What it says is read when it has ended."""
 
-    def __init__(self, path: str | Path, *prefix: str) -> None:
+    def __init__(self, path: str | Path, *prefix: str, options: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "godwit.cli.main", "repair", str(path)],
+            [*prefix, sys.executable, "-m", "godwit.cli.main", "repair", *options, str(path)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -69,8 +69,8 @@ def start(net_admin: None) -> Iterator[Callable[..., Helper]]:
     """Start a helper: ``start(path)``."""
     started: list[Helper] = []
 
-    def start(path: str | Path, *prefix: str) -> Helper:
-        started.append(Helper(path, *prefix))
+    def start(path: str | Path, *prefix: str, options: Sequence[str] = ()) -> Helper:
+        started.append(Helper(path, *prefix, options=options))
         return started[-1]
 
     yield start
@@ -359,3 +359,90 @@ def test_a_directory_that_goes_away(tmp_path: Path, start: Callable[..., Helper]
     status, said = helper.end()
     assert status == 1
     assert said.splitlines()[-1] == f"godwit repair: cannot read {folder}: No such file or directory"
+
+
+# --- who asks, and what for
+
+
+def sends_as(uid: int, sock: socket.socket, fds: Sequence[int]) -> int:
+    """A request from a process of another user, over the connection; returns how its process ended."""
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setresuid(uid, uid, uid)
+            send_request(sock, Repair.ON, fds)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def asked(tmp_path: Path, start: Callable[..., Helper]) -> Iterator[Callable[..., tuple[Helper, socket.socket]]]:
+    """A helper whose back-end's socket belongs to some user, and the connection."""
+    with contextlib.ExitStack() as stack:
+
+        def asked(owner: int, *arguments: str) -> tuple[Helper, socket.socket]:
+            listening = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            path = tmp_path / "s.repair"
+            listening.bind(str(path))
+            os.chown(path, owner, owner)
+            listening.listen()
+            helper = start(path, options=arguments)
+            listening.settimeout(20)
+            sock = stack.enter_context(listening.accept()[0])
+            sock.settimeout(20)
+            return helper, sock
+
+        yield asked
+
+
+Asked = Callable[..., tuple[Helper, socket.socket]]
+
+
+@pytest.mark.parametrize(
+    ("owner", "arguments", "sender", "done"),
+    [
+        (12345, (), 12345, True),
+        (12345, (), 0, True),
+        (12345, (), 54321, False),
+        (0, (), 54321, True),  # its owner has become another user since
+        (0, ("--user", "54321"), 54321, True),
+        (0, ("--user", "54321"), 12345, False),
+        (12345, ("--user", "54321"), 12345, False),
+    ],
+)
+def test_who_may_ask(
+    asked: Asked, connections: Connections, owner: int, arguments: tuple[str, ...], sender: int, done: bool
+) -> None:
+    helper, sock = asked(owner, *arguments)
+    sockets = connections(1)
+    assert sends_as(sender, sock, numbers(sockets)) == 0
+    assert sock.recv(1) == (encode(Repair.ON) if done else b"")
+    assert repair_mode(sockets[0]) == done
+    if not done:
+        status, said = helper.end()
+        assert status == 1
+        assert f"bad request: it is of user {sender}, and not of 0 or " in said
+
+
+def test_nothing_is_done_where_one_socket_is_not_tcp(asked: Asked, connections: Connections) -> None:
+    """Not even to those before it."""
+    helper, sock = asked(0)
+    sockets = connections(2)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        send_request(sock, Repair.ON, [*numbers(sockets), udp.fileno()])
+        assert sock.recv(1) == b""
+    assert [repair_mode(one) for one in sockets] == [0, 0]
+    status, said = helper.end()
+    assert (status, said.splitlines()[-1]) == (1, "godwit repair: socket 2 of the request is not TCP")
+
+
+def test_it_can_do_nothing_else(asked: Asked) -> None:
+    """Few system calls, and no file."""
+    helper, _ = asked(0)
+    deadline = time.monotonic() + 10
+    while helper.status("Seccomp") != "2":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert helper.status("Seccomp_filters") == "1"

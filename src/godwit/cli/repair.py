@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import pwd
 import sys
 from collections.abc import Sequence
 from ipaddress import ip_address
@@ -39,6 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--guard-seconds", metavar="N", type=_seconds, default=300, help="but for no longer than this (default: 300)"
     )
+    parser.add_argument(
+        "--user",
+        metavar="USER",
+        type=_uid,
+        help="whose processes may ask for something, besides root's: a name or a number"
+        " (default: the user that the socket belongs to; where that is root, anybody's)",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("-d", "--debug", action="store_true", help="log each request")
     how.add_argument("-q", "--quiet", action="store_true", help="log errors only")
@@ -48,7 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only now: --help needs none of it.
     from godwit.repair.helper import run
 
-    return run(given.path, given.guard, given.guard_seconds)
+    return run(given.path, given.guard, given.guard_seconds, given.user)
+
+
+def _uid(text: str) -> int:
+    if text.isascii() and text.isdigit():
+        return int(text)
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"no such user: {text} (a number does without)") from None
 
 
 def _seconds(text: str) -> int:

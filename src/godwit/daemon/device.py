@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from ipaddress import IPv6Address
 
+from godwit.confine.procfs import network_namespace
 from godwit.daemon.errors import StartError, reason
 from godwit.daemon.forwards import open_forwards
 from godwit.daemon.inherit import collect, inherit
@@ -71,11 +72,6 @@ _FEATURES_FULL = (
 def _packed(address: IPAddress | None) -> bytes:
     """16 bytes, zeros for none."""
     return bytes(16) if address is None else packed16(address)
-
-
-def _network() -> int:
-    """The network namespace that we are in."""
-    return os.stat("/proc/thread-self/ns/net").st_ino
 
 
 def _open_capture(path: str, flag: int) -> int:
@@ -169,13 +165,16 @@ class NetDevice(BaseDevice):
 
     # ---- life
 
-    async def start(self) -> None:
-        """Open the forwarded ports and start the data plane."""
+    def open(self) -> None:
+        """Open all that needs to be opened: the forwarded ports, and the file for frames."""
         self._loop = asyncio.get_running_loop()
         self._configure()
         if self._options.pcap is not None:
             self._capture(self._options.pcap)
         self._descriptors = open_forwards(self._engine, self._options)
+
+    def start(self) -> None:
+        """Start the data plane: from here on there is a second thread."""
         self._begin()
 
     def _begin(self) -> None:
@@ -224,7 +223,7 @@ class NetDevice(BaseDevice):
             int(self._moved_in),
             int(self._advertising is not None),
             int(self._mover.listeners_frozen),
-            _network(),
+            network_namespace(),
         )
         return handed
 
@@ -241,7 +240,7 @@ class NetDevice(BaseDevice):
 
         Raises ``ValueError``, ``OSError`` or ``ForwardError`` where this process could not go on with it.
         """
-        if handed.process.network != _network():
+        if handed.process.network != network_namespace():
             raise ValueError("it is in another network namespace: start this one there, too (ip netns exec, nsenter)")
         self._loop = asyncio.get_running_loop()
         self._configure()

@@ -10,12 +10,12 @@ says in one line what is missing.
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
+from godwit.confine.procfs import count_descriptors
 from godwit.daemon.options import Options
 from godwit.dataplane import Engine
 from godwit.net.config import packed16
@@ -53,7 +53,7 @@ def open_forwards(engine: Engine, options: Options, inherited: Inherited | None 
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = MAX_FLOWS + tcp.ports + udp.ports
     if limit != resource.RLIM_INFINITY:
-        free = limit - len(os.listdir("/proc/self/fd")) - KEPT + (0 if inherited is None else inherited.open)
+        free = limit - count_descriptors() - KEPT + (0 if inherited is None else inherited.open)
     most = max(0, free - int(free * FLOWS_SHARE))
     opened = 0
     left_out: dict[str, int] = {}

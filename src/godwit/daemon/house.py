@@ -331,9 +331,12 @@ async def _see_off(successor: Successor, why: str) -> None:
     if not successor.has_descriptors or successor.pidfd < 0:
         return
     try:
-        await _readable(successor.pidfd, ENDING)  # it has ended
+        await _readable(successor.pidfd, 2 * ENDING)  # it has ended
     except TakeoverError:
-        successor.kill()
+        logger.warning(
+            "the process that was to go on (pid %d) has the guest's sockets too, and has not ended: end it",
+            successor.pid,
+        )
 
 
 async def _readable(sock: socket.socket | int, seconds: float) -> None:

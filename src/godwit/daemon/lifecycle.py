@@ -8,8 +8,9 @@ stderr says why. So the launched process forks at once, waits on a pipe, and
 exits with the status that its child writes there; a child that dies without a
 word counts as failed.
 
-Order of a start: `background`, `raise_descriptor_limit`, log and PID file
-opened, sockets bound, `User.assume`, PID written, `Readiness.declare`.
+Order of a start: `background`, log and PID file opened, `raise_descriptor_limit`,
+sockets bound, `godwit.daemon.sandbox` (with `User.assume`), the first thread, PID
+written, `Readiness.declare`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Readiness:
 
     def __init__(self, pipe: int | None = None) -> None:
         self._pipe = pipe
+        # Now: the file system is another one then.
+        self._null = -1 if pipe is None else os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 
     def declare(self) -> None:
         """Let go of the terminal, then let the launched process exit with 0.
@@ -49,11 +52,10 @@ class Readiness:
         """
         if self._pipe is None:
             return
-        null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
-            os.dup2(null, descriptor)
-        if null > 2:
-            os.close(null)
+            os.dup2(self._null, descriptor)
+        if self._null > 2:
+            os.close(self._null)
         os.write(self._pipe, b"\0")
         os.close(self._pipe)
         self._pipe = None
@@ -312,13 +314,8 @@ def no_ping() -> str | None:
     try:
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP).close()
     except PermissionError:
-        group = os.getegid()
-        try:
-            name = f"{grp.getgrgid(group).gr_name} ({group})"
-        except KeyError:
-            name = str(group)
-        return (
-            f"the guest's pings get no answer: net.ipv4.ping_group_range leaves out group {name};"
+        return (  # by its number: names are in a file that is not in reach any more
+            f"the guest's pings get no answer: net.ipv4.ping_group_range leaves out group {os.getegid()};"
             f" sysctl -w net.ipv4.ping_group_range='0 2147483647' lets all in, --no-icmp does without"
         )
     except OSError:

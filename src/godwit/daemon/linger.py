@@ -28,6 +28,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 
+from godwit.confine import procfs
 from godwit.dataplane.state import Side
 from godwit.net.config import packed16
 from godwit.repair.client import peer_of
@@ -184,8 +185,9 @@ def _ask(name: str, request: bytes) -> bool:
 
 def lingerers() -> list[str]:
     """The names of those that linger in this network namespace, us among them."""
-    with contextlib.suppress(OSError), open("/proc/self/net/unix") as table:
+    with contextlib.suppress(OSError):
+        table = procfs.read(procfs.UNIX_SOCKETS).decode(errors="replace")
         # number, references, protocol, flags, type, state, inode, path; abstract names begin with @
-        paths = {words[7] for line in table if len(words := line.split()) == 8}
+        paths = {words[7] for line in table.splitlines() if len(words := line.split()) == 8}
         return sorted(path[1:] for path in paths if path.startswith(f"@{_PREFIX}"))
     return []

@@ -64,6 +64,10 @@ class BoundedFileHandler(logging.Handler):
         self._file.truncate(0)
         self._file.write(kept)
 
+    def fileno(self) -> int:
+        """The file's descriptor."""
+        return self._file.fileno()
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -193,6 +197,16 @@ class Log:
             self._root.removeHandler(self._starting)
             self._handlers.remove(self._starting)
             self._starting = None
+
+    def last_words(self) -> tuple[int, bytes]:
+        """Where a line goes that is not written by Python: the descriptor, -1 for none, and what it begins with."""
+        lasting = self._handlers[0]
+        if isinstance(lasting, BoundedFileHandler):
+            return lasting.fileno(), b"CRITICAL "
+        if isinstance(lasting, logging.StreamHandler):
+            return lasting.stream.fileno(), b""
+        sock = getattr(lasting, "socket", None)  # of a SysLogHandler: facility daemon, and critical
+        return (-1, b"") if sock is None else (sock.fileno(), b"<26>godwit[%d]: " % os.getpid())
 
     def close(self) -> None:
         """Take the handlers away again, and close them."""

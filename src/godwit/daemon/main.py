@@ -28,6 +28,7 @@ from godwit.daemon.house import House, take_over
 from godwit.daemon.lifecycle import Readiness
 from godwit.daemon.log import Log
 from godwit.daemon.options import Dialect, Options
+from godwit.daemon.sandbox import Sandbox
 from godwit.daemon.stream import serve_stream
 from godwit.daemon.takeover import Predecessor
 from godwit.net.change import facts
@@ -87,24 +88,31 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         if pid is not None:
             names.callback(pid.close)
         watch = HostWatch(options.net)
+        sandbox = Sandbox(options)
         if options.takeover is None:
             house = House(options, pid, names)
             house.open()
             stack.callback(house.close)
-            config = await asyncio.to_thread(watch.read)
+            config = watch.read()
             device = NetDevice(config, options, house.repair, watch.glance)
             stack.push_async_callback(device.close)
-            await device.start()
-            if user is not None:
-                for owned in house.paths():
-                    user.own(owned)
+            device.open()
+
+            def own(user: lifecycle.User) -> None:
+                for path in house.paths():
+                    user.own(path)
                 device.own(user)
-                user.assume()
+
+            sandbox.sockets(house.paths())
+            sandbox.enter(user, own, log.last_words())
+            device.start()
         else:
-            config = await asyncio.to_thread(watch.read)
+            config = watch.read()
             before = Predecessor(options.takeover)
-            if user is not None:
-                user.assume()
+            # Where it is the other one's sockets are, if nothing is said.
+            named = (options.takeover, options.socket, options.repair_path, options.takeover_path)
+            sandbox.sockets(path for path in named if path)
+            sandbox.enter(user, lambda user: None, log.last_words())
             house, device = take_over(
                 before, options, pid, names, lambda repair: NetDevice(config, options, repair, watch.glance)
             )

@@ -100,6 +100,7 @@ class Options(NamedTuple):
     tcp: bool = True
     udp: bool = True
     icmp: bool = True
+    sandbox: bool = True
 
 
 # --- Values: each function takes an argument's text, or raises ArgumentTypeError.
@@ -403,6 +404,7 @@ TABLE: tuple[Row, ...] = (
     Row(("--no-tcp",), Kind.OFF, "tcp", help="no TCP"),
     Row(("--no-udp",), Kind.OFF, "udp", help="no UDP"),
     Row(("--no-icmp",), Kind.OFF, "icmp", help="no ICMP and ICMPv6, NDP included"),
+    Row(("--no-sandbox",), Kind.OFF, "sandbox", help="give up neither files nor system calls, for debugging"),
     Row(("--no-dhcp",), Kind.OFF, "dhcp", help="no DHCP server"),
     Row(("--no-dhcpv6",), Kind.OFF, "dhcpv6", help="no DHCPv6 server"),
     Row(("--no-ndp",), Kind.OFF, "ndp", help="no NDP"),

@@ -20,8 +20,8 @@ its descriptors belong to it)::
 The switch is one moment: RUNNING is in the old one's queue. Before it, the new one has touched no ring and no socket,
 and after it the old one touches none. If the old one has waited long enough it first shuts its end for receiving: from
 then on the kernel refuses what the new one sends, which ends it. Then it looks into its queue a last time, and what is
-there decides. A new process that does not end then is killed, since it holds duplicates of the guest's sockets; but
-whether that can be done decides nothing.
+there decides. A new process that hangs meanwhile has its own alarm to end it (`end_within`), since it holds duplicates
+of the guest's sockets. The old one, which may signal nobody (`godwit.daemon.sandbox`), says in the log if it stays.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PATIENCE: Final = 2.0
 PATIENCE_EACH: Final = 0.0001
 #: Seconds for the first word, and for the old one to come to a stop between two requests of the front-end's.
 GREETING: Final = 5.0
-#: And for a new one that has failed to end.
+#: Until the alarm of a new one that hangs, beyond the time in which it could have gone on; and until it is missed.
 ENDING: Final = 1.0
 BATCH: Final = 250  # descriptors in one message; the kernel takes 253 (unix(7))
 MAX_DESCRIPTORS: Final = 1 << 20
@@ -68,6 +68,11 @@ _HEAD: Final = struct.Struct("=8sHHI")
 _FD_SIZE: Final = array.array("i").itemsize
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _SO_PEERPIDFD: Final = 77  # Linux 6.5
+
+
+def end_within(seconds: float) -> None:
+    """Have the kernel end this process then, wherever it hangs; 0 calls that off."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def patience(descriptors: int) -> float:
@@ -250,20 +255,6 @@ class Successor:
                 raise
         return set(ready.text.split("\n")) - {""}
 
-    def kill(self) -> None:
-        """Have it hold nothing any more, if it lives. Where that is not allowed, the log says so."""
-        try:
-            if self.pidfd >= 0:
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        except OSError as error:
-            log.warning(
-                "the process that was to go on (pid %d) has the guest's sockets too, and cannot be ended: %s",
-                self.pid,
-                error.strerror,
-            )
-
     def close(self) -> None:
         """Let go of it. May be repeated."""
         self._sock.close()
@@ -321,6 +312,7 @@ class Predecessor:
         if uid not in (os.geteuid(), 0):
             raise TakeoverError(f"another user's process (uid {uid}) is at {self._path}")
         channel = self._channel
+        end_within(GREETING + PATIENCE + ENDING)
         channel.send(Word.HELLO, text=__version__)
         channel.deadline = time.monotonic() + GREETING + PATIENCE
         state = channel.expect(Word.STATE)
@@ -329,6 +321,7 @@ class Predecessor:
             raise TakeoverError("the other side has said what cannot be")
         self._patience = patience(state.number)
         channel.deadline = time.monotonic() + self._patience
+        end_within(self._patience + ENDING)
         stream = _read_all(state.fds[0])
         fds: list[int] = []
         while len(fds) < state.number:
@@ -359,10 +352,12 @@ class Predecessor:
         self._channel.deadline = time.monotonic() + self._patience
         self._channel.send(Word.READY, text="\n".join(keeps))
         self._channel.expect(Word.GO)
+        end_within(0)  # first: once that is said, the guest has nobody else
         self._channel.send(Word.RUNNING)
 
     def close(self) -> None:
         """Hang up. May be repeated."""
+        end_within(0)
         self._sock.close()
 
 

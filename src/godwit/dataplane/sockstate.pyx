@@ -632,13 +632,28 @@ cdef socklen_t fill(sockaddr_storage *out, bytes addr, uint16_t port, uint32_t s
     return sock_end(out, addr, port, scope)
 
 
-cdef object kernel_limit(str name, default):
-    """The last number of a file below /proc/sys/net, of which a namespace need not show all."""
+LIMITS = ("core/wmem_max", "ipv4/tcp_rmem")
+kept_limits = {}    # what was read, by name; None where there is no such file
+
+
+def keep_limits():
+    """Read the kernel's limits now, for a process that will see no /proc. See the .pyi."""
+    for name in LIMITS:
+        kept_limits[name] = read_limit(name)
+
+
+cdef object read_limit(str name):
     try:
         with open(f"/proc/sys/net/{name}") as limits:
             return int(limits.read().split()[-1])
     except (OSError, ValueError, IndexError):
-        return default
+        return None
+
+
+cdef object kernel_limit(str name, default):
+    """The last number of a file below /proc/sys/net, of which a namespace need not show all."""
+    found = kept_limits[name] if name in kept_limits else read_limit(name)
+    return default if found is None else found
 
 
 cdef uint32_t receive_room():

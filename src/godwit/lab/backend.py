@@ -36,6 +36,8 @@ IDEAL = "ideal"  # godwit.lab.ideal, which is its own network: without ports, he
 _GODWIT = [sys.executable, os.path.join(sysconfig.get_path("scripts"), "godwit")]
 
 _STOOD_STILL = re.compile(r"has taken over from .* the guest stood still for ([0-9.]+) ms")
+# A system call that is not on the list, or a module that was still to be imported.
+_MISSED = re.compile(r"system call .* is not among|ModuleNotFoundError|ImportError")
 
 _numbers = itertools.count()
 
@@ -312,6 +314,14 @@ class Backend:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+        if error is None:
+            self.check_sandbox()
+
+    def check_sandbox(self) -> None:
+        """:class:`LabError` if a godwit has missed something that it had given up at its start."""
+        missed = [line for line in self.messages().splitlines() if _MISSED.search(line)]
+        if missed and self.kind == "godwit":
+            raise LabError(f"{self.name} has given up what it needs: {missed[0]}")
 
     def __repr__(self) -> str:
         return f"<Backend {self.name}>"

@@ -9,6 +9,9 @@ def drop_all() -> int | None:
     None where the kernel does not let us (bpf(2): that needs CAP_BPF, in the initial user namespace).
     """
 
+def first_not_tcp(fds: array[int]) -> int:
+    """The place of the first descriptor that is no TCP socket; -1 where all are."""
+
 def set_mode(fds: array[int], mode: int, program: int | None) -> tuple[int, int]:
     """Set TCP_REPAIR on each TCP socket, a value of ``Repair``; ON comes with a filter that drops all that arrives.
 

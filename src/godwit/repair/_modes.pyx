@@ -39,6 +39,7 @@ cdef extern from *:
         pass
     enum:
         SOL_SOCKET
+        SO_PROTOCOL
         SO_ATTACH_FILTER
         SO_ATTACH_BPF
         SO_DETACH_FILTER
@@ -74,6 +75,21 @@ cdef int set_one(int fd, int mode, int program) noexcept nogil:
     if error != 0:
         setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &back, sizeof(back))
     return error
+
+
+def first_not_tcp(const int[::1] fds):
+    """The place of the first that is no TCP socket; -1 for none."""
+    cdef Py_ssize_t i, odd = -1
+    cdef int protocol
+    cdef socklen_t n
+    with nogil:
+        for i in range(fds.shape[0]):
+            protocol = 0
+            n = sizeof(protocol)
+            if getsockopt(fds[i], SOL_SOCKET, SO_PROTOCOL, &protocol, &n) != 0 or protocol != IPPROTO_TCP:
+                odd = i
+                break
+    return odd
 
 
 def set_mode(const int[::1] fds, int mode, program):

@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from typing import Final, Self
 
+from godwit.confine import procfs
 from godwit.repair._modes import count_in_mode
 from godwit.repair.protocol import (
     GUARD_NAME,
@@ -379,8 +380,8 @@ def _name_of(helper: socket.socket) -> object:
 def _is_near(name: bytes) -> bool:
     """Whether a socket of this abstract name is in our network namespace, as far as that can be seen."""
     try:
-        with open("/proc/self/net/unix", "rb") as table:
-            return any(line.split()[-1] == name.replace(b"\0", b"@") for line in table)
+        table = procfs.read(procfs.UNIX_SOCKETS)
+        return any(line.split()[-1] == name.replace(b"\0", b"@") for line in table.splitlines())
     except OSError:
         return True
 

@@ -3,8 +3,13 @@
 
 Runs with CAP_NET_ADMIN beside a back-end that has no privilege, godwit or
 passt, and sets TCP_REPAIR on the sockets that it is sent, for as long as the
-back-end keeps the connection. It takes TCP sockets and nothing else, keeps no
-other capability, and opens nothing.
+back-end keeps the connection. It takes TCP sockets and nothing else, from
+processes of the user that the back-end's socket belongs to (or of another that
+is named), and root's. It keeps no other capability, and once it is connected it
+can open nothing and make few system calls (`godwit.confine`).
+
+A back-end that root has started may have become another user after it made its
+socket, as passt does. So where the socket is root's, who sends is not looked at.
 
 A socket in repair mode gets a second lock: a filter that drops all that
 arrives. For godwit, which freezes its sockets by itself, it matters only with
@@ -30,14 +35,15 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
-from godwit.repair import privileges
-from godwit.repair._modes import drop_all, set_mode
+from godwit.confine import landlock, seccomp
+from godwit.confine.capabilities import CAP_DAC_OVERRIDE, CAP_NET_ADMIN, has, keep_only
+from godwit.repair._modes import drop_all, first_not_tcp, set_mode
 from godwit.repair.guard import Guard, GuardError
-from godwit.repair.protocol import GUARD_NAME, MessageError, Repair, close_all, encode, receive_request
+from godwit.repair.protocol import GUARD_NAME, MessageError, Repair, close_all, encode, receive_request, tell_senders
 
 log = logging.getLogger(__name__)
 
@@ -58,34 +64,65 @@ _LISTENS_WITHIN: Final = 2.0
 _ASK_EVERY: Final = 0.02
 
 
+# All that is left to do when it is connected, and what Python and the C library do with it.
+_CALLS: Final = (
+    *("recvmsg", "sendto", "getsockopt", "setsockopt", "getsockname", "close", "poll", "ppoll", "fstat"),
+    *("newfstatat", "statx"),  # what fstat() is in newer C libraries
+    *("write", "futex", "brk", "munmap", "mremap", "madvise", "getpid", "gettid", "clock_gettime", "getrandom"),
+    *(
+        "rt_sigaction",
+        "rt_sigprocmask",
+        "rt_sigreturn",
+        "restart_syscall",
+        "sigaltstack",
+        "tgkill",
+        "exit",
+        "exit_group",
+    ),
+)
+_PROT_EXEC: Final = 4
+_CONDITIONAL: Final = (seccomp.Call("mmap", 2, _PROT_EXEC, (0,)), seccomp.Call("mprotect", 2, _PROT_EXEC, (0,)))
+# Who prints a traceback looks for the source.
+_MISSING: Final = ("open", "openat", "stat", "readlink", "getcwd", "ioctl", "lseek", "read")
+
+
 class HelperError(Exception):
     """The helper cannot go on; one line for the user."""
 
 
-def run(path: str, guarded: Sequence[IPv4Address | IPv6Address] = (), seconds: float = GUARD_SECONDS) -> int:
+def run(
+    path: str,
+    guarded: Sequence[IPv4Address | IPv6Address] = (),
+    seconds: float = GUARD_SECONDS,
+    uid: int | None = None,
+) -> int:
     """Serve the back-end that listens on ``path``, or the first one to appear in the directory ``path``.
 
     ``guarded`` are addresses from which resets are kept back, for ``seconds``
-    at most. Returns the exit status: 0 when the back-end has closed the
-    connection, 1 on an error, which is in the log.
+    at most. ``uid``: the user whose processes may ask, besides root's; the one
+    that the socket belongs to if None. Returns the exit status: 0 when the
+    back-end has closed the connection, 1 on an error, which is in the log.
     """
     try:
-        if not privileges.has(privileges.CAP_NET_ADMIN):
+        if not has(CAP_NET_ADMIN):
             raise HelperError(
                 "TCP_REPAIR needs the capability CAP_NET_ADMIN in the user namespace of the back-end's network: "
                 "run this as root, or give it that capability"
             )
         program = drop_all()  # first: it may need more than what is kept
         # Until the connection is made: the socket may be another user's.
-        privileges.keep_only({privileges.CAP_NET_ADMIN, privileges.CAP_DAC_OVERRIDE})
+        keep_only({CAP_NET_ADMIN, CAP_DAC_OVERRIDE})
         name = GUARD_NAME + b"%d" % os.getpid() if guarded else b""
-        with _connect(path, name) as sock, contextlib.ExitStack() as stack:
-            privileges.keep_only({privileges.CAP_NET_ADMIN})
-            log.info("serving %s", sock.getpeername())
+        sock, where = _connect(path, name)
+        with sock, contextlib.ExitStack() as stack:
+            keep_only({CAP_NET_ADMIN})
+            senders = _senders(where, uid)
+            log.info("serving %s", where)
             guard = stack.enter_context(contextlib.closing(Guard(guarded))) if guarded else None
             if guard is not None:
                 log.info("keeping back resets from %s for %g s at most", ", ".join(map(str, guard.addresses)), seconds)
-            serve(sock, guard, seconds, program)
+            _confine()
+            serve(sock, guard, seconds, program, senders)
     except (HelperError, GuardError) as error:
         log.error("%s", error)
         return 1
@@ -94,14 +131,39 @@ def run(path: str, guarded: Sequence[IPv4Address | IPv6Address] = (), seconds: f
     return 0
 
 
+def _senders(path: str, uid: int | None) -> Collection[int] | None:
+    """Whose requests are carried out; None for anybody's."""
+    if uid is None:
+        uid = os.stat(path, follow_symlinks=False).st_uid
+        if uid == 0:
+            return None
+    return {uid, 0}
+
+
+def _confine() -> None:
+    """Give up files and system calls. What the system does not allow to give up is in the log."""
+    try:
+        landlock.restrict({})
+    except OSError as error:
+        log.warning("the system does not allow to give up files (Landlock): %s", error.strerror)
+    try:
+        seccomp.restrict(seccomp.program(_CALLS, _CONDITIONAL, _MISSING), 2, b"godwit repair: ")
+    except OSError as error:
+        log.warning("the system does not allow to give up system calls (seccomp): %s", error.strerror)
+
+
 def serve(
-    sock: socket.socket, guard: Guard | None = None, seconds: float = GUARD_SECONDS, program: int | None = None
+    sock: socket.socket,
+    guard: Guard | None = None,
+    seconds: float = GUARD_SECONDS,
+    program: int | None = None,
+    senders: Collection[int] | None = None,
 ) -> None:
     """Do what a back-end asks until it closes the connection.
 
     ``program`` is the filter that sockets in repair mode get (`_modes.drop_all`).
     ``guard`` is closed with the first request that ends a repair mode, or after
-    ``seconds``.
+    ``seconds``. ``senders``: whose requests are carried out, None for anybody's.
 
     :raises HelperError: a request that is none, or one that failed. What was
         done is not undone; closing the connection is the answer.
@@ -113,16 +175,18 @@ def serve(
             guard = None
             log.warning("resets are kept back no longer: no connection has come within %g s", seconds)
         try:
-            request = receive_request(sock)
+            request = receive_request(sock, senders)
         except (MessageError, OSError) as error:
             raise HelperError(f"bad request: {error}") from error
         if request is None:
             return
         mode, fds = request
         try:
+            if (odd := first_not_tcp(fds)) >= 0:
+                raise HelperError(_why_not(fds[odd], odd))
             done, number = set_mode(fds, mode, program)
             if number:
-                raise HelperError(_why(fds[done], mode, done, number))
+                raise HelperError(_why(mode, done, number))
         finally:
             close_all(fds)
         log.debug("TCP_REPAIR %s on %d sockets", mode.name, len(fds))
@@ -143,13 +207,15 @@ def _readable(sock: socket.socket, until: float) -> bool:
     return bool(waiting.poll(max(0.0, until - time.monotonic()) * 1000))
 
 
-def _why(fd: int, mode: Repair, number: int, error: int) -> str:
-    """Why one of the sockets of a request could not be set."""
+def _why_not(fd: int, number: int) -> str:
+    """Why one of the descriptors of a request is not looked at."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return f"descriptor {number} of the request is no socket"
-    with socket.socket(fileno=os.dup(fd)) as sock:
-        if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.proto != socket.IPPROTO_TCP:
-            return f"socket {number} of the request is not TCP"
+    return f"socket {number} of the request is not TCP"
+
+
+def _why(mode: Repair, number: int, error: int) -> str:
+    """Why one of the sockets of a request could not be set."""
     why = os.strerror(error)
     if error == errno.EPERM:
         why = "not permitted (a listening socket, or one of a network in another user namespace)"
@@ -159,12 +225,14 @@ def _why(fd: int, mode: Repair, number: int, error: int) -> str:
 def _new_socket(name: bytes) -> socket.socket:
     """One by which the back-end sees this name, an abstract one, or none."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    tell_senders(sock)  # from the first message on, which may come as soon as it is connected
     if name:
         sock.bind(name)
     return sock
 
 
-def _connect(path: str, name: bytes) -> socket.socket:
+def _connect(path: str, name: bytes) -> tuple[socket.socket, str]:
+    """A connection to the back-end, and where it listens."""
     if os.path.isdir(path):
         return _wait_in(path, name)
     if not path.endswith(SUFFIX) and os.path.exists(path + SUFFIX):
@@ -179,10 +247,10 @@ def _connect(path: str, name: bytes) -> socket.socket:
             f"cannot connect to {path}: {error.strerror or error} (the back-end must run already, "
             "or give the directory in which its socket will be)"
         ) from error
-    return sock
+    return sock, path
 
 
-def _wait_in(directory: str, name: bytes) -> socket.socket:
+def _wait_in(directory: str, name: bytes) -> tuple[socket.socket, str]:
     """Wait until a back-end listens on a socket in a directory, and connect to it."""
     watch = _inotify(directory)
     try:
@@ -191,9 +259,9 @@ def _wait_in(directory: str, name: bytes) -> socket.socket:
         asking.register(watch, select.POLLIN)
         patience = time.monotonic() + _LISTENS_WITHIN
         while True:
-            there, sock = _try_all(directory, name)
-            if sock is not None:
-                return sock
+            there, connected = _try_all(directory, name)
+            if connected is not None:
+                return connected
             ask_again = there and time.monotonic() < patience
             if asking.poll(_ASK_EVERY * 1000 if ask_again else None):
                 os.read(watch, 65536)
@@ -202,20 +270,20 @@ def _wait_in(directory: str, name: bytes) -> socket.socket:
         os.close(watch)
 
 
-def _try_all(directory: str, own_name: bytes) -> tuple[bool, socket.socket | None]:
-    """Whether there are sockets in a directory, and a connection to the first that listens."""
+def _try_all(directory: str, own_name: bytes) -> tuple[bool, tuple[socket.socket, str] | None]:
+    """Whether there are sockets in a directory, and a connection to the first that listens, with its path."""
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
     except OSError as error:
         raise HelperError(f"cannot read {directory}: {error.strerror}") from error
     for name in names:
-        sock = _new_socket(own_name)
+        sock, path = _new_socket(own_name), os.path.join(directory, name)
         try:
-            sock.connect(os.path.join(directory, name))
+            sock.connect(path)
         except OSError:
             sock.close()
         else:
-            return True, sock
+            return True, (sock, path)
     return bool(names), None
 
 

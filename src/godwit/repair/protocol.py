@@ -15,7 +15,8 @@ from __future__ import annotations
 import array
 import os
 import socket
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Collection, Iterable, Sequence
 from enum import IntEnum
 from typing import Final
 
@@ -28,7 +29,10 @@ GUARD_NAME: Final = b"\0godwit-repair-guard-"
 TCP_REPAIR: Final = 19
 
 _INT: Final = array.array("i").itemsize
-_ANCILLARY: Final = socket.CMSG_SPACE(MAX_SOCKETS * _INT)
+_CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: process, user, group
+_ANCILLARY: Final = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(MAX_SOCKETS * _INT)
+_PASSCRED: Final = 16  # SO_PASSCRED
+_SCM_CREDENTIALS: Final = 2
 
 
 class Repair(IntEnum):
@@ -82,22 +86,34 @@ def send_request(sock: socket.socket, mode: Repair, fds: Sequence[int]) -> None:
     sock.sendmsg([encode(mode)], [rights], socket.MSG_NOSIGNAL)
 
 
-def receive_request(sock: socket.socket) -> tuple[Repair, array.array[int]] | None:
+def tell_senders(sock: socket.socket) -> None:
+    """Have the kernel say with each message which user's process has sent it, for `receive_request` (unix(7))."""
+    sock.setsockopt(socket.SOL_SOCKET, _PASSCRED, 1)
+
+
+def receive_request(sock: socket.socket, uids: Collection[int] | None = None) -> tuple[Repair, array.array[int]] | None:
     """Take one message; the descriptors are the caller's. None at the end of the stream.
 
+    ``uids``: who may send it, after `tell_senders`; None for anybody.
+
     ``MessageError``, with every descriptor closed, for anything but a known
-    mode and at least one descriptor.
+    mode and at least one descriptor from one of these users.
     """
     data, ancillary, flags, _ = sock.recvmsg(1, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
+    sender = -1
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % _INT])
+        elif level == socket.SOL_SOCKET and kind == _SCM_CREDENTIALS:
+            _, sender, _ = _CREDENTIALS.unpack(content)
     try:
         if not data and not fds:
             return None
         if flags & socket.MSG_CTRUNC:
             raise MessageError(f"descriptors were cut off, {len(fds)} arrived")
+        if uids is not None and sender not in uids:
+            raise MessageError(f"it is of user {sender}, and not of {' or '.join(map(str, sorted(uids)))}")
         mode = decode(data)
         if not fds:
             raise MessageError("a request without a socket")

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The system calls that the running daemon may make.
+
+``make syscalls`` runs tests with the daemon traced, and compares. OBSERVED is what it finds; the rest is what another C
+library, kernel, architecture or Python does in place of those.
+"""
+
+from __future__ import annotations
+
+import termios
+from typing import Final
+
+from godwit.confine.seccomp import Call
+
+#: What the tests have it do.
+OBSERVED: Final = (
+    # the data plane
+    "accept4",
+    "close",
+    "connect",
+    "epoll_ctl",
+    "epoll_wait",
+    "getsockname",
+    "getsockopt",
+    "listen",
+    "bind",
+    "read",
+    "recvfrom",
+    "recvmmsg",
+    "recvmsg",
+    "sendmmsg",
+    "sendmsg",
+    "sendto",
+    "setsockopt",
+    "shutdown",
+    "write",
+    # memory and threads
+    "brk",
+    "clock_nanosleep",
+    "exit",
+    "futex",
+    "getpid",
+    "gettid",
+    "getrusage",
+    "madvise",
+    "mremap",
+    "munmap",
+    "rseq",
+    "sched_yield",
+    "sched_getaffinity",
+    "sysinfo",
+    "set_robust_list",
+    # files and pipes
+    "dup",
+    "dup2",
+    "epoll_create1",
+    "eventfd2",
+    "fcntl",
+    "fstat",
+    "fstatfs",
+    "getcwd",
+    "ftruncate",
+    "getdents64",
+    "getpeername",
+    "lseek",
+    "memfd_create",
+    "newfstatat",
+    "openat",
+    "pipe2",
+    "poll",
+    "pread64",
+    "pwrite64",
+    "readlink",
+    "unlink",
+    "writev",
+    # signals and the end
+    "exit_group",
+    "getrandom",
+    "getegid",
+    "geteuid",
+    "getgid",
+    "getuid",
+    "close_range",
+    "restart_syscall",
+    "rt_sigaction",
+    "rt_sigprocmask",
+    "rt_sigreturn",
+    "setitimer",
+    "setsid",
+    "sigaltstack",
+    "tgkill",
+    "prlimit64",
+    "uname",
+)
+
+#: What others do in place of those: by another C library, on another architecture, or once a kernel has it.
+ALTERNATIVES: Final = (
+    "accept",
+    "clock_gettime",  # where the kernel maps no such function into the process, or its clock is not to be read there
+    "clock_getres",
+    "dup3",
+    "epoll_pwait",
+    "epoll_pwait2",
+    "futex_wake",
+    "futex_wait",
+    "futex_waitv",
+    "getcpu",
+    "gettimeofday",
+    "nanosleep",
+    "open",
+    "ppoll",
+    "readlinkat",
+    "readv",
+    "stat",
+    "statx",
+    "time",
+    "unlinkat",
+)
+
+_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+_PROT_EXEC: Final = 4
+_TCGETS: Final = 0x5401  # Python asks each file that it opens whether it is a terminal
+_SIOCOUTQNSD: Final = 0x894B
+_CLONE_NEW: Final = 0x7E020080  # all kinds of namespaces
+_WORD: Final = 0xFFFFFFFF
+
+#: Of these, no more than what is said here.
+CONDITIONAL: Final = (
+    Call("socket", 0, _WORD, (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK)),
+    Call("socketpair", 0, _WORD, (_AF_UNIX,)),
+    Call("mmap", 2, _PROT_EXEC, (0,)),  # nothing that is written can be run
+    Call("mprotect", 2, _PROT_EXEC, (0,)),
+    Call("clone", 0, _CLONE_NEW, (0,)),  # threads, and one that keeps sockets in silence: `Linger.leave_keeper`
+    Call("ioctl", 1, _WORD, (termios.FIONREAD, termios.TIOCOUTQ, _SIOCOUTQNSD, termios.FIONBIO, termios.FIOCLEX)),
+)
+
+#: What is answered as by a kernel that does not have it: the C library then makes the call whose arguments can be seen.
+MISSING: Final = ("clone3",)
+
+PLAIN: Final = OBSERVED + ALTERNATIVES

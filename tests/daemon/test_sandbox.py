@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a running daemon cannot do any more, and that it works all the same."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from godwit.vhost_user.client import FrontendClient
+
+SERVE = (sys.executable, "-m", "godwit.cli.main", "serve")
+LAUNCH = (sys.executable, "-m", "tests.daemon.launch")
+ROOT = Path(__file__).resolve().parents[2]
+
+Daemon = subprocess.Popen[str]
+Start = Callable[..., tuple[Daemon, list[str]]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a daemon, and give what it says until it is ready. Everybody may make files in its folder."""
+    running: list[Daemon] = []
+    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(0o755)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder").chmod(0o777)
+
+    def start(*command: str) -> tuple[Daemon, list[str]]:
+        words = [*command, "-f", "-s", str(tmp_path / "folder" / "s"), "--pid", str(tmp_path / "folder" / "pid")]
+        daemon = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        running.append(daemon)
+        assert daemon.stderr is not None
+        said = []
+        for line in daemon.stderr:
+            said.append(line.rstrip())
+            if "the guest is told" in line:
+                return daemon, said
+        raise AssertionError(f"ended with {daemon.wait(10)}: {said}")
+
+    yield start
+    for daemon in running:
+        daemon.kill()
+        daemon.communicate(timeout=10)
+
+
+def status(pid: int, thread: str = "") -> dict[str, str]:
+    path = Path(f"/proc/{pid}/task/{thread}/status" if thread else f"/proc/{pid}/status")
+    return dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
+
+
+def serves(folder: Path) -> bool:
+    with FrontendClient.connect(folder / "s") as front_end:
+        return front_end.get_features() != 0
+
+
+def ends(daemon: Daemon, folder: Path) -> None:
+    """In an orderly way, and removes its files: also from behind its walls."""
+    daemon.send_signal(signal.SIGTERM)
+    assert daemon.wait(10) == 0
+    assert sorted(os.listdir(folder)) == []
+
+
+def assert_locked_in(pid: int, uid: int, bounding: bool = True) -> None:
+    """No thread of it can do anything. ``bounding``: it could empty its bounding set, too, which takes a privilege."""
+    sets = {"CapInh", "CapPrm", "CapEff", "CapAmb", *(["CapBnd"] if bounding else [])}
+    threads = os.listdir(f"/proc/{pid}/task")
+    assert len(threads) >= 2  # one is the data plane's
+    for thread in threads:
+        found = status(pid, thread)
+        assert {found[name] for name in sets} == {"0" * 16}
+        assert found["NoNewPrivs"] == "1"
+        assert found["Seccomp"] == "2"
+        assert found["Uid"].split() == [str(uid)] * 4
+        assert found["Groups"].strip() in ("", str(uid))
+
+
+def assert_nothing_else_there(pid: int, kept: Sequence[str]) -> None:
+    """In its file system, but for some directories and the way to them."""
+    root = f"/proc/{pid}/root"
+    ways = {str(way) for path in kept for way in Path(path).parents}
+    for path, below, files in os.walk(root):
+        inside = path.removeprefix(root) or "/"
+        if inside in kept:
+            below.clear()
+        else:
+            assert inside in ways
+            assert files == []
+
+
+def namespaces(pid: int | str) -> dict[str, str]:
+    return {name: os.readlink(f"/proc/{pid}/ns/{name}") for name in ("mnt", "ipc", "uts", "net", "user")}
+
+
+def test_started_by_root(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.chmod(0o777)
+    daemon, said = start(*SERVE, "--runas", "65534:65534")
+    assert_locked_in(daemon.pid, 65534)
+    ours, its = namespaces("self"), namespaces(daemon.pid)
+    assert [name for name in ours if ours[name] != its[name]] == ["mnt", "ipc", "uts"]
+    assert_nothing_else_there(daemon.pid, [str(folder), os.path.dirname(os.path.realpath("/etc/resolv.conf")), "/etc"])
+    assert [line for line in said if "does not allow" in line] == []
+    assert sum("given up: namespaces" in line for line in said) == 1
+    assert serves(folder)
+    ends(daemon, folder)
+
+
+def test_started_by_an_ordinary_user(start: Start, tmp_path: Path) -> None:
+    daemon, said = start(*LAUNCH, "user")
+    assert_locked_in(daemon.pid, 107)
+    ours, its = namespaces("self"), namespaces(daemon.pid)
+    assert [name for name in ours if ours[name] != its[name]] == ["mnt", "ipc", "uts", "user"]
+    assert [line for line in said if "does not allow" in line] == []
+    assert serves(tmp_path / "folder")
+    ends(daemon, tmp_path / "folder")
+
+
+def test_in_a_container(start: Start, tmp_path: Path) -> None:
+    """What is refused is named once, and the rest holds."""
+    daemon, said = start(*LAUNCH, "container")
+    assert_locked_in(daemon.pid, 107, bounding=False)
+    assert [line for line in said if "does not allow" in line] == [
+        "the system does not allow to give up namespaces: unshare: Operation not permitted"
+    ]
+    assert any("given up: capabilities (none left); Landlock (" in line for line in said)
+    assert serves(tmp_path / "folder")
+    ends(daemon, tmp_path / "folder")
+
+
+def test_on_an_old_kernel(start: Start, tmp_path: Path) -> None:
+    daemon, said = start(*LAUNCH, "old")
+    assert_locked_in(daemon.pid, 107, bounding=False)
+    assert [line for line in said if "does not allow" in line] == [
+        "the system does not allow to give up namespaces: unshare: Function not implemented",
+        "the system does not allow to give up Landlock: landlock_create_ruleset: Function not implemented",
+    ]
+    assert serves(tmp_path / "folder")
+    ends(daemon, tmp_path / "folder")
+
+
+TOLD = re.compile(r"system call chroot \(\d+\) is not among those that this process needs: it ends")
+
+
+def test_a_system_call_that_is_not_listed(start: Start) -> None:
+    """Its name is in the log before the process dies of it."""
+    daemon, _ = start(*LAUNCH, "violation")
+    assert daemon.stderr is not None
+    rest = daemon.stderr.read()
+    assert daemon.wait(10) == -signal.SIGSYS
+    assert TOLD.fullmatch(rest.splitlines()[-1])
+
+
+def test_in_a_log_file_too(tmp_path: Path) -> None:
+    words = [*LAUNCH, "violation", "-f", "-s", str(tmp_path / "s"), "--log-file", str(tmp_path / "log")]
+    done = subprocess.run([*words, "--runas", "0:0"], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGSYS
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("CRITICAL ")
+    assert TOLD.fullmatch(last.removeprefix("CRITICAL "))
+
+
+def test_for_debugging_it_can_be_left_out(start: Start, tmp_path: Path) -> None:
+    daemon, said = start(*SERVE, "--runas", "65534:65534", "--no-sandbox")
+    found = status(daemon.pid)
+    assert (found["CapEff"], found["NoNewPrivs"], found["Seccomp"]) == ("0" * 16, "1", "0")
+    assert namespaces(daemon.pid) == namespaces("self")
+    assert sum("--no-sandbox" in line for line in said) == 1
+    assert serves(tmp_path / "folder")
+
+
+def test_nobody_of_its_user_can_debug_it(start: Start) -> None:
+    """Nor is there a core file with the guest's memory in it."""
+    daemon, _ = start(*SERVE, "--runas", "65534:65534")
+    tried = """
+import ctypes, os, sys
+os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.ptrace(16, int(sys.argv[1]), None, None), ctypes.get_errno())  # PTRACE_ATTACH
+"""
+    done = subprocess.run([sys.executable, "-c", tried, str(daemon.pid)], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["-1", "1"], done.stderr
