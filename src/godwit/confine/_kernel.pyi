@@ -16,6 +16,12 @@ def get_capabilities() -> tuple[int, int]:
 def set_capabilities(both: int) -> None:
     """Make both sets these, and the inheritable one empty (capset(2))."""
 
+def try_namespaces(flags: int, uid_map: bytes, gid_map: bytes) -> None:
+    """Whether this process could go into these namespaces, one of users among them, and mount something there.
+
+    A child tries. The maps are those of the user namespace, as in /proc/self/uid_map and gid_map.
+    """
+
 def unshare(flags: int) -> None:
     """unshare(2)."""
 

@@ -23,6 +23,7 @@ cdef extern from *:
     #include <sys/mount.h>
     #include <sys/prctl.h>
     #include <sys/syscall.h>
+    #include <sys/wait.h>
     #include <unistd.h>
 
     #if defined(__x86_64__)
@@ -119,6 +120,36 @@ cdef extern from *:
         return (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_SPEC_ALLOW, &program);
     }
 
+    static void gw_write_or_exit(const char *path, const char *text)
+    {
+        int fd = open(path, O_WRONLY | O_CLOEXEC);
+        if (fd < 0 || write(fd, text, strlen(text)) < 0)
+            _exit(errno & 0xff);
+        close(fd);
+    }
+
+    /* Whether a process like this one can go into these namespaces and mount something there: 0, or an error number.
+       In a child, since who has got half of the way cannot come back. */
+    static int gw_try_namespaces(int flags, const char *uid_map, const char *gid_map)
+    {
+        int status;
+        pid_t child = fork();
+        if (child < 0)
+            return errno;
+        if (child == 0) {
+            if (unshare(flags) != 0)
+                _exit(errno & 0xff);
+            gw_write_or_exit("/proc/self/setgroups", "deny");
+            gw_write_or_exit("/proc/self/uid_map", uid_map);
+            gw_write_or_exit("/proc/self/gid_map", gid_map);
+            _exit(mount("none", "/", "", MS_REC | MS_PRIVATE, NULL) != 0 ? errno & 0xff : 0);
+        }
+        while (waitpid(child, &status, 0) < 0)
+            if (errno != EINTR)
+                return errno;
+        return WIFEXITED(status) ? WEXITSTATUS(status) : EPERM;
+    }
+
     static int gw_capabilities(int set, uint32_t *permitted, uint32_t *effective)
     {
         struct __user_cap_header_struct head = { _LINUX_CAPABILITY_VERSION_3, 0 };
@@ -197,6 +228,7 @@ cdef extern from *:
     char gw_before[128]
     int gw_catch() nogil
     int gw_filter(const void *instructions, unsigned short count) nogil
+    int gw_try_namespaces(int flags, const char *uid_map, const char *gid_map) nogil
     int gw_capabilities(int set, uint32_t *permitted, uint32_t *effective) nogil
     int gw_landlock_create(const void *attributes, size_t size, uint32_t flags) nogil
     int gw_landlock_add(int ruleset, uint64_t access, int fd) nogil
@@ -244,6 +276,12 @@ def set_capabilities(uint64_t both):
     permitted[0] = effective[0] = <uint32_t>both
     permitted[1] = effective[1] = <uint32_t>(both >> 32)
     check(gw_capabilities(1, permitted, effective), "capset")
+
+
+def try_namespaces(int flags, bytes uid_map, bytes gid_map):
+    cdef int error = gw_try_namespaces(flags, uid_map, gid_map)
+    if error != 0:
+        raise OSError(error, f"unshare: {os.strerror(error)}")
 
 
 def unshare(int flags):

@@ -37,12 +37,15 @@ def enter() -> None:
     if has(CAP_SYS_ADMIN):
         _kernel.unshare(flags)
         return
-    uid, gid = os.geteuid(), os.getegid()
-    _kernel.unshare(flags | _NEW_USER)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+    flags |= _NEW_USER
+    uid_map, gid_map = (b"%d %d 1" % (own, own) for own in (os.geteuid(), os.getegid()))
+    # Some systems let a process in and then have it do nothing there, not even be its own user (AppArmor, in Ubuntu).
+    _kernel.try_namespaces(flags, uid_map, gid_map)
+    _kernel.unshare(flags)
+    for name, text in (("setgroups", b"deny"), ("uid_map", uid_map), ("gid_map", gid_map)):
         fd = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            os.write(fd, text.encode())
+            os.write(fd, text)
         finally:
             os.close(fd)
 
@@ -66,17 +69,16 @@ def leave_root(directories: Mapping[str, bool], links: Iterable[tuple[str, str]]
         root = next(path for path in _SOMEWHERE if os.path.isdir(path))
         _kernel.mount(b"none", os.fsencode(root), b"tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, _SIZE)
         os.chdir(root)
-        for path, tree in trees.items():
-            os.makedirs(path[1:], exist_ok=True)
-            _kernel.move_mount(tree, os.fsencode(path[1:]))
+        try:
+            _furnish(trees, links)
+            _kernel.pivot_root(b".", b".")
+        except OSError:
+            os.chdir("/")
+            _kernel.umount(os.fsencode(root), _MNT_DETACH)
+            raise
     finally:
         for tree in trees.values():
             os.close(tree)
-    for path, target in links:
-        if not os.path.lexists(path[1:]):
-            os.makedirs(os.path.dirname(path[1:]), exist_ok=True)
-            os.symlink(target, path[1:])
-    _kernel.pivot_root(b".", b".")
     _kernel.umount(b".", _MNT_DETACH)
     os.chdir("/")
     fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
@@ -84,6 +86,17 @@ def leave_root(directories: Mapping[str, bool], links: Iterable[tuple[str, str]]
         _kernel.set_mount_attributes(fd, _READ_ONLY, recursive=False)
     finally:
         os.close(fd)
+
+
+def _furnish(trees: Mapping[str, int], links: Iterable[tuple[str, str]]) -> None:
+    """Attach these at their paths, below the current directory."""
+    for path, tree in trees.items():
+        os.makedirs(path[1:], exist_ok=True)
+        _kernel.move_mount(tree, os.fsencode(path[1:]))
+    for path, target in links:
+        if not os.path.lexists(path[1:]):
+            os.makedirs(os.path.dirname(path[1:]), exist_ok=True)
+            os.symlink(target, path[1:])
 
 
 def _outermost(directories: Iterable[str]) -> list[str]:

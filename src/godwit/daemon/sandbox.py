@@ -54,6 +54,8 @@ class Sandbox:
         self._see(RESOLV, Access.READ_FILE)
         if options.record is not None:
             self._see(options.record, Access.MAKE_REG | Access.WRITE_FILE | Access.REMOVE_FILE)
+        if options.pcap is not None and options.takeover is not None:  # opened when the guest is this process's
+            self._see(options.pcap, Access.MAKE_REG | Access.WRITE_FILE)
         if options.pid is not None:
             self._see(options.pid, Access.REMOVE_FILE)
 

@@ -108,6 +108,7 @@ ALTERNATIVES: Final = (
     "gettimeofday",
     "nanosleep",
     "open",
+    "pidfd_open",  # of who takes over, where the socket does not say it (before Linux 6.5)
     "ppoll",
     "readlinkat",
     "readv",
