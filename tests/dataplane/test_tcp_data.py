@@ -345,6 +345,16 @@ def test_window_of_a_syn_is_not_scaled(guest: Guest, family: Family) -> None:
         conn.window = 0xFFFF
 
 
+def test_window_of_a_syn_is_not_scaled_in_what_follows_it(guest: Guest, family: Family) -> None:
+    """The peer speaks first: what it says has a window of the same edge, not of that many units."""
+    conn, sock = open_pair(guest, family)
+    with sock:
+        sock.sendall(b"welcome")
+        welcome = conn.next(ACK)
+        assert welcome.payload == b"welcome"
+        assert 0xFF00 <= welcome.tcp.window << conn.peer_scale <= 0xFFFF
+
+
 def test_window_shut_and_opened(guest: Guest, family: Family) -> None:
     conn, sock = open_pair(guest, family)
     with sock:

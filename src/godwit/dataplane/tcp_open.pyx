@@ -338,6 +338,7 @@ cdef void tcp_establish(Plane *p, Flow *f) noexcept nogil:
     f.flags |= FF_MORE
     f.retries = 0
     f.granted = 0
+    f.wnd_sent = <uint16_t>((f.edge - f.seq_from_guest) >> f.ws_to_guest)   # the SYN's own was not scaled
     flow_deadline(p, f, p.now + KEEPALIVE_IDLE)
 
 
