@@ -229,6 +229,21 @@ def test_an_idle_connection_has_nothing_to_say(family: Family) -> None:
             conn.wait_acked()
 
 
+def test_the_window_stays_open(family: Family) -> None:
+    """What comes first behind a move has nothing to acknowledge, and a window all the same."""
+    with Guest() as source, Guest() as target, contextlib.closing(Server(family)) as server:
+        conn = Conn(source, family, server.port).connect()
+        with server.accept() as peer:
+            conn.push(b"hello")
+            conn.wait_acked()
+            window = conn.peer_window
+            move(source, target)
+            conn.guest = target
+            peer.sendall(b"here")
+            assert conn.read(4, ack=False) == b"here"
+            assert conn.peer_window == window
+
+
 def test_what_was_not_acknowledged_yet_is(family: Family) -> None:
     with Guest(rx=((2048,),)) as source, Guest() as target, contextlib.closing(Server(family)) as server:
         source.refill = False  # the one buffer is for the answer to the SYN
