@@ -705,6 +705,25 @@ def test_no_time_passes_while_there_are_no_buffers(short: Guest, family: Family)
         assert conn.read(5) == b"after"
 
 
+def test_no_time_passes_in_a_handshake_while_there_are_no_buffers(short: Guest, family: Family) -> None:
+    """Of either direction: what could not be said was not said in vain."""
+    with contextlib.closing(Server(family)) as server, contextlib.closing(Server(family)) as outside:
+        port = outside.port
+        short.engine.listen(outside.sock.detach(), 80)
+        conn = Conn(short, family, server.port)
+        empty(short)
+        conn.send(SYN, options=conn.options())
+        with server.accept(), socket.create_connection((family.loopback, port), TIMEOUT):
+            wait_until(lambda: short.engine.counters()["flows"] == 2)
+            for _ in range(20):
+                short.engine.advance(61_000)
+                short.barrier()
+            assert short.engine.counters()["flows"] == 2
+            fill(short)
+            assert Conn.accept(short, family, 80).own == 80
+            conn.next(SYN | ACK)
+
+
 # ---- half-closed
 
 

@@ -518,11 +518,19 @@ cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil:
         flow_touch(p, f)
 
 
+cdef inline bint takes_nothing(Plane *p, Flow *f) noexcept nogil:
+    """Whether the guest takes no frame now, which is no fault of the flow's: nothing is retried, nothing given up."""
+    return not queue_active(&p.queues[RX]) or f.flags & FF_RING_WAIT != 0
+
+
 cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
     cdef bint idle
     if f.flags & (FF_RESET_DUE | FF_HELD) or f.sock < 0:
         return
     if not f.events & EV_ESTABLISHED:
+        if not f.flags & FF_CONNECTING and takes_nothing(p, f):
+            arm_retransmit(p, f)
+            return
         if f.flags & FF_CONNECTING or f.retries >= SYN_RETRIES:
             tcp_reset(p, f)
             return
@@ -536,8 +544,8 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
     if idle and f.last_active + KEEPALIVE_IDLE > p.now:
         flow_deadline(p, f, f.last_active + KEEPALIVE_IDLE)
         return
-    if not queue_active(&p.queues[RX]) or f.flags & FF_RING_WAIT:
-        arm_retransmit(p, f)    # the guest takes nothing now: no fault of the flow's
+    if takes_nothing(p, f):
+        arm_retransmit(p, f)
         return
     if f.retries >= DATA_RETRIES and (idle or f.window):
         tcp_reset(p, f)
