@@ -564,6 +564,32 @@ def test_what_is_no_duplicate(guest: Guest, family: Family) -> None:
         assert retransmits(guest) == 0
 
 
+def test_no_duplicates_count_behind_a_timer(guest: Guest, family: Family) -> None:
+    """RFC 6582, 4: it has sent everything again already, and they may be of that."""
+    conn, sock = open_pair(guest, family)
+    with sock:
+        data = pattern(30_000)
+        sock.sendall(data)
+        start = conn.ack
+        assert conn.read(len(data), ack=False) == data
+        for again in range(1, 3):
+            conn.ack = start
+            for _ in range(3 - again):
+                conn.acknowledge()
+            guest.engine.advance(4000)
+            assert conn.read(len(data), ack=False) == data
+            assert retransmits(guest) == again
+        conn.ack = start
+        for _ in range(4):
+            conn.acknowledge()
+        guest.barrier()
+        assert guest.collect() == []
+        conn.ack = (start + len(data)) & MASK
+        conn.acknowledge()
+        sock.sendall(b"and on")
+        assert conn.read(6) == b"and on"
+
+
 @once
 def test_loss_during_recovery(guest: Guest, family: Family) -> None:
     """What was sent again is lost too: the timer sees to it."""

@@ -224,8 +224,6 @@ cdef void take_ack(Plane *p, Flow *f, uint32_t ack, uint32_t window, bint bare) 
         if bare and same_window and in_flight(f) and not f.flags & FF_FAST_DONE:
             f.dup_acks += 1
             if f.dup_acks >= DUP_ACK_LIMIT:
-                f.dup_acks = 0
-                f.flags |= FF_FAST_DONE
                 rewind(p, f)
         return
     f.dup_acks = 0

@@ -19,6 +19,7 @@ from godwit.dataplane.plane cimport (
     FF_ACK_DUE,
     FF_CONNECTING,
     FF_EOF,
+    FF_FAST_DONE,
     FF_FIN_KNOWN,
     FF_MORE,
     FF_PEER_FIN,
@@ -438,6 +439,8 @@ cdef void rewind(Plane *p, Flow *f) noexcept nogil:
     cdef int zero = 0
     discard(p, f)
     f.seq_to_guest = f.seq_ack_from_guest
+    f.dup_acks = 0
+    f.flags |= FF_FAST_DONE     # RFC 6582, 4: all of it is sent again already
     f.events &= ~EV_FIN_TO_GUEST
     if p.peek_offset:
         setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
