@@ -995,7 +995,7 @@ class Link:
                     for flow in engine.flows():
                         if (flow["guest"][1], flow["our"][1]) == ends:
                             engine.forget_flow(flow["index"])
-        elif self.reset_by_guest and self.sock is not None:
+        elif self.reset_by_guest and self.fin is None:  # behind an end it may be seen by nobody
             self._see_reset()
         self._drop()
         while not self.incoming:
