@@ -554,6 +554,22 @@ def test_acknowledgement_of_what_was_never_sent(guest: Guest, family: Family) ->
         assert conn.read(len(data)) == data
 
 
+def test_nothing_that_is_old_or_beyond_the_window_is_believed(guest: Guest, family: Family) -> None:
+    """RFC 9293, 3.10.7.4: such a segment is answered, whatever it acknowledges."""
+    conn, sock = open_pair(guest, family)
+    with sock:
+        sock.sendall(b"data")
+        start = conn.ack
+        assert conn.read(4, ack=False) == b"data"
+        for seq in (conn.seq - 1, conn.seq - 0x7000_0000, conn.seq + 0x0200_0000, conn.seq + 0x7000_0000):
+            conn.acknowledge(seq=seq, window=0)
+            answer = conn.next(ACK)
+            assert (answer.tcp.seq, answer.tcp.ack) == (conn.ack, conn.seq)
+        guest.engine.advance(1000)
+        conn.ack = start
+        assert conn.read(4) == b"data"
+
+
 def test_keep_alive_from_the_guest(guest: Guest, family: Family) -> None:
     conn, sock = open_pair(guest, family)
     with sock:

@@ -334,7 +334,7 @@ cdef void tcp_send_pending(Plane *p) noexcept nogil:
 
 cdef void tcp_from_guest(Plane *p, Packet *k) noexcept nogil:
     cdef const uint8_t *t = k.header + k.l4
-    cdef uint32_t size, seq, ack, window
+    cdef uint32_t size, seq, ack, window, end
     cdef uint8_t flags
     cdef Flow *f
     if k.l4_size < TCP_HLEN:
@@ -400,6 +400,16 @@ cdef void tcp_from_guest(Plane *p, Packet *k) noexcept nogil:
     if not flags & TCP_ACK:
         drop(p, DROP_MALFORMED)
         return
+    # RFC 9293, 3.10.7.4: what is old, such as a keep-alive without a byte, or beyond the window is answered, and nothing
+    # in it believed. The window is told in units: what was told may be that much more than what is meant here.
+    end = seq + k.payload_size + (1 if flags & TCP_FIN else 0)
+    if not f.flags & FF_CONNECTING and (
+            before(end, f.seq_from_guest) or before(f.edge + (<uint32_t>1 << f.ws_to_guest), seq)):
+        if k.payload_size and not before(end, f.seq_from_guest):
+            drop(p, DROP_WINDOW)
+        f.flags |= FF_ACK_DUE
+        flow_touch(p, f)
+        return
     if not f.events & EV_ESTABLISHED:
         # Its number may be right also while our answer is to be sent again.
         if f.flags & FF_CONNECTING or f.seq_to_guest == f.seq_ack_from_guest or ack != f.seq_to_guest:
@@ -413,8 +423,6 @@ cdef void tcp_from_guest(Plane *p, Packet *k) noexcept nogil:
     take_ack(p, f, ack, window, k.payload_size == 0 and not flags & TCP_FIN)
     if k.payload_size or flags & TCP_FIN:
         take_data(p, f, k, seq, flags & TCP_FIN != 0)
-    elif before(seq, f.seq_from_guest) and p.send.flow != flow_index(p, f):
-        f.flags |= FF_ACK_DUE   # a keep-alive without a byte
 
 
 cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil:
