@@ -397,6 +397,7 @@ def search(seconds: float, seed: int, *, keep_going: bool = False) -> int:
             found += 1
             path = WORK / f"tcp-crash-{seed}-{done['games']}"
             path.write_bytes(data)
+            path.with_suffix(".txt").write_text("\n".join(error.__dict__.get("trace", ())))
             say(f"{path}: {type(error).__name__}: {error}")
             if not keep_going:
                 path.write_bytes(small := shrunk(data))
