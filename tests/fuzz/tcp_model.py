@@ -241,7 +241,7 @@ class Game:
             link.close()
         deadline = time.monotonic() + PATIENCE
         while left := self.rig.here.flows() + self.rig.there.flows():
-            require(time.monotonic() < deadline, f"flows {left} are left")
+            require(time.monotonic() < deadline, f"flows are left: {left}")
             self.rig.barrier()
             time.sleep(0.001)
             self.look()

@@ -237,9 +237,13 @@ class Machine:
                 self.engine.listen(listener.detach(), FORWARDED[1])
         self.mover.helper_expected = True
 
-    def flows(self) -> list[int]:
-        """Those that there are, and those that end."""
-        return [flow["index"] for flow in self.engine.flows() if flow["kind"] == "tcp"]
+    def flows(self) -> list[str]:
+        """Those that there are, and those that end: the guest's port, events, flags, what is in flight."""
+        return [
+            f"{flow['guest'][1]} {flow['events']:#x} {flow['flags']:#x} {flow['in_flight']}"
+            for flow in self.engine.flows()
+            if flow["kind"] == "tcp"
+        ]
 
     def close(self) -> None:
         """End it."""
