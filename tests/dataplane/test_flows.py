@@ -47,6 +47,15 @@ def test_a_flow_anywhere_in_sequence_space_is_the_same_when_it_moves_on(at: int)
         engine.close()
 
 
+def test_the_largest_segment_is_one_that_a_frame_can_hold() -> None:
+    """Whatever a stream says: else nothing would ever be sent, or frames that say the wrong length."""
+    engine = Engine(16)
+    try:
+        assert engine.flow_state(arrive(engine, STATE._replace(tap_mss=65532)).flow(0)).tap_mss == 65492
+    finally:
+        engine.close()
+
+
 def test_a_flow_takes_less_than_a_quarter_of_a_kilobyte() -> None:
     """A guest may have 131072 of them."""
     assert FLOW_BYTES <= 228

@@ -88,6 +88,8 @@ cdef extern from *:
 
 cdef enum:
     LOOK = 256              # sockets that are asked at once
+    MOST_MSS4 = (65535 - 20 - 20) & 0xFFFC
+    MOST_MSS6 = (65535 - 40 - 20) & 0xFFFC
 
 
 # ---- flows
@@ -151,7 +153,8 @@ cdef int moved_in(Plane *p, const Moved *m, Flow **made) noexcept nogil:
     f.events = m.events | (EV_SYN_FROM_GUEST if m.events & EV_ESTABLISHED else 0)
     f.ws_from_guest = m.ws_from_guest
     f.ws_to_guest = m.ws_to_guest
-    f.mss = <uint16_t>min(max(m.mss, <uint32_t>64), <uint32_t>65532)
+    # No more than a frame can say of its length, with the headers in it.
+    f.mss = <uint16_t>min(max(m.mss, <uint32_t>64), <uint32_t>(MOST_MSS6 if f.flags & FF_V6 else MOST_MSS4))
     f.window = <uint32_t>m.wnd_from_guest << m.ws_from_guest
     f.seq_to_guest = f.seq_max_to_guest = m.seq_to_guest
     f.seq_ack_from_guest = m.ack_from_guest
