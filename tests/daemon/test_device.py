@@ -54,6 +54,7 @@ class Engine:
         self.configured: list[dict[str, Any]] = []
         self.injected: list[Any] = []
         self.rare: list[bytes] = []
+        self.faults: list[tuple[int, str]] = []
         self.listening: list[int] = []
         self._ready, self._other = os.pipe()
 
@@ -69,6 +70,10 @@ class Engine:
 
     def take_rare(self) -> list[bytes]:
         taken, self.rare = self.rare, []
+        return taken
+
+    def take_faults(self) -> list[tuple[int, str]]:
+        taken, self.faults = self.faults, []
         return taken
 
     def close(self) -> None:
@@ -442,6 +447,19 @@ def test_the_host_is_looked_at_before_the_guest_is_answered(run: Any) -> None:
         assert len(engine.configured) == 2
 
     run(work, before_answer=lambda: changed(calls[0]))
+
+
+def test_a_ring_that_the_guest_has_broken_is_told_of_once(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        engine.faults = [(1, "a descriptor names memory that the guest does not have")]
+        device._data_plane_calls()
+        device._data_plane_calls()
+
+    run(work)
+    assert [one.message for one in caplog.records if one.levelname == "ERROR"] == [
+        "the guest has broken the transmit ring, which stands still until the guest starts it anew: "
+        "a descriptor names memory that the guest does not have"
+    ]
 
 
 def test_a_guest_that_looks_for_its_neighbours_is_not_asked_anew(run: Any) -> None:

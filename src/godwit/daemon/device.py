@@ -369,6 +369,12 @@ class NetDevice(BaseDevice):
 
     def _data_plane_calls(self) -> None:
         self._answer_rare()
+        for index, fault in self._engine.take_faults():
+            log.error(
+                "the guest has broken the %s ring, which stands still until the guest starts it anew: %s",
+                ("receive", "transmit")[index],
+                fault,
+            )
         if self._statistics is not None:
             self._statistics.look()
         if self._capturing and (error := self._engine.capture_error()):

@@ -87,6 +87,7 @@ from godwit.dataplane.sys cimport (
 from godwit.dataplane.udp cimport udp_forward
 from godwit.dataplane.udp_to_guest cimport Carried, udp_free, udp_init
 from godwit.dataplane.virtqueue cimport (
+    BAD_BUFFER,
     MAX_QUEUE_SIZE,
     QUEUES,
     RX,
@@ -122,6 +123,18 @@ DROP_NAMES = (
     "no_socket", "ring_full", "rare_full", "send", "unreachable",
 )
 assert len(DROP_NAMES) == DROPS
+
+# By Fault, from BAD_INDEX = -1 on.
+FAULTS = (
+    "its available index is ahead by more entries than the ring has",
+    "a chain names a descriptor that there is none of, or runs in a circle",
+    "a descriptor names memory that the guest does not have",
+    "a buffer to be read is in the ring of those to be written, or the other way round",
+    "an indirect table is within another, has others behind it, or is of no whole number of descriptors",
+    "a chain has more descriptors than are taken",
+    "a receive buffer has no room for the header of a frame",
+)
+assert len(FAULTS) == -BAD_BUFFER
 
 
 log = logging.getLogger(__name__)
@@ -527,6 +540,20 @@ cdef class EngineBase:
         return [(bool(self.p.queues[i].started), bool(self.p.queues[i].enabled), bool(self.p.queues[i].broken),
                  self.p.queues[i].last_avail, self.p.queues[i].used_idx) for i in range(QUEUES)]
 
+    def take_faults(self):
+        """For each ring that the guest has broken: (index, which rule it broke, in words). Each is told once."""
+        cdef int i
+        found = []
+        if not self.p.faults:
+            return found
+        with self.parked():
+            self.p.faults = False
+            for i in range(QUEUES):
+                if self.p.queues[i].broken and self.p.queues[i].fault:
+                    found.append((i, FAULTS[-self.p.queues[i].fault - 1]))
+                    self.p.queues[i].fault = 0
+        return found
+
     def sees_nothing(self):
         """Whether the guest says that it has put buffers into its receive ring, and there is none, ever.
 
@@ -603,11 +630,13 @@ cdef class EngineBase:
     def take_rare(self):
         """The whole Ethernet frames that wait for the control thread, a list of bytes; perhaps none."""
         cdef uint64_t ignored
-        cdef uint32_t tail = self.p.up.tail
+        cdef uint32_t tail = self.p.up.tail, head
         cdef RareFrame *slot
         frames = []
         read(self.p.rare_event, &ignored, 8)
-        while tail != load32_acquire(&self.p.up.head):
+        # Those that are there now. More may come as fast as these are taken, and each has written to the event.
+        head = load32_acquire(&self.p.up.head)
+        while tail != head:
             slot = &self.p.up.frames[tail % RARE_SLOTS]
             frames.append(slot.data[:slot.size])
             tail += 1

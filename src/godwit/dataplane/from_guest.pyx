@@ -406,7 +406,7 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
     while done < TX_BATCH:
         pending = queue_pending(q)
         if pending < 0:
-            queue_break(q)
+            queue_break(q, pending)
             break
         if pending == 0:
             if p.busy_poll:
@@ -418,7 +418,7 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
         for i in range(pending):
             n = queue_chain(q, &p.mem, 0, False, c.iov, c.guest_addr, MAX_CHAIN, &c.head, &c.total)
             if n < 0:
-                queue_break(q)
+                queue_break(q, n)
                 break
             c.count = n
             q.last_avail += 1

@@ -63,6 +63,7 @@ from godwit.dataplane.tcp_open cimport tcp_accept
 from godwit.dataplane.to_guest cimport frame_to_guest
 from godwit.dataplane.udp_to_guest cimport udp_from_sock
 from godwit.dataplane.virtqueue cimport (
+    QUEUES,
     RX,
     TX,
     Queue,
@@ -161,11 +162,22 @@ cdef void flow_event(Plane *p, uint64_t data, uint32_t events) noexcept nogil:
     datagrams_from_sock(p, f)
 
 
+cdef void tell_of_faults(Plane *p) noexcept nogil:
+    """Wake the control thread for rings that have been broken."""
+    cdef uint64_t one = 1
+    cdef int i
+    for i in range(QUEUES):
+        if p.queues[i].broken and not p.queues[i].told:
+            p.queues[i].told = p.faults = True
+            write(p.rare_event, &one, 8)
+
+
 cdef void finish_turn(Plane *p) noexcept nogil:
     """Serve those that wait for receive buffers, and publish what was used."""
     cdef Queue *q = &p.queues[RX]
     cdef int i
     cdef uint16_t seen
+    tell_of_faults(p)
     if q.broken and q.used != NULL:
         queue_publish(q, &p.mem)    # what was used before it broke
     if not queue_active(q):

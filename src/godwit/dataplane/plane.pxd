@@ -397,6 +397,7 @@ cdef struct Plane:
     bint tell_activity          # wake the control thread at the next frame
     uint64_t quiet_frames       # frames both ways when it asked for that
     bint found                  # flows were found in repair mode (FF_FOUND)
+    bint faults                 # a ring was broken by the guest, and control does not know yet
     bint peek_offset            # the kernel has SO_PEEK_OFF for TCP
     int send_buffer             # bytes; as large as it makes sense to make a TCP socket's
     sem_t parked

@@ -311,6 +311,8 @@ cdef extern from *:
     { return __atomic_load_n((const uint16_t *)p, __ATOMIC_ACQUIRE); }
     static inline uint16_t gw_load16(const void *p)
     { return __atomic_load_n((const uint16_t *)p, __ATOMIC_RELAXED); }
+    static inline uint64_t gw_load64(const void *p)
+    { return __atomic_load_n((const uint64_t *)p, __ATOMIC_RELAXED); }
     static inline void gw_store16_release(void *p, uint16_t v)
     { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE); }
     static inline void gw_store16(void *p, uint16_t v)
@@ -335,6 +337,7 @@ cdef extern from *:
     void put32 "gw_put32"(void *p, uint32_t v) nogil
     uint16_t load16_acquire "gw_load16_acquire"(const void *p) nogil
     uint16_t load16 "gw_load16"(const void *p) nogil
+    uint64_t load64 "gw_load64"(const void *p) nogil
     void store16_release "gw_store16_release"(void *p, uint16_t v) nogil
     void store16 "gw_store16"(void *p, uint16_t v) nogil
     void fence "gw_fence"() nogil

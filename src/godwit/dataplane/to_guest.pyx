@@ -19,6 +19,7 @@ from godwit.dataplane.plane cimport (
 )
 from godwit.dataplane.sys cimport put16, put32
 from godwit.dataplane.virtqueue cimport (
+    BAD_BUFFER,
     MAX_CHAIN,
     RX,
     Queue,
@@ -40,7 +41,7 @@ cdef uint32_t rx_reserve(Plane *p, uint32_t want) noexcept nogil:
         return 0
     pending = queue_pending(q)
     if pending < 0:
-        queue_break(q)
+        queue_break(q, pending)
         return 0
     rx.pending = pending
     if pending > q.most:
@@ -81,7 +82,7 @@ cdef void pick(Plane *p, uint32_t want) noexcept nogil:
                         MAX_CHAIN - rx.count, &rx.heads[rx.chains], &total)
         if n <= 0 or (rx.chains == frame.chain and total < p.vnet_size):
             if rx.chains == 0:
-                queue_break(q)
+                queue_break(q, n if n < 0 else BAD_BUFFER)
             return      # what was picked serves; the fault shows when its turn comes
         if total > want:
             total = want    # a buffer may be of gigabytes, a frame is not

@@ -503,7 +503,7 @@ cdef void udp_from_sock(Plane *p, Flow *port) noexcept nogil:
         if empty_hand(p) and queue_active(q):
             most = queue_pending(q)
             if most < 0:
-                queue_break(q)
+                queue_break(q, most)
         if port.generation != generation:
             return      # what was in hand of another port has taken the last peer of this one (known())
         if most <= 0:

@@ -16,7 +16,16 @@ cdef enum:
     QUEUES = 2
     MAX_QUEUE_SIZE = 32768
     MAX_CHAIN = 1024    # elements of one chain that we take: a 64 KiB frame in scraps of 64 bytes
-    NO_ROOM = -2
+
+# The rule that the guest broke. In words: FAULTS, _base.pyx.
+cdef enum Fault:
+    BAD_INDEX = -1      # more entries in the available ring than it has
+    BAD_CHAIN = -2      # a descriptor that there is none of, or a loop
+    BAD_ADDRESS = -3    # memory that it does not have
+    BAD_DIRECTION = -4  # a buffer to be written in the ring that is read, or the other way
+    BAD_TABLE = -5      # an indirect table within one, with others behind it, or of no whole number of entries
+    NO_ROOM = -6        # more elements than are taken
+    BAD_BUFFER = -7     # a receive buffer with no room for the header
 
 cdef struct Queue:
     uint16_t num            # descriptors, a power of two
@@ -41,6 +50,8 @@ cdef struct Queue:
     bint kicked             # since it was started
     bint enabled
     bint broken             # the guest broke a rule; stays so until the ring is started anew
+    int fault               # which (Fault)
+    bint told               # the control thread knows
 
 cdef inline uint16_t queue_seen(Queue *q) noexcept nogil:
     return load16_acquire(q.avail + 2)
@@ -55,11 +66,11 @@ cdef struct Chain:
 cdef inline bint queue_active(Queue *q) noexcept nogil:
     return q.started and q.enabled and not q.broken and q.desc != NULL
 
-# How many chains wait from `last_avail` on; -1 if the guest's index is absurd.
+# How many chains wait from `last_avail` on; BAD_INDEX if the guest's index is absurd.
 cdef int queue_pending(Queue *q) noexcept nogil
 # Read the chain `ahead` entries after last_avail, appending to iov/guest_addr
-# (room for `room` elements). Returns the elements added; -1: a broken chain;
-# NO_ROOM: it needs more elements than that.
+# (room for `room` elements). Returns the elements added, or a Fault; NO_ROOM: it
+# needs more elements than that.
 cdef int queue_chain(Queue *q, Memory *m, int ahead, bint writable, iovec *iov,
                      uint64_t *guest_addr, int room, uint16_t *head, uint64_t *total) noexcept nogil
 cdef void queue_used(Queue *q, uint16_t head, uint32_t written) noexcept nogil
@@ -70,4 +81,4 @@ cdef void queue_notify_off(Queue *q, Memory *m) noexcept nogil
 # one since then, of which no kick tells.
 cdef bint queue_notify_on(Queue *q, Memory *m, uint16_t seen) noexcept nogil
 cdef int queue_map(Queue *q, Memory *m) noexcept nogil
-cdef void queue_break(Queue *q) noexcept nogil
+cdef void queue_break(Queue *q, int fault) noexcept nogil

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
 from godwit.dataplane.memory cimport Memory, log_write, translate, translate_user
@@ -10,6 +10,7 @@ from godwit.dataplane.sys cimport (
     iovec,
     load16,
     load16_acquire,
+    load64,
     store16,
     store16_release,
     write,
@@ -34,7 +35,17 @@ cdef struct Desc:
 
 cdef int queue_pending(Queue *q) noexcept nogil:
     cdef uint16_t n = load16_acquire(q.avail + 2) - q.last_avail
-    return -1 if n > q.num else n
+    if n > q.num:
+        return BAD_INDEX
+    return n
+
+
+cdef inline void read_desc(Desc *d, const uint8_t *at) noexcept nogil:
+    """Each word once: a compiler may read plain memory as often as it likes, and the guest writes it meanwhile."""
+    cdef uint64_t words[2]
+    words[0] = load64(at)
+    words[1] = load64(at + 8)
+    memcpy(d, words, DESC_SIZE)
 
 
 cdef int queue_chain(Queue *q, Memory *m, int ahead, bint writable, iovec *iov,
@@ -51,23 +62,26 @@ cdef int queue_chain(Queue *q, Memory *m, int ahead, bint writable, iovec *iov,
     i = head[0]
     total[0] = 0
     while True:
-        # A chain is no longer than its table; a longer one is a loop.
+        # A chain is no longer than its table; a longer one is a loop. Nor is it longer than we take: of descriptors
+        # that lead nowhere, of no length, each ring could hold a chain that takes its whole length to read.
         if i >= size or steps >= size:
-            return -1
+            return BAD_CHAIN
+        if steps > MAX_CHAIN:
+            return NO_ROOM
         steps += 1
-        memcpy(&d, table + i * DESC_SIZE, DESC_SIZE)
+        read_desc(&d, table + i * DESC_SIZE)
         if d.flags & DESC_F_INDIRECT:
             # 2.7.5.3.1: not nested, not chained, a whole number of entries.
             if table != q.desc or d.flags & DESC_F_NEXT or d.size % DESC_SIZE or d.size == 0:
-                return -1
+                return BAD_TABLE
             if d.size > MAX_CHAIN * DESC_SIZE:
-                return -1
+                return NO_ROOM
             # Copied: a table may straddle regions, and must not change under us.
             left = 0
             while left < d.size:
                 p = translate(m, d.addr + left, d.size - left, &got)
                 if p == NULL:
-                    return -1
+                    return BAD_ADDRESS
                 memcpy(indirect + left, p, got)
                 left += <uint32_t>got
             size = d.size // DESC_SIZE
@@ -76,7 +90,7 @@ cdef int queue_chain(Queue *q, Memory *m, int ahead, bint writable, iovec *iov,
             steps = 0
             continue
         if (d.flags & DESC_F_WRITE != 0) != writable:
-            return -1
+            return BAD_DIRECTION
         addr = d.addr
         left = d.size
         while left:
@@ -84,7 +98,7 @@ cdef int queue_chain(Queue *q, Memory *m, int ahead, bint writable, iovec *iov,
                 return NO_ROOM
             p = translate(m, addr, left, &got)
             if p == NULL:
-                return -1
+                return BAD_ADDRESS
             iov[n].iov_base = p
             iov[n].iov_len = got
             guest_addr[n] = addr
@@ -160,24 +174,25 @@ cdef int queue_map(Queue *q, Memory *m) noexcept nogil:
     q.desc = q.avail = q.used = NULL
     if not q.addr_set or q.num == 0:
         return -EINVAL
-    # 2.7, alignments: 16, 2, 4. With the event index each ring ends in two more bytes.
-    if q.user_desc & 15 or q.user_avail & 1 or q.user_used & 3:
-        return -EINVAL
+    # With the event index each ring ends in two more bytes.
     q.avail = translate_user(m, q.user_avail, 6 + 2 * <uint64_t>q.num, &ignored)
     q.used = translate_user(m, q.user_used, 6 + USED_ELEM * <uint64_t>q.num, &ignored)
     if q.avail == NULL or q.used == NULL:
         q.avail = q.used = NULL
         return -EINVAL
     q.desc = translate_user(m, q.user_desc, DESC_SIZE * <uint64_t>q.num, &ignored)
-    if q.desc == NULL:
-        q.avail = q.used = NULL
+    # 2.7, alignments: 16, 2, 4. Of where they are here: a region may begin at any byte of its file.
+    if q.desc == NULL or <uintptr_t>q.desc & 15 or <uintptr_t>q.avail & 1 or <uintptr_t>q.used & 3:
+        q.desc = q.avail = q.used = NULL
         return -EINVAL
     return 0
 
 
-cdef void queue_break(Queue *q) noexcept nogil:
+cdef void queue_break(Queue *q, int fault) noexcept nogil:
     """Stop using a ring in which the guest broke a rule, and say so to the front-end."""
     cdef uint64_t one = 1
     q.broken = True
+    q.fault = fault
+    q.told = False
     if q.err >= 0:
         write(q.err, &one, 8)

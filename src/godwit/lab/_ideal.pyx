@@ -33,6 +33,7 @@ from godwit.dataplane.sys cimport (
 )
 from godwit.dataplane.virtqueue cimport (
     MAX_CHAIN,
+    NO_ROOM,
     QUEUES,
     RX,
     TX,
@@ -323,7 +324,7 @@ cdef class Loop:
         if pending > 0 and not tx.broken:
             count = queue_chain(tx, &self._memory, 0, False, self._in, self._guest_addr, MAX_CHAIN, &head, &size)
         if count < 0 or size > MOST:
-            queue_break(tx)
+            queue_break(tx, count if count < 0 else NO_ROOM)
             return BROKEN
         # Answered or not, the state of the far end is that of one that has heard it. So there has to be
         # room before; that for the frame itself is enough for any answer.
@@ -369,7 +370,7 @@ cdef class Loop:
                 n = queue_chain(rx, &self._memory, self._chains, True, self._out + self._pieces, self._guest_addr,
                                 MAX_CHAIN - self._pieces, &self._heads[self._chains], &part)
             if n < 0:
-                queue_break(rx)
+                queue_break(rx, n)
                 return BROKEN
             self._sizes[self._chains] = <uint32_t>part
             room += part

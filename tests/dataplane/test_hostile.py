@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest that wants to be in the way: rings that take long to read, that change while they are read, that are broken.
+
+What is random, and frames, is in ``test_fuzz.py``; how much a guest can make grow in ``test_limits.py``. A longer run,
+with figures: ``python -m godwit.lab.hostile``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Callable
+
+import pytest
+
+from .driver import (
+    F_INDIRECT,
+    F_NEXT,
+    F_WRITE,
+    FULL,
+    PLAIN,
+    RX,
+    TX,
+    V4,
+    Guest,
+    Piece,
+    open_pair,
+    other_frame,
+    pattern,
+    read_exactly,
+    wait_until,
+)
+
+FRAME = other_frame(60)
+MIB = 1 << 20
+Entry = tuple[int, int, int, int]
+
+
+def put(guest: Guest, index: int, entries: list[Entry]) -> None:
+    """Descriptors as they are, from 0 on, and the first of them made available."""
+    ring = guest.rings[index]
+    for i, entry in enumerate(entries):
+        ring.set_desc(i, *entry)
+    ring.push(0)
+    ring.publish(1, force=True)
+
+
+# ---- rings that are broken
+
+
+def faults(guest: Guest) -> list[tuple[int, str]]:
+    """What the data plane says of broken rings, once it does."""
+    told: list[tuple[int, str]] = []
+
+    def hear() -> bool:
+        told.extend(guest.engine.take_faults())
+        return bool(told)
+
+    wait_until(hear)
+    return told
+
+
+def table(guest: Guest, entries: list[Entry]) -> int:
+    at = guest.memory.take(16 * len(entries))
+    guest.memory.write(at, b"".join(struct.pack("<QIHH", *entry) for entry in entries))
+    return at
+
+
+BREAKS: dict[str, tuple[str, Callable[[Guest, int, int], list[Entry]]]] = {
+    "loop": ("runs in a circle", lambda g, num, d: [(g.tx_place, 1, d | F_NEXT, 1), (g.tx_place, 1, d | F_NEXT, 0)]),
+    "beyond": ("there is none of", lambda g, num, d: [(g.tx_place, 1, d | F_NEXT, num)]),
+    "outside": ("memory that the guest does not have", lambda g, num, d: [(1 << 50, 100, d, 0)]),
+    "direction": ("the other way round", lambda g, num, d: [(g.tx_place, 100, d ^ F_WRITE, 0)]),
+    "table": ("indirect table", lambda g, num, d: [(table(g, [(g.tx_place, 100, d, 0)]), 17, F_INDIRECT, 0)]),
+    "long": ("more descriptors", lambda g, num, d: [(g.tx_place, 1, d | F_NEXT, n + 1) for n in range(num - 1)]),
+}
+
+
+@pytest.mark.parametrize("index", [RX, TX], ids=["rx", "tx"])
+@pytest.mark.parametrize("name", BREAKS)
+def test_the_control_thread_hears_which_rule_was_broken(index: int, name: str) -> None:
+    words, entries = BREAKS[name]
+    num = 2048 if name == "long" else 256
+    with Guest(num=num, rx=() if index == RX else ((2048,),) * 4) as guest:
+        put(guest, index, entries(guest, num, F_WRITE if index == RX else 0))
+        if index == RX:
+            guest.engine.inject(FRAME)
+        assert guest.rings[index].broken()
+        told = faults(guest)
+        assert [ring for ring, _ in told] == [index]
+        assert words in told[0][1]
+        guest.barrier()
+        assert guest.engine.take_faults() == []
+
+
+@pytest.mark.parametrize("index", [RX, TX], ids=["rx", "tx"])
+def test_a_ring_that_runs_ahead_says_so(guest: Guest, index: int) -> None:
+    ring = guest.rings[index]
+    guest.memory.store16(ring.avail + 2, ring.avail_idx + ring.num + 1)
+    ring.kick()
+    guest.engine.inject(FRAME)
+    assert ring.broken()
+    told = faults(guest)
+    assert told == [(index, "its available index is ahead by more entries than the ring has")]
+
+
+# ---- rings that take long to read
+
+
+@pytest.mark.parametrize("index", [RX, TX], ids=["rx", "tx"])
+def test_descriptors_of_no_length_count_too(index: int) -> None:
+    """Else each of a ring's entries could be a chain of all its descriptors, read to its end for one byte."""
+    num = 4096
+    right = F_WRITE if index == RX else 0
+    with Guest(num=num, rx=() if index == RX else ((2048,),) * 4) as guest:
+        nothing = [(0, 0, right | F_NEXT, n + 1) for n in range(num - 1)]
+        put(guest, index, [*nothing, (guest.tx_place, 2048, right, 0)])
+        if index == RX:
+            guest.engine.inject(FRAME)
+        assert guest.rings[index].broken()
+
+
+# ---- rings that change while they are read
+
+
+@pytest.mark.parametrize("features", [FULL, PLAIN], ids=["full", "plain"])
+@pytest.mark.parametrize("index", [RX, TX], ids=["rx", "tx"])
+def test_descriptors_that_change_while_they_are_read(index: int, features: int) -> None:
+    """What was checked is what is used: not a byte beside the buffers is written, whatever else becomes of it."""
+    rng = random.Random(1)
+    region = Piece(0x10_0000, 4 * MIB, 0)
+    end = region.addr + region.size
+    right = F_WRITE if index == RX else 0
+    with Guest(features, regions=(region,), num=256, rx=() if index == RX else ((2048,),) * 100) as guest:
+        ring = guest.rings[index]
+        arena = guest.memory.take(MIB)
+        entries = [
+            struct.pack("<QIHH", addr, size, flags, following)
+            for addr, size, flags, following in (
+                (arena, 2048, right, 0),
+                (arena, 100, right | F_NEXT, 1),
+                (arena + 4096, 60_000, right, 0),
+                (end - 16, 4096, right, 0),
+                (1 << 60, 4096, right, 0),
+                (arena, 0xFFFFFFFF, right, 0),
+                (arena, 32, F_INDIRECT, 0),
+                (arena, 2048, right ^ F_WRITE, 0),
+            )
+        ]
+        guest.memory.write(arena, entries[0] + entries[4] + pattern(4000))
+        before = guest.memory.read(guest.tx_place, MIB)
+        at = guest.memory.offset(ring.desc)
+        for _ in range(30):
+            for i in range(ring.num):
+                guest.memory.map[at + 16 * i : at + 16 * i + 16] = rng.choice(entries[:3])
+                ring.push(i)
+            guest.memory.store16(ring.avail + 2, ring.avail_idx)
+            ring.kick()
+            for n in range(400):
+                if index == RX and n % 8 == 0:
+                    guest.engine.inject(FRAME)
+                i = rng.randrange(16)
+                guest.memory.map[at + 16 * i : at + 16 * i + 16] = entries[n % len(entries)]
+            guest.barrier()
+            guest.engine.take_faults()
+            guest.engine.ring_stop(index)
+            ring.start_at(0)
+            guest.start_ring(index, 0)
+        if index == RX:
+            assert guest.memory.read(guest.tx_place, MIB) == before
+        assert [one[0] for one in guest.engine.rings()] == [True, True]
+
+
+def test_memory_that_is_taken_away_and_comes_back_all_the_time(guest: Guest) -> None:
+    """Rings stand still without it, nothing is read or written where it was, and all goes on with it."""
+    conn, sock = open_pair(guest, V4)
+    with sock:
+        data = pattern(200_000)
+        sent = memoryview(data)
+        sock.setblocking(False)
+        for _ in range(100):
+            if sent:
+                try:
+                    sent = sent[sock.send(sent[:20_000]) :]
+                except BlockingIOError:
+                    pass
+            guest.engine.set_memory([])
+            guest.tx.kick()
+            guest.engine.inject(FRAME)
+            guest.engine.set_memory(guest.memory.table())
+            conn.acknowledge()
+        sock.setblocking(True)
+        sock.sendall(sent)
+        assert conn.read(len(data)) == data
+        conn.push(b"from the guest")
+        assert read_exactly(sock, 14) == b"from the guest"
+
+
+def test_rings_lie_where_they_are_aligned() -> None:
+    """Whatever the front-end calls that place: where its memory begins amid a word of the file, no ring can be."""
+    with Guest() as guest:
+        piece = guest.memory.regions[0]
+        odd = os.memfd_create("odd", os.MFD_CLOEXEC)
+        os.ftruncate(odd, piece.size + 1)
+        guest.engine.set_memory([(piece.addr, piece.size, 1 << 40, 1, odd)])
+        for index, ring in enumerate(guest.rings):
+            with pytest.raises(OSError, match="does not lie in the memory"):
+                guest.engine.ring_addr(
+                    index, 0, (1 << 40) + ring.desc, (1 << 40) + ring.used, (1 << 40) + ring.avail, 0
+                )
