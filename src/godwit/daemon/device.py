@@ -131,6 +131,8 @@ class NetDevice(BaseDevice):
         self._repair = repair
         self._engine = Engine()
         self._engine.busy_poll(options.busy_poll)
+        udp_flows = (options.max_flows + 1) // 2 if options.max_udp_flows is None else options.max_udp_flows
+        self._engine.set_limits(options.max_flows, udp_flows, options.max_half_open)
         self._responder = Responder(config)
         self._mover = Mover(
             self._engine,

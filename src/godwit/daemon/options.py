@@ -36,11 +36,13 @@ from godwit.net.config import (
 )
 from godwit.net.forward import ForwardError, Forwards, parse_forwards
 from godwit.net.native import NATIVE
+from godwit.net.records import MAX_FLOWS
 from godwit.net.versions import versions
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 LOG_SIZE_DEFAULT = 1 << 20
+MAX_HALF_OPEN = 4096
 LOG_SIZE_MIN = 4096
 IFNAMSIZ = 16  # with its NUL
 SUN_PATH_MAX = 107  # unix(7), less the final NUL
@@ -97,6 +99,9 @@ class Options(NamedTuple):
     udp_ports: Forwards = Forwards()
     freebind: bool = False
     busy_poll: int = 0  # microseconds before the data plane sleeps
+    max_flows: int = MAX_FLOWS
+    max_udp_flows: int | None = None  # None: half of ``max_flows``
+    max_half_open: int = MAX_HALF_OPEN
     tcp: bool = True
     udp: bool = True
     icmp: bool = True
@@ -386,6 +391,30 @@ TABLE: tuple[Row, ...] = (
         "MICROSECONDS",
         _number("time in microseconds", 0, 10_000),
         "look for work so long before sleeping, which takes a processor's time for shorter ways (0)",
+    ),
+    Row(
+        ("--max-flows",),
+        Kind.VALUE,
+        "max_flows",
+        "N",
+        _number("number of flows", 1, MAX_FLOWS),
+        f"connections, UDP flows and pings that may be open at a time ({MAX_FLOWS}); what moves in may be more",
+    ),
+    Row(
+        ("--max-udp-flows",),
+        Kind.VALUE,
+        "max_udp_flows",
+        "N",
+        _number("number of flows", 1, MAX_FLOWS),
+        "of these, UDP flows and pings (half); beyond, those that are idle make room",
+    ),
+    Row(
+        ("--max-half-open",),
+        Kind.VALUE,
+        "max_half_open",
+        "N",
+        _number("number of connections", 1, MAX_FLOWS),
+        f"of the guest's connections, those that were not answered yet ({MAX_HALF_OPEN}); beyond, the oldest make room",
     ),
     Row(("--no-map-gw",), Kind.OFF, "map_gw", help="do not map the gateway's address to the host's loopback"),
     Row(

@@ -120,7 +120,7 @@ FLOW_BYTES = sizeof(Flow) + 3 * sizeof(uint32_t)
 
 DROP_NAMES = (
     "short", "malformed", "fragment", "protocol", "source", "no_flow", "window", "table_full",
-    "no_socket", "ring_full", "rare_full", "send", "unreachable",
+    "no_socket", "ring_full", "rare_full", "send", "unreachable", "limit_udp", "limit_half_open",
 )
 assert len(DROP_NAMES) == DROPS
 
@@ -191,7 +191,7 @@ cdef class EngineBase:
             raise MemoryError
         self.lock = threading.Lock()
         self.p.epfd = self.p.wake = self.p.rare_event = self.p.spare = self.p.pcap.fd = -1
-        self.p.flow_limit = max_flows
+        self.p.flow_limit = self.p.most_flows = self.p.most_udp = self.p.most_half_open = max_flows
         self.p.vnet_size = 12
         self.p.send.flow = NONE
         self.p.udp_out.port = NONE
@@ -215,6 +215,7 @@ cdef class EngineBase:
         check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, self.p.wake, &ev) != 0 else 0, "epoll")
         self.p.peek_offset = kernel_has_peek_offset()
         self.p.send_buffer = min(2 * kernel_limit("core/wmem_max", 212992), SEND_BUFFER)     # SO_SNDBUF is doubled
+        self.p.most_ports = max(1, ephemeral_ports() // 2)
         self.p.now = clock_ms(self.p)
 
     def __dealloc__(self):
@@ -763,6 +764,7 @@ cdef class EngineBase:
             "retransmits": c.retransmits,
             "flows_opened": c.flows_opened,
             "flows_reset": c.flows_reset,
+            "flows_recycled": c.flows_recycled,
             "flows": self.p.open_flows,
             "drops": {name: c.drops[i] for i, name in enumerate(DROP_NAMES)},
         }
@@ -794,6 +796,16 @@ cdef class EngineBase:
             if any(seen.mac):
                 copy_bytes(self.p.config.guest_mac, seen.mac, 6, "MAC address")
                 self.p.config.guest_mac_known = True
+
+
+cdef uint32_t ephemeral_ports():
+    """How many ports the kernel chooses from. One of UDP is taken by one socket, whoever that talks to (ip(7))."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as limits:
+            first, last = map(int, limits.read().split())
+        return last - first + 1
+    except (OSError, ValueError):
+        return 28232    # as it is where nobody has changed it
 
 
 cdef bint kernel_has_peek_offset():

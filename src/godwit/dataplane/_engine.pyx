@@ -11,10 +11,10 @@ from godwit.dataplane.flow cimport (
     carry_free,
     carry_new,
     flow_close,
-    flow_deadline,
     flow_find,
     flow_index,
     flow_new,
+    flow_used,
     flow_wait_ring,
     flow_watch,
 )
@@ -32,6 +32,7 @@ from godwit.dataplane.plane cimport (
     FF_FORWARD,
     FF_FOUND,
     FF_FROM_GUEST,
+    FF_HEARD,
     FF_HELD,
     FF_HURRY,
     FF_RESET_DUE,
@@ -297,7 +298,6 @@ cdef class Engine(EngineBase):
         f.flags = FF_FROM_GUEST | (0 if is_v4(guest_addr) else FF_V6)
         if state.any_peer:
             f.flags |= FF_ANY_PEER
-            self.p.many_ports += 1
         f.sock = fd
         udp_prepare(fd, not is_v4(guest_addr), is_v4(guest_addr), False)
         if flow_watch(self.p, f) != 0:
@@ -332,15 +332,13 @@ cdef class Engine(EngineBase):
         copy_bytes(f.local_addr, state.local_addr, 16, "address")
         f.scope = self.p.config.ifindex if is_link_local6(f.remote_addr) else 0
         f.last_active = self.p.now
+        f.flags |= FF_HEARD     # which is not told: what is there shall go on
         udp_used(self.p, f)
         return True
 
     def note_any_peer(self, uint32_t index):
         """The guest has asked many through that port, a forwarded one, and hears itself."""
-        cdef Flow *port = self.udp_port(index)
-        if not port.flags & FF_ANY_PEER:
-            port.flags |= FF_ANY_PEER
-            self.p.many_ports += 1
+        self.udp_port(index).flags |= FF_ANY_PEER
 
     def udp_outbound(self, bint v4):
         """(address, 16 bytes, unspecified: the route's; interface or "") that the guest's own ports leave through."""
@@ -433,7 +431,8 @@ cdef class Engine(EngineBase):
         if f == NULL:
             return None
         f.ping_seq = ping.seq
-        flow_deadline(self.p, f, self.p.now + PING_TIMEOUT)
+        f.flags |= FF_HEARD
+        flow_used(self.p, f, PING_TIMEOUT)
         return flow_index(self.p, f)
 
     def forget_pings(self, pings):
@@ -481,6 +480,17 @@ cdef class Engine(EngineBase):
         """Refuse new flows while they have so many sockets: each takes a descriptor."""
         with self.parked():
             self.p.flow_limit = min(most, self.p.max_flows)
+
+    def set_limits(self, uint32_t flows, uint32_t udp_flows, uint32_t half_open):
+        """How much a guest, and who calls it, may have open at a time; what moves in may be more.
+
+        ``flows``: connections, UDP flows and pings; ``udp_flows``: of these, UDP flows and pings; ``half_open``:
+        connections that the guest has asked for and that were not answered yet.
+        """
+        with self.parked():
+            self.p.most_flows = flows
+            self.p.most_udp = udp_flows
+            self.p.most_half_open = half_open
 
     def close_flows(self):
         """Close every flow: the guest is gone. TCP peers are reset, and those that wait to be accepted; datagrams that

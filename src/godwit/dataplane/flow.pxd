@@ -19,7 +19,8 @@ cdef void flows_free(Plane *p) noexcept nogil
 
 cdef Flow *flow_find(Plane *p, int kind, const uint8_t *guest_addr, uint16_t guest_port,
                      const uint8_t *our_addr, uint16_t our_port) noexcept nogil
-# A new flow with these ends, in the table; NULL when the table is full.
+# A new flow with these ends, in the table; NULL when the table is full. Whether
+# there may be one more (Plane.most_flows and so on) is asked before.
 cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,
                     const uint8_t *our_addr, uint16_t our_port) noexcept nogil
 # The same for one that is not to be refused for its descriptor (Plane.flow_limit).
@@ -38,6 +39,12 @@ cdef int flow_watch(Plane *p, Flow *f) noexcept nogil
 cdef void flow_touch(Plane *p, Flow *f) noexcept nogil
 cdef void flow_wait_ring(Plane *p, Flow *f) noexcept nogil
 cdef void flow_unwait(Plane *p, Flow *f) noexcept nogil
+
+# Lists by age: in at its young end, and out of it. What is in none is not taken out.
+cdef void age_in(Plane *p, Flow *f) noexcept nogil
+cdef void age_out(Plane *p, Flow *f) noexcept nogil
+# A UDP flow or a ping was used: it is to live for so many ms.
+cdef void flow_used(Plane *p, Flow *f, uint64_t timeout) noexcept nogil
 
 cdef Carry *carry_new(const uint8_t *data, uint32_t size) noexcept nogil
 # Add `size` bytes of an iovec, after the first `skip`. False: no memory.

@@ -5,18 +5,26 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.plane cimport (
+    AGES,
+    FF_AGED,
+    FF_ANSWERED,
     FF_ANY_PEER,
     FF_FORWARD,
+    FF_HEARD,
     FF_RING_WAIT,
     FF_SHARED,
     FF_TOUCHED,
+    FF_TWO_WAY,
     FLOW_DEAD,
     FLOW_FREE,
     FLOW_PING,
     FLOW_TCP,
     FLOW_UDP,
     FLOW_UDP_PORT,
+    HALF_OPEN,
     NONE,
+    ONE_WAY,
+    TWO_WAY,
     Carry,
     Flow,
     FlowKind,
@@ -53,6 +61,10 @@ cdef extern from *:
     { unsigned __int128 r = (unsigned __int128)a * b; return (uint64_t)r ^ (uint64_t)(r >> 64); }
     """
     uint64_t fold_multiply "gw_fold_multiply"(uint64_t a, uint64_t b) nogil
+
+cdef enum:
+    # A flow goes to the young end of its list once in so many ms (a power of two), however often it is used.
+    AGE_STEP = 64
 
 cdef struct Key:
     uint8_t guest_addr[16]
@@ -94,6 +106,7 @@ cdef void *reserve(size_t n) noexcept nogil:
 
 cdef int flows_init(Plane *p, uint32_t max_flows) noexcept nogil:
     cdef uint32_t buckets = 1024
+    cdef int i
     while buckets < max_flows:
         buckets <<= 1
     if getrandom(p.hash_key, sizeof(p.hash_key), 0) != sizeof(p.hash_key):
@@ -108,6 +121,8 @@ cdef int flows_init(Plane *p, uint32_t max_flows) noexcept nogil:
         flows_free(p)
         return -ENOMEM
     p.free_head = p.touched = p.ring_wait = p.ring_wait_tail = NONE
+    for i in range(AGES):
+        p.oldest[i] = p.youngest[i] = NONE
     return 0
 
 
@@ -205,7 +220,7 @@ cdef Flow *within(Plane *p, uint32_t limit, FlowKind kind, const uint8_t *guest_
     f.generation = generation
     f.kind = kind
     f.sock = -1
-    f.touched_next = f.wait_next = f.wait_prev = f.heap_pos = NONE
+    f.touched_next = f.wait_next = f.wait_prev = f.heap_pos = f.older = f.younger = NONE
     f.last_active = p.now
     memcpy(f.guest_addr, guest_addr, 16)
     memcpy(f.our_addr, our_addr, 16)
@@ -272,6 +287,7 @@ cdef void flow_close(Plane *p, Flow *f) noexcept nogil:
     carry_free(f.carry_to_sock)
     f.carry_to_guest = f.carry_to_sock = NULL
     flow_unwait(p, f)
+    age_out(p, f)
     if f.heap_pos != NONE:
         heap_remove(p, f)
     if p.send.flow == i:
@@ -282,8 +298,8 @@ cdef void flow_close(Plane *p, Flow *f) noexcept nogil:
         p.udp_out.port = NONE
         p.udp_out.count = p.udp_out.iovs = 0
     count(p, f, -1)
-    if f.flags & FF_ANY_PEER:
-        p.many_ports -= 1
+    if f.flags & FF_ANY_PEER and f.local_port:
+        p.many_from[f.local_port] -= 1
     if f.kind == FLOW_UDP:
         peer_out(p, f)
         port = &p.flows[f.port]
@@ -398,6 +414,58 @@ cdef void flow_unwait(Plane *p, Flow *f) noexcept nogil:
         p.flows[f.wait_next].wait_prev = f.wait_prev
     else:
         p.ring_wait_tail = f.wait_prev
+
+
+# Lists by age.
+
+cdef int age_of(Flow *f) noexcept nogil:
+    if f.kind == FLOW_TCP:
+        return HALF_OPEN
+    return TWO_WAY if f.flags & FF_TWO_WAY else ONE_WAY
+
+
+cdef void age_in(Plane *p, Flow *f) noexcept nogil:
+    cdef uint32_t i = flow_index(p, f)
+    cdef int age
+    if f.flags & FF_AGED:
+        return
+    if f.kind != FLOW_TCP and f.flags & FF_ANSWERED and f.flags & FF_HEARD:
+        f.flags |= FF_TWO_WAY
+    age = age_of(f)
+    f.flags |= FF_AGED
+    f.younger = NONE
+    f.older = p.youngest[age]
+    if f.older != NONE:
+        p.flows[f.older].younger = i
+    else:
+        p.oldest[age] = i
+    p.youngest[age] = i
+    p.aged[age] += 1
+
+
+cdef void age_out(Plane *p, Flow *f) noexcept nogil:
+    cdef int age = age_of(f)
+    if not f.flags & FF_AGED:
+        return
+    f.flags &= ~FF_AGED
+    if f.older != NONE:
+        p.flows[f.older].younger = f.younger
+    else:
+        p.oldest[age] = f.younger
+    if f.younger != NONE:
+        p.flows[f.younger].older = f.older
+    else:
+        p.youngest[age] = f.older
+    p.aged[age] -= 1
+
+
+cdef void flow_used(Plane *p, Flow *f, uint64_t timeout) noexcept nogil:
+    cdef uint64_t until = p.now + timeout
+    cdef bint both = f.flags & FF_ANSWERED and f.flags & FF_HEARD
+    if until // AGE_STEP != f.deadline // AGE_STEP or (both and not f.flags & FF_TWO_WAY):
+        age_out(p, f)
+        age_in(p, f)
+    flow_deadline(p, f, until)
 
 
 # Timers: a binary heap of flow indices, ordered by the deadline that each had

@@ -14,6 +14,7 @@ from libc.string cimport memcpy
 
 from godwit.dataplane._base cimport EngineBase, carried_from, check, copy_bytes
 from godwit.dataplane.flow cimport (
+    age_in,
     carry_bytes,
     WATCH_KICK,
     carry_new,
@@ -44,6 +45,7 @@ from godwit.dataplane.plane cimport (
     FF_FORWARD,
     FF_FOUND,
     FF_FROM_GUEST,
+    FF_HEARD,
     FF_HELD,
     FF_HURRY,
     FF_MORE,
@@ -296,6 +298,7 @@ def set_counters(EngineBase engine not None, counters):
     c.bytes_to_guest = counters.get("bytes_to_guest", 0)
     c.retransmits = counters.get("retransmits", 0)
     c.flows_opened = counters.get("flows_opened", 0)
+    c.flows_recycled = counters.get("flows_recycled", 0)
     c.flows_reset = counters.get("flows_reset", 0)
     for i in range(<int>DROPS):
         c.drops[i] = counters.get(f"drops.{DROP_NAMES[i]}", 0)
@@ -401,6 +404,8 @@ def add_tcp(EngineBase engine not None, flow, int fd, bytes to_guest, bytes to_s
     if (to_guest and f.carry_to_guest == NULL) or (to_sock and f.carry_to_sock == NULL):
         raise MemoryError
     settle_in(engine, f, flow.flags, flow.due, flow.idle)
+    if f.flags & FF_CONNECTING:
+        age_in(engine.p, f)
     if f.flags & FF_RESET_DUE:
         flow_wait_ring(engine.p, f)
     elif f.events & EV_ESTABLISHED:
@@ -420,8 +425,6 @@ def add_port(EngineBase engine not None, port, int fd, datagrams):
         f = new_flow(engine, FLOW_UDP_PORT, port.guest_addr, port.guest_port, bytes(16), port.kind)
     f.sock = fd
     f.flags = flags_in(port.flags)
-    if f.flags & FF_ANY_PEER:
-        engine.p.many_ports += 1
     f.ttl = port.ttl
     f.tos = port.tos
     data = carried_from(datagrams)
@@ -467,8 +470,9 @@ def add_peer(EngineBase engine not None, uint32_t index, peer):
     f.remote_port = peer.remote_port
     peer_in(p, f)
     copy_bytes(f.local_addr, peer.local_addr, 16, "address")
-    f.flags |= flags_in(peer.flags)
+    f.flags |= flags_in(peer.flags) | FF_HEARD  # which is not told: what is there shall go on
     f.scope = peer.scope
+    age_in(p, f)
     settle_in(engine, f, 0, peer.due, peer.idle)
 
 
@@ -476,7 +480,8 @@ def add_ping(EngineBase engine not None, ping, int fd):
     """An exchange of pings with its socket, which is the engine's then."""
     cdef Flow *f = new_flow(engine, FLOW_PING, ping.guest_addr, ping.ident, ping.our_addr, 0)
     f.sock = fd
-    f.flags = flags_in(ping.flags)
+    f.flags = flags_in(ping.flags) | FF_ANSWERED | FF_HEARD
+    age_in(engine.p, f)
     copy_bytes(f.remote_addr, ping.remote_addr, 16, "address")
     f.ping_seq = ping.sequence
     f.ttl = ping.ttl

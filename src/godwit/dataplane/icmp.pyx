@@ -20,10 +20,11 @@ from libc.string cimport memcmp, memcpy, memset
 from godwit.dataplane.checksum cimport fold, sum_bytes
 from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest
 from godwit.dataplane.flow cimport (
+    age_in,
     flow_close,
-    flow_deadline,
     flow_find,
     flow_new,
+    flow_used,
     flow_wait_ring,
     flow_watch,
 )
@@ -47,8 +48,10 @@ from godwit.dataplane.plane cimport (
     DROP_SHORT,
     DROP_TABLE_FULL,
     DROP_UNREACHABLE,
+    FF_ANSWERED,
     FF_DONT_FRAGMENT,
     FF_FROM_GUEST,
+    FF_HEARD,
     FF_V6,
     FLOW_PING,
     FLOW_UDP,
@@ -114,7 +117,7 @@ from godwit.dataplane.sys cimport (
     socklen_t,
 )
 from godwit.dataplane.to_guest cimport IPV4_HLEN, IPV6_HLEN
-from godwit.dataplane.udp cimport udp_flush, udp_peer
+from godwit.dataplane.udp cimport udp_flush, udp_peer, udp_room
 from godwit.dataplane.virtqueue cimport MAX_CHAIN
 
 cdef enum:
@@ -153,7 +156,16 @@ cdef enum:
 cdef Flow *ping_flow(Plane *p, Packet *k, uint16_t ident) noexcept nogil:
     """The flow of an echo request, its socket connected; NULL: none to be had."""
     cdef Flow *f = flow_find(p, FLOW_PING, k.saddr, ident, k.daddr, 0)
-    return f if f != NULL else ping_open(p, k.saddr, ident, k.daddr, 0)
+    cdef int reason
+    if f != NULL:
+        return f
+    reason = udp_room(p, False)
+    if reason == 0:
+        reason = udp_room(p, True)
+    if reason:
+        drop(p, reason - 1)
+        return NULL
+    return ping_open(p, k.saddr, ident, k.daddr, 0)
 
 
 cdef Flow *ping_open(Plane *p, const uint8_t *guest, uint16_t ident, const uint8_t *our,
@@ -187,6 +199,8 @@ cdef Flow *ping_open(Plane *p, const uint8_t *guest, uint16_t ident, const uint8
         drop(p, DROP_NO_SOCKET)
         flow_close(p, f)
         return NULL
+    f.flags |= FF_ANSWERED
+    age_in(p, f)
     return f
 
 
@@ -242,7 +256,7 @@ cdef void ping_from_guest(Plane *p, Packet *k) noexcept nogil:
     if n < 0:
         drop(p, DROP_SEND)
     f.last_active = p.now
-    flow_deadline(p, f, p.now + PING_TIMEOUT)
+    flow_used(p, f, PING_TIMEOUT)
 
 
 cdef void ping_from_sock(Plane *p, Flow *f) noexcept nogil:
@@ -276,7 +290,8 @@ cdef void ping_from_sock(Plane *p, Flow *f) noexcept nogil:
                 return
             f.reply_done = 0
             f.last_active = p.now
-            flow_deadline(p, f, p.now + PING_TIMEOUT)
+            f.flags |= FF_HEARD
+            flow_used(p, f, PING_TIMEOUT)
         recv(f.sock, p.scratch, 0, MSG_TRUNC | MSG_DONTWAIT)
     flow_wait_ring(p, f)
     p.again = True

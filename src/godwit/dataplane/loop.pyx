@@ -77,6 +77,7 @@ from godwit.dataplane.virtqueue cimport (
 
 cdef enum:
     EVENTS = 64
+    TIMERS = 64         # in one turn, the next comes at once: all flows of a flood end at one time
     RING_ROUNDS = 8
 
 
@@ -272,13 +273,14 @@ cdef int loop_run(Plane *p) noexcept nogil:
             frames_from_guest(p)
         if woken:
             frames_from_control(p)
-        f = flow_due(p)
-        while f != NULL:
+        for i in range(TIMERS):
+            f = flow_due(p)
+            if f == NULL:
+                break
             if f.kind == FLOW_TCP:
                 tcp_timer(p, f)
             else:
                 flow_close(p, f)    # nothing was heard of it for so long
-            f = flow_due(p)
         settle(p)
         finish_turn(p)
         card_out(p)

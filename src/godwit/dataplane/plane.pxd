@@ -46,6 +46,8 @@ cdef enum Drop:
     DROP_RARE_FULL          # the control thread is behind with rare frames
     DROP_SEND               # the host's socket took it not
     DROP_UNREACHABLE        # an address that is not to be reached from here
+    DROP_LIMIT_UDP          # as many UDP flows and pings are open as may be, and none is idle
+    DROP_LIMIT_HALF_OPEN    # a SYN of the guest's that was given up for a newer one, or had to wait itself
     DROPS
 
 cdef enum FlowKind:
@@ -96,6 +98,16 @@ cdef enum FlowFlag:
     FF_ANSWERED = 0x1000000 # UDP: the guest has sent to this peer
     FF_SHARED = 0x2000000   # UDP: another flow is, or was, of the same port and the same peer
     FF_PROBE_DUE = 0x4000000    # a probe waits for a receive buffer; another process sends it when it is due again
+    FF_HEARD = 0x8000000    # UDP, ping: the peer has sent
+    FF_AGED = 0x10000000    # in a list by age
+    FF_TWO_WAY = 0x20000000 # in that of the flows that both sides have used
+
+# Lists of flows that may be given up for others, the oldest first.
+cdef enum:
+    HALF_OPEN               # TCP: the guest has opened it, and the peer has not answered
+    ONE_WAY                 # UDP, ping: one side has sent, the other has not
+    TWO_WAY                 # both have
+    AGES
 
 # A flow is declared in C, since Cython knows no unnamed unions: what only TCP
 # has and what only UDP and pings have share their place. Which of them a flow
@@ -121,6 +133,7 @@ cdef extern from *:
         uint32_t touched_next;
         uint32_t wait_next, wait_prev;  /* the list that waits for receive buffers */
         uint32_t heap_pos;
+        uint32_t older, younger;        /* the list by age */
         uint16_t mss;                   /* towards the guest */
         uint16_t frames_seen;           /* frames_from_guest, its low bits, at the last retransmission */
         uint64_t deadline;              /* ms, CLOCK_MONOTONIC; 0: none */
@@ -163,7 +176,7 @@ cdef extern from *:
             };
         };
     };
-    _Static_assert(sizeof(struct Flow) == 216, "there are up to 128 Ki flows: mind their size");
+    _Static_assert(sizeof(struct Flow) == 224, "there are up to 128 Ki flows: mind their size");
     """
     cdef struct Carry:
         uint8_t *data
@@ -172,7 +185,7 @@ cdef extern from *:
     cdef struct Flow:
         uint8_t kind, events, retries, dup_acks
         int sock
-        uint32_t flags, generation, hash_next, touched_next, wait_next, wait_prev, heap_pos
+        uint32_t flags, generation, hash_next, touched_next, wait_next, wait_prev, heap_pos, older, younger
         uint16_t mss, frames_seen
         uint64_t deadline, last_due, last_active
         uint8_t guest_addr[16]
@@ -327,6 +340,7 @@ cdef struct Counters:
     uint64_t retransmits
     uint64_t flows_opened
     uint64_t flows_reset
+    uint64_t flows_recycled     # UDP flows and pings that were idle and made room for others
     uint64_t drops[DROPS]
 
 # Frames on their way into a file (pcap.pyx).
@@ -363,10 +377,17 @@ cdef struct Plane:
     uint32_t max_flows
     uint32_t flow_limit         # of open_sockets: descriptors may be fewer than slots
     uint32_t used_flows         # slots ever used
+    uint32_t most_flows         # of open_flows, beyond which neither side opens another; what moves in may be more
+    uint32_t most_udp           # of these, UDP flows and pings
+    uint32_t most_ports         # of open_ports: what the host keeps for its own datagrams is not the guest's
+    uint32_t most_half_open
+    uint32_t oldest[AGES]       # lists of flows by age
+    uint32_t youngest[AGES]
+    uint32_t aged[AGES]         # how many are in each
     uint32_t open_flows
     uint32_t open_peers         # of those the UDP ones
     uint32_t forwards           # forwarded UDP ports: places that nobody else ever has
-    uint32_t many_ports         # UDP ports that the guest has sent to many from (FF_ANY_PEER)
+    uint16_t many_from[65536]   # for each port of the host's: sockets that the guest has sent to many through
     uint32_t open_ports         # UDP ports of the guest's own, and pings
     uint32_t open_sockets       # of flows and UDP ports, forwarded ones not counted: what flow_limit limits
     uint32_t free_head

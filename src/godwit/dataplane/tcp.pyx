@@ -27,6 +27,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memset
 
 from godwit.dataplane.flow cimport (
+    age_out,
     carry_append,
     carry_left,
     carry_take,
@@ -159,6 +160,7 @@ cdef void tcp_drop_socket(Flow *f) noexcept nogil:
 cdef void tcp_reset(Plane *p, Flow *f) noexcept nogil:
     tcp_local_end(f)    # of which a migration may have to speak when the socket is gone
     tcp_drop_socket(f)
+    age_out(p, f)
     if not f.flags & FF_RESET_DUE:
         p.counters.flows_reset += 1
     f.flags &= ~FF_HELD

@@ -5,6 +5,9 @@ from libc.stdint cimport uint16_t, uint32_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from godwit.dataplane.flow cimport (
+    age_in,
+    age_out,
+    flow_close,
     flow_deadline,
     flow_find,
     flow_new,
@@ -26,6 +29,7 @@ from godwit.dataplane.host cimport (
 )
 from godwit.dataplane.packet cimport Packet
 from godwit.dataplane.plane cimport (
+    DROP_LIMIT_HALF_OPEN,
     DROP_NO_SOCKET,
     DROP_TABLE_FULL,
     DROP_UNREACHABLE,
@@ -40,6 +44,7 @@ from godwit.dataplane.plane cimport (
     FF_SYN_DUE,
     FF_V6,
     FLOW_TCP,
+    HALF_OPEN,
     Flow,
     Listener,
     Plane,
@@ -175,6 +180,23 @@ cdef void begin(Plane *p, Flow *f) noexcept nogil:
         tcp_reset(p, f)
 
 
+cdef bint half_open_room(Plane *p) noexcept nogil:
+    """Whether the guest may open one more connection; the oldest that was not answered is given up for it, if need be.
+
+    In silence: the guest sends its SYN again, and that opens it anew. So a host that answers is reached, however many
+    that do not answer are asked, as long as it takes less time to answer than they are asked in.
+    """
+    cdef Flow *f
+    if p.aged[HALF_OPEN] < p.most_half_open and p.aged[HALF_OPEN] < (p.flow_limit >> 2) + 1:
+        return True
+    f = &p.flows[p.oldest[HALF_OPEN]]
+    if f.flags & FF_HELD:
+        return False
+    drop(p, DROP_LIMIT_HALF_OPEN)
+    flow_close(p, f)
+    return True
+
+
 cdef void tcp_open_from_guest(Plane *p, Packet *k, const uint8_t *t, uint32_t size) noexcept nogil:
     cdef uint8_t host[16]
     cdef Flow *f
@@ -182,8 +204,14 @@ cdef void tcp_open_from_guest(Plane *p, Packet *k, const uint8_t *t, uint32_t si
         drop(p, DROP_UNREACHABLE)
         send_reset_for(p, k, t)
         return
-    f = flow_new(p, FLOW_TCP, k.saddr, be16(t), k.daddr, be16(t + 2))
+    if not half_open_room(p):
+        drop(p, DROP_LIMIT_HALF_OPEN)
+        return
+    f = NULL
+    if p.open_flows < p.most_flows:
+        f = flow_new(p, FLOW_TCP, k.saddr, be16(t), k.daddr, be16(t + 2))
     if f == NULL:
+        # At once, since it may last: whoever asks shall hear that, and not wait for two minutes.
         drop(p, DROP_TABLE_FULL)
         send_reset_for(p, k, t)
         return
@@ -227,6 +255,7 @@ cdef void connect_out(Plane *p, Flow *f, const uint8_t *host) noexcept nogil:
         return
     # Also when connected at once: the first event says "writable" all the same.
     f.flags |= FF_CONNECTING
+    age_in(p, f)
     flow_deadline(p, f, p.now + CONNECT_TIMEOUT)
     begin(p, f)
 
@@ -249,6 +278,7 @@ cdef void tcp_connected(Plane *p, Flow *f) noexcept nogil:
     """The host's side of a connection that the guest opened is there, or failed."""
     cdef int error = 0
     cdef socklen_t n = sizeof(error)
+    age_out(p, f)
     if getsockopt(f.sock, SOL_SOCKET, SO_ERROR, &error, &n) != 0 or error:
         tcp_reset(p, f)
         return
@@ -309,7 +339,8 @@ cdef bint tcp_accept(Plane *p, Listener *listener) noexcept nogil:
         f = NULL
         if (not is_unspecified(guest) and is_v4(guest) == is_v4(remote) and to_guest_name(p, remote, port, name)
                 and flow_find(p, FLOW_TCP, guest, listener.guest_port, name, port) == NULL):
-            f = flow_new(p, FLOW_TCP, guest, listener.guest_port, name, port)
+            if p.open_flows < p.most_flows:
+                f = flow_new(p, FLOW_TCP, guest, listener.guest_port, name, port)
             if f == NULL:
                 drop(p, DROP_TABLE_FULL)
         else:

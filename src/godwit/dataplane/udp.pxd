@@ -25,6 +25,10 @@ cdef Flow *udp_new_forward(Plane *p, const uint8_t *guest_addr, uint16_t guest_p
 # own). 0, or an error; -ENFILE: the flow table is full.
 cdef int udp_forward(Plane *p, int fd, const uint8_t *guest_addr, uint16_t guest_port) noexcept nogil
 
+# Whether there may be one more UDP flow or ping of the guest's, `with_socket` of its own; of those that were idle for
+# longest one is closed for it, if need be. 0, or the reason to drop the frame plus 1. No flow's address holds after it.
+cdef int udp_room(Plane *p, bint with_socket) noexcept nogil
+
 # The flow of a datagram (or of an error about one) between a port and a peer
 # of the host's side; NULL: there is none.
 cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote_port) noexcept nogil

@@ -25,12 +25,13 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.flow cimport (
+    age_in,
     flow_close,
-    flow_deadline,
     flow_find,
     flow_index,
     flow_new,
     flow_new_beyond,
+    flow_used,
     flow_watch,
     peer_find,
     peer_in,
@@ -48,9 +49,10 @@ from godwit.dataplane.host cimport (
     put_sockaddr6,
     to_host,
 )
-from godwit.dataplane.icmp cimport errors_from_sock, unreachable_to_guest
+from godwit.dataplane.icmp cimport PING_TIMEOUT, errors_from_sock, unreachable_to_guest
 from godwit.dataplane.packet cimport Packet, packet_payload
 from godwit.dataplane.plane cimport (
+    DROP_LIMIT_UDP,
     DROP_MALFORMED,
     DROP_NO_SOCKET,
     DROP_SEND,
@@ -66,9 +68,12 @@ from godwit.dataplane.plane cimport (
     FF_SHARED,
     FF_TAKES_V4,
     FF_V6,
+    FLOW_PING,
     FLOW_UDP,
     FLOW_UDP_PORT,
     NONE,
+    ONE_WAY,
+    TWO_WAY,
     UDP_OUT,
     Flow,
     Plane,
@@ -152,6 +157,8 @@ cdef enum:
     TIMEOUT = 180000
     TIMEOUT_DNS = 20000
     TIMEOUT_UNANSWERED = 30000  # opened from outside, and the guest has said nothing
+    IDLE = 30000                # of an exchange that makes room for another
+    LOOK = 64                   # flows that are looked at for that
     MAX_SEGMENTS = 64           # of one message, in every kernel that can do it (UDP_MAX_SEGMENTS)
     MOST_SEGMENTS = 512         # of a frame of the guest's
     MAX_JOINED = 64000          # bytes of one message
@@ -222,15 +229,23 @@ cdef int udp_forward(Plane *p, int fd, const uint8_t *guest_addr, uint16_t guest
     return flow_watch(p, f)
 
 
+cdef uint32_t guests_share(Plane *p) noexcept nogil:
+    """How many exchanges are remembered. They take no descriptor, but a place in the table: TCP shall always find one."""
+    return (p.max_flows - p.forwards + 1) >> 1
+
+
 cdef uint32_t strangers_share(Plane *p) noexcept nogil:
-    """How many exchanges are remembered while those that others begin are, too."""
+    """How many exchanges are remembered while those that others begin are, too: the guest shall find a place as well."""
     return (p.max_flows - p.forwards + 3) >> 2
 
 
 cdef Flow *open_port(Plane *p, Packet *k, uint16_t guest_port, bint v4, int port_class) noexcept nogil:
-    cdef Flow *f = flow_new(p, FLOW_UDP_PORT, k.saddr, guest_port, NOBODY, <uint16_t>port_class)
+    cdef int reason = udp_room(p, True)
+    cdef Flow *f = NULL
+    if reason == 0:
+        f = flow_new(p, FLOW_UDP_PORT, k.saddr, guest_port, NOBODY, <uint16_t>port_class)
     if f == NULL:
-        drop(p, DROP_TABLE_FULL)
+        drop(p, reason - 1 if reason else DROP_TABLE_FULL)
         return NULL
     f.flags = FF_FROM_GUEST | (0 if v4 else FF_V6)
     f.sock = socket(AF_INET if v4 else AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP)
@@ -272,9 +287,7 @@ cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote
 cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, const uint8_t *our_addr,
                         const uint8_t *remote, uint16_t remote_port, uint32_t flags) noexcept nogil:
     cdef Flow *f
-    # They take no descriptor, but a place in the table: TCP shall always find
-    # one, and so shall the guest, whatever comes in from outside.
-    if p.open_peers >= ((p.max_flows - p.forwards + 1) >> 1 if flags & FF_FROM_GUEST else strangers_share(p)):
+    if p.open_peers >= (guests_share(p) if flags & FF_FROM_GUEST else strangers_share(p)):
         return NULL
     f = flow_new(p, FLOW_UDP, guest_addr, port.guest_port, our_addr, remote_port)
     if f == NULL:
@@ -285,6 +298,7 @@ cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, const u
     f.port = flow_index(p, port)
     port.peers += 1
     peer_in(p, f)
+    age_in(p, f)
     return f
 
 
@@ -292,13 +306,81 @@ cdef bint udp_is_held(Plane *p, Flow *f) noexcept nogil:
     return f.flags & FF_ANSWERED != 0 and p.now - f.last_active < TIMEOUT
 
 
-cdef void udp_used(Plane *p, Flow *f) noexcept nogil:
-    cdef uint64_t timeout = TIMEOUT
+cdef uint64_t timeout_of(Flow *f) noexcept nogil:
+    if f.kind == FLOW_PING:
+        return PING_TIMEOUT
     if not f.flags & FF_ANSWERED:
-        timeout = TIMEOUT_UNANSWERED
-    elif f.our_port == DNS:
-        timeout = TIMEOUT_DNS
-    flow_deadline(p, f, p.now + timeout)
+        return TIMEOUT_UNANSWERED
+    return TIMEOUT_DNS if f.our_port == DNS else TIMEOUT
+
+
+cdef void udp_used(Plane *p, Flow *f) noexcept nogil:
+    flow_used(p, f, timeout_of(f))
+
+
+# ---- limits
+
+cdef Flow *oldest(Plane *p, int age, bint with_socket) noexcept nogil:
+    """The first of a list, or the first whose end frees a socket; NULL: there is none among the oldest."""
+    cdef uint32_t i = p.oldest[age]
+    cdef Flow *f
+    cdef Flow *port
+    cdef int n
+    for n in range(LOOK):
+        if i == NONE:
+            break
+        f = &p.flows[i]
+        if not with_socket or f.kind == FLOW_PING:
+            return f
+        port = &p.flows[f.port]
+        if port.peers == 1 and not port.flags & FF_FORWARD:
+            return f
+        i = f.younger
+    return NULL
+
+
+cdef bint is_idle(Plane *p, Flow *f) noexcept nogil:
+    """Whether it was silent for a while, which is half of its time at most."""
+    cdef uint64_t timeout = timeout_of(f)
+    return f.deadline + min(<uint64_t>IDLE, timeout >> 1) <= p.now + timeout
+
+
+cdef bint recycle(Plane *p, bint with_socket) noexcept nogil:
+    """Close the UDP flow or ping that was not used for longest. False: none can be spared.
+
+    Those first of which one side alone has ever sent, as routers do it: a guest that asks the whole world shall not
+    lose what it talks to. An exchange has to have been silent for a while.
+    """
+    cdef Flow *f = oldest(p, ONE_WAY, with_socket)
+    cdef uint32_t index
+    cdef int i
+    if f == NULL:
+        f = oldest(p, TWO_WAY, with_socket)
+        if f == NULL or not is_idle(p, f):
+            return False
+    index = flow_index(p, f)
+    for i in range(p.udp_out.count):
+        if p.udp_out.flows[i] == index:
+            udp_flush(p)    # it is still to go
+            break
+    flow_close(p, f)
+    p.counters.flows_recycled += 1
+    return True
+
+
+cdef int udp_room(Plane *p, bint with_socket) noexcept nogil:
+    cdef uint32_t udp = p.open_flows - (p.open_sockets - p.open_ports)      # all but TCP
+    cdef int reason = 0
+    if with_socket:
+        if p.open_ports >= p.most_ports or p.open_ports >= (p.flow_limit >> 1) + 1:
+            reason = DROP_LIMIT_UDP + 1
+        elif p.open_sockets >= p.flow_limit:
+            reason = DROP_TABLE_FULL + 1
+    elif udp >= p.most_udp or p.open_peers >= guests_share(p):
+        reason = DROP_LIMIT_UDP + 1
+    if reason == 0 and (p.open_flows >= p.most_flows or (p.free_head == NONE and p.used_flows >= p.max_flows)):
+        reason = DROP_TABLE_FULL + 1
+    return 0 if reason and recycle(p, with_socket) else reason
 
 
 cdef bint to_many(Plane *p, const uint8_t *addr) noexcept nogil:
@@ -312,10 +394,16 @@ cdef Flow *flow_of(Plane *p, Packet *k, uint16_t guest_port, uint16_t our_port) 
     cdef Flow *f = flow_find(p, FLOW_UDP, k.saddr, guest_port, k.daddr, our_port)
     cdef Flow *port
     cdef uint8_t host[16]
+    cdef int reason
     if f != NULL:
         return f
     if not to_host(p, k.daddr, our_port, host):
         drop(p, DROP_UNREACHABLE)
+        return NULL
+    # Before the port is looked for: with its last peer it would be closed.
+    reason = udp_room(p, False)
+    if reason:
+        drop(p, reason - 1)
         return NULL
     port = port_for(p, k, guest_port, host)
     if port == NULL:
@@ -333,7 +421,6 @@ cdef Flow *flow_of(Plane *p, Packet *k, uint16_t guest_port, uint16_t our_port) 
             memset(f.local_addr, 0, 16)
     if to_many(p, host) and not port.flags & FF_ANY_PEER:
         port.flags |= FF_ANY_PEER
-        p.many_ports += 1
     return f
 
 
@@ -565,6 +652,17 @@ cdef void refused(Plane *p, Flow *port, int i, int why) noexcept nogil:
                              <int>o.msgs[i].msg_hdr.msg_iovlen)
 
 
+cdef void note_many(Plane *p, Flow *port) noexcept nogil:
+    """The guest sends to many through this socket, and may hear itself; which port it has the kernel has said by now."""
+    cdef sockaddr_storage addr
+    cdef socklen_t n = sizeof(addr)
+    cdef uint8_t ignored[16]
+    if getsockname(port.sock, <sockaddr *>&addr, &n) == 0:
+        get_sockaddr(<sockaddr *>&addr, ignored, &port.local_port)
+        if port.local_port:
+            p.many_from[port.local_port] += 1
+
+
 cdef void udp_flush(Plane *p) noexcept nogil:
     cdef UdpOut *o = &p.udp_out
     cdef Flow *port
@@ -598,6 +696,8 @@ cdef void udp_flush(Plane *p) noexcept nogil:
         again = False
     o.port = NONE
     o.count = o.iovs = 0
+    if port.flags & FF_ANY_PEER and port.local_port == 0:
+        note_many(p, port)
 
 
 cdef void udp_from_guest(Plane *p, Packet *k) noexcept nogil:

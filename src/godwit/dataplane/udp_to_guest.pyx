@@ -45,6 +45,7 @@ from godwit.dataplane.plane cimport (
     DROP_UNREACHABLE,
     FF_ANY_PEER,
     FF_FORWARD,
+    FF_HEARD,
     FLOW_UDP,
     FLOW_UDP_PORT,
     NONE,
@@ -327,21 +328,7 @@ cdef bint is_local(const uint8_t *addr) noexcept nogil:
 
 cdef bint is_own_echo(Plane *p, const uint8_t *remote, uint16_t remote_port) noexcept nogil:
     """Whether a datagram to many is the guest's own: the host hears itself, and the guest has heard itself already."""
-    cdef sockaddr_in6 addr
-    cdef uint8_t ignored[16]
-    cdef uint16_t port
-    cdef socklen_t n
-    cdef uint32_t i
-    if p.many_ports == 0 or not is_local(remote):
-        return False
-    for i in range(p.used_flows):
-        if p.flows[i].kind == FLOW_UDP_PORT and p.flows[i].flags & FF_ANY_PEER:
-            n = sizeof(addr)
-            if getsockname(p.flows[i].sock, <sockaddr *>&addr, &n) == 0:
-                get_sockaddr(<sockaddr *>&addr, ignored, &port)
-                if port == remote_port:
-                    return True
-    return False
+    return p.many_from[remote_port] != 0 and is_local(remote)
 
 
 cdef Flow *known(Plane *p, Flow *port, const uint8_t *guest, const uint8_t *name, const uint8_t *remote,
@@ -425,6 +412,7 @@ cdef bint deliver(Plane *p, Flow *port, int i) noexcept nogil:
     if is_unspecified(guest):
         return True
     if f != NULL:
+        f.flags |= FF_HEARD
         udp_used(p, f)
     get_sockaddr(<sockaddr *>&u.names[i], ignored, &remote_port)
     d.v6 = not is_v4(guest)
