@@ -12,6 +12,7 @@ import gc
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from scapy.layers.inet import TCP, UDP
@@ -65,8 +66,13 @@ def nowhere(family: Family, n: int) -> str:
     return NOWHERE[family.name].format(n + 10)
 
 
+def call(guest: Guest, family: Family, n: int) -> Any:
+    """A SYN to somebody who does not answer."""
+    return guest.ip(family, dst=nowhere(family, n)) / TCP(sport=2000, dport=80, flags="S", seq=n)
+
+
 def call_nowhere(guest: Guest, family: Family, n: int) -> None:
-    guest.send(guest.ip(family, dst=nowhere(family, n)) / TCP(sport=2000, dport=80, flags="S", seq=n))
+    guest.send(call(guest, family, n))
 
 
 def counter(guest: Guest, name: str) -> int:
@@ -89,6 +95,7 @@ def test_connections_that_nobody_answers_make_room(family: Family) -> None:
         before = descriptors()
         for n in range(100):
             call_nowhere(guest, family, n)
+            guest.engine.advance(40)
         assert guest.drops("limit_half_open") == 100 - HALF_OPEN
         assert counter(guest, "flows") == 1 + HALF_OPEN
         assert descriptors() - before == HALF_OPEN
@@ -99,11 +106,27 @@ def test_connections_that_nobody_answers_make_room(family: Family) -> None:
             assert read_exactly(sock, 10) == b"still here"
             sock.sendall(b"and so am I")
             assert conn.read(11) == b"and so am I"
+            guest.engine.advance(250)
             Conn(guest, family, server.port).connect()
             # Nor is anyone lost who was given up: the guest asks once more, as it does.
             assert counter(guest, "flows") == 2 + HALF_OPEN - 1
             call_nowhere(guest, family, 0)
             assert counter(guest, "flows") == 2 + HALF_OPEN
+
+
+def test_each_has_its_time_to_answer(family: Family) -> None:
+    """As many are waited for at a time as may be; who comes too soon asks again, as whoever is given up does."""
+    with limited() as guest:
+        guest.send_all([call(guest, family, n) for n in range(30)])  # at one time
+        assert guest.drops("limit_half_open") == 30 - HALF_OPEN
+        ports = [flow["our"] for flow in guest.engine.flows()]
+        assert {name for name, _ in ports} == {address(nowhere(family, n)) for n in range(HALF_OPEN)}
+        guest.engine.advance(250)
+        call_nowhere(guest, family, 30)
+        assert [flow["our"] for flow in guest.engine.flows()] != ports
+        assert counter(guest, "flows") == HALF_OPEN
+        guest.barrier()
+        assert guest.collect() == []
 
 
 def test_a_connection_that_is_answered_counts_no_more(family: Family) -> None:

@@ -101,6 +101,7 @@ cdef enum:
     DEFAULT_MSS4 = 536          # RFC 9293, 3.7.1
     DEFAULT_MSS6 = 1220
     ACCEPT_BATCH = 64
+    TIME_TO_ANSWER = 250        # ms, before a connection is given up for another: a way around the world and back
 
 
 cdef uint32_t initial_seq(Plane *p, Flow *f) noexcept nogil:
@@ -184,13 +185,14 @@ cdef bint half_open_room(Plane *p) noexcept nogil:
     """Whether the guest may open one more connection; the oldest that was not answered is given up for it, if need be.
 
     In silence: the guest sends its SYN again, and that opens it anew. So a host that answers is reached, however many
-    that do not answer are asked, as long as it takes less time to answer than they are asked in.
+    that do not answer are asked. Each has its time to answer, which limits how many sockets are opened in a second as
+    well: one is the work of many frames.
     """
     cdef Flow *f
     if p.aged[HALF_OPEN] < p.most_half_open and p.aged[HALF_OPEN] < (p.flow_limit >> 2) + 1:
         return True
     f = &p.flows[p.oldest[HALF_OPEN]]
-    if f.flags & FF_HELD:
+    if f.flags & FF_HELD or p.now - f.last_active < TIME_TO_ANSWER:
         return False
     drop(p, DROP_LIMIT_HALF_OPEN)
     flow_close(p, f)
