@@ -28,6 +28,10 @@ from godwit.net.packet import (
     parse_udp,
 )
 
+# Bytes of an answer: what the data plane takes of rare frames (RARE_FRAME, plane.pxd), and more than any guest needs.
+# One that asks for more (all the addresses that it ever had, say) gets none.
+MAX_ANSWER = 2048
+
 
 class Responder:
     """The answering side of the guest's link. ``config`` may be replaced at any time."""
@@ -42,7 +46,7 @@ class Responder:
             if ethernet.source[0] & 1 or not any(ethernet.source):
                 return []
             self.config.guest_mac = ethernet.source
-            return self._answer(ethernet)
+            return [answer for answer in self._answer(ethernet) if len(answer) <= MAX_ANSWER]
         except MalformedError:
             return []
 
