@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -170,6 +171,36 @@ def test_descriptors_that_change_while_they_are_read(index: int, features: int) 
         if index == RX:
             assert guest.memory.read(guest.tx_place, MIB) == before
         assert [one[0] for one in guest.engine.rings()] == [True, True]
+
+
+def test_kicks_in_a_storm(guest: Guest) -> None:
+    """Of either ring, with nothing in it or with broken ones: what else there is to do is done."""
+    conn, sock = open_pair(guest, V4)
+    over = threading.Event()
+
+    def storm() -> None:
+        while not over.is_set():
+            for ring in guest.rings:
+                os.eventfd_write(ring.kick_fd, 1)
+
+    thread = threading.Thread(target=storm)
+    thread.start()
+    try:
+        with sock:
+            for n in range(50):
+                conn.push(b"%4d" % n)
+                assert read_exactly(sock, 4) == b"%4d" % n
+                sock.sendall(pattern(1000, n))
+                assert conn.read(1000) == pattern(1000, n)
+                with guest.engine.parked():
+                    pass
+            put(guest, TX, [(1 << 50, 100, 0, 0)])
+            assert guest.tx.broken()
+            assert guest.engine.inject(FRAME)
+            assert guest.receive(lambda frame: frame.raw == FRAME).raw == FRAME
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_memory_that_is_taken_away_and_comes_back_all_the_time(guest: Guest) -> None:
