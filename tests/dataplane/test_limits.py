@@ -95,7 +95,7 @@ def test_connections_that_nobody_answers_make_room(family: Family) -> None:
         before = descriptors()
         for n in range(100):
             call_nowhere(guest, family, n)
-            guest.engine.advance(40)
+            guest.engine.advance(150)
         assert guest.drops("limit_half_open") == 100 - HALF_OPEN
         assert counter(guest, "flows") == 1 + HALF_OPEN
         assert descriptors() - before == HALF_OPEN
@@ -106,7 +106,7 @@ def test_connections_that_nobody_answers_make_room(family: Family) -> None:
             assert read_exactly(sock, 10) == b"still here"
             sock.sendall(b"and so am I")
             assert conn.read(11) == b"and so am I"
-            guest.engine.advance(250)
+            guest.engine.advance(1000)
             Conn(guest, family, server.port).connect()
             # Nor is anyone lost who was given up: the guest asks once more, as it does.
             assert counter(guest, "flows") == 2 + HALF_OPEN - 1
@@ -121,7 +121,7 @@ def test_each_has_its_time_to_answer(family: Family) -> None:
         assert guest.drops("limit_half_open") == 30 - HALF_OPEN
         ports = [flow["our"] for flow in guest.engine.flows()]
         assert {name for name, _ in ports} == {address(nowhere(family, n)) for n in range(HALF_OPEN)}
-        guest.engine.advance(250)
+        guest.engine.advance(1000)
         call_nowhere(guest, family, 30)
         assert [flow["our"] for flow in guest.engine.flows()] != ports
         assert counter(guest, "flows") == HALF_OPEN

@@ -101,7 +101,7 @@ cdef enum:
     DEFAULT_MSS4 = 536          # RFC 9293, 3.7.1
     DEFAULT_MSS6 = 1220
     ACCEPT_BATCH = 64
-    TIME_TO_ANSWER = 250        # ms, before a connection is given up for another: a way around the world and back
+    TIME_TO_ANSWER = 1000       # ms, before a connection is given up for another: then the guest asks again (RFC 6298)
 
 
 cdef uint32_t initial_seq(Plane *p, Flow *f) noexcept nogil:
@@ -192,7 +192,7 @@ cdef bint half_open_room(Plane *p) noexcept nogil:
     if p.aged[HALF_OPEN] < p.most_half_open and p.aged[HALF_OPEN] < (p.flow_limit >> 2) + 1:
         return True
     f = &p.flows[p.oldest[HALF_OPEN]]
-    if f.flags & FF_HELD or p.now - f.last_active < TIME_TO_ANSWER:
+    if f.flags & FF_HELD or p.now + CONNECT_TIMEOUT < f.deadline + TIME_TO_ANSWER:
         return False
     drop(p, DROP_LIMIT_HALF_OPEN)
     flow_close(p, f)
