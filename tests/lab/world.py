@@ -110,6 +110,18 @@ class World:
         self._embedded.configure()
         self.guest = self._embedded.space
 
+    @property
+    def backend(self) -> Backend:
+        """The back-end: only where there is one."""
+        assert self._backend is not None
+        return self._backend
+
+    @property
+    def embedded(self) -> EmbeddedGuest:
+        """The guest, with its front-end: only where there is one."""
+        assert self._embedded is not None
+        return self._embedded
+
     def messages(self) -> str:
         """Return what the back-end has said."""
         return self._backend.messages() if self._backend is not None else ""

@@ -26,6 +26,7 @@ from godwit.daemon.mover import Left, Mover
 from godwit.daemon.options import Options, VirtioFeatures
 from godwit.daemon.probe import AddressProbe
 from godwit.daemon.record import Recording
+from godwit.daemon.shortages import Shortages
 from godwit.daemon.stats import Statistics
 from godwit.dataplane import Engine, StreamCard, handover
 from godwit.migration import Direction as Transfer
@@ -157,6 +158,7 @@ class NetDevice(BaseDevice):
         self._telling: asyncio.TimerHandle | None = None
         self._descriptors = MAX_FLOWS  # that flows may have, those that linger included
         self._statistics: Statistics | None = None
+        self._shortages = Shortages(self._engine)
         self._capturing = False
         self.moved_away = False  # a guest that was here: its front-end took its state along
         self._lingers: list[Linger] = []  # the sockets of guests that were here
@@ -317,6 +319,7 @@ class NetDevice(BaseDevice):
             loop.remove_reader(self._repair)
         for task in self._background:
             task.cancel()
+        self._shortages.close()
         if self._statistics is not None:
             self._statistics.close()
         if self._capturing and (missed := self._engine.capture_missed()):
@@ -377,6 +380,7 @@ class NetDevice(BaseDevice):
                 ("receive", "transmit")[index],
                 fault,
             )
+        self._shortages.look()
         if self._statistics is not None:
             self._statistics.look()
         if self._capturing and (error := self._engine.capture_error()):

@@ -98,6 +98,7 @@ from godwit.dataplane.virtqueue cimport (
     queue_seen,
 )
 
+from godwit.dataplane.shortage import SHORTAGES
 from godwit.dataplane.state import Observed
 
 cdef enum:
@@ -695,6 +696,7 @@ cdef class EngineBase:
             memcpy(self.p.listeners[i].guest_addr, addr, 16)
             self.p.listener_count += 1
             self.p.listeners[i].fd = fd
+            self.p.listeners[i].resting = False
             self.p.listeners[i].guest_port = guest_port
             ev.events = EPOLLIN
             ev.data.u64 = watch_data(WATCH_LISTENER, 0, i)
@@ -742,6 +744,21 @@ cdef class EngineBase:
     def capture_missed(self):
         """Frames that the capture lacks, since what it is written to did not take them in time."""
         return self.p.pcap.missed
+
+    def take_shortages(self):
+        """What the host was short of since the last time, the names; each is told once until watch_shortages()."""
+        cdef uint32_t bits = self.p.short_of
+        if not bits:
+            return []
+        with self.parked():
+            bits = self.p.short_of
+            self.p.short_of = 0
+        return [name for bit, name in SHORTAGES.items() if bits & bit]
+
+    def watch_shortages(self):
+        """Have rare_fileno() become readable at the next shortage, of whatever it is."""
+        with self.parked():
+            self.p.short_told = self.p.short_of
 
     def watch_activity(self):
         """Have rare_fileno() become readable at the next frame, whatever it is; see was_active()."""

@@ -20,7 +20,7 @@ cdef void ping_from_sock(Plane *p, Flow *f) noexcept nogil
 # `sending`: whose datagram the kernel has just refused; or NULL. Returns whether
 # one was of the kernel's own: a datagram that is beyond the MTU.
 cdef bint errors_from_sock(Plane *p, Flow *f, Flow *sending) noexcept nogil
-# The kernel refused a datagram of the guest's, with this error number.
+# The kernel refused a datagram of the guest's, or its SYN, with this error number.
 cdef void unreachable_to_guest(Plane *p, Flow *f, int why, const iovec *iov, int count) noexcept nogil
 # The guest says that it cannot take a datagram.
 cdef void error_from_guest(Plane *p, Packet *k) noexcept nogil

@@ -54,11 +54,13 @@ from godwit.dataplane.plane cimport (
     FF_HEARD,
     FF_V6,
     FLOW_PING,
+    FLOW_TCP,
     FLOW_UDP,
     Flow,
     Plane,
     drop,
 )
+from godwit.dataplane.shortage cimport shortage
 from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
@@ -75,6 +77,7 @@ from godwit.dataplane.sys cimport (
     IPPROTO_ICMPV6,
     IPPROTO_IP,
     IPPROTO_IPV6,
+    IPPROTO_TCP,
     IPPROTO_UDP,
     IPV6_MTU_DISCOVER,
     IPV6_PMTUDISC_DO,
@@ -196,6 +199,7 @@ cdef Flow *ping_open(Plane *p, const uint8_t *guest, uint16_t ident, const uint8
             set_option(f.sock, IPPROTO_IPV6, IPV6_RECVERR, 1)
     if (f.sock < 0 or (not is_loopback(host) and bind_outbound(p, f.sock, v4, host_ident) != 0)
             or connect(f.sock, <sockaddr *>&addr, n) != 0 or flow_watch(p, f) != 0):
+        shortage(p, errno)
         drop(p, DROP_NO_SOCKET)
         flow_close(p, f)
         return NULL
@@ -306,7 +310,7 @@ cdef void router(Plane *p, Flow *f, uint8_t *addr) noexcept nogil:
 
 cdef void error_to_guest(Plane *p, Flow *f, const uint8_t *source, uint8_t kind, uint8_t code, uint32_t info,
                          const uint8_t *quoted, uint32_t size) noexcept nogil:
-    """Tell the guest of an error about a datagram of its own, of which `quoted` is the payload."""
+    """Tell the guest of an error about a datagram of its own, of which `quoted` is the payload, or about its SYN."""
     cdef uint8_t message[1280]
     cdef bint v6 = f.flags & FF_V6 != 0
     cdef uint32_t most = QUOTED6 if v6 else QUOTED4
@@ -318,6 +322,9 @@ cdef void error_to_guest(Plane *p, Flow *f, const uint8_t *source, uint8_t kind,
         size = most
     if f.kind == FLOW_PING:
         proto = IPPROTO_ICMPV6 if v6 else IPPROTO_ICMP
+    elif f.kind == FLOW_TCP:
+        proto = IPPROTO_TCP
+        size = 0
     memset(message, 0, head + UDP_HLEN)
     if v6:
         message[0] = 0x60
@@ -346,6 +353,11 @@ cdef void error_to_guest(Plane *p, Flow *f, const uint8_t *source, uint8_t kind,
             put16(message + head + 6, f.ping_seq)
             size = 0
         put16(message + head + 4, f.guest_port)
+    elif f.kind == FLOW_TCP:
+        # Eight bytes, the least that there may be (RFC 1812, 4.3.2.3): the sequence number tells whose it is.
+        put16(message + head, f.guest_port)
+        put16(message + head + 2, f.our_port)
+        put32(message + head + 4, f.seq_init_from_guest - 1)
     else:
         put16(message + head, f.guest_port)
         put16(message + head + 2, f.our_port)
@@ -371,7 +383,7 @@ cdef void unreachable_to_guest(Plane *p, Flow *f, int why, const iovec *iov, int
     cdef uint32_t size = 0, part
     cdef int i
     cdef bint v6 = f.flags & FF_V6 != 0
-    if f.kind != FLOW_UDP:
+    if f.kind != FLOW_UDP and f.kind != FLOW_TCP:
         return
     for i in range(count):
         part = <uint32_t>iov[i].iov_len if iov[i].iov_len < QUOTED6 - size else QUOTED6 - size

@@ -59,7 +59,7 @@ from godwit.dataplane.sys cimport (
     write,
 )
 from godwit.dataplane.tcp cimport tcp_from_sock, tcp_settle, tcp_timer
-from godwit.dataplane.tcp_open cimport tcp_accept
+from godwit.dataplane.tcp_open cimport tcp_accept, tcp_accept_again
 from godwit.dataplane.to_guest cimport frame_to_guest
 from godwit.dataplane.udp_to_guest cimport udp_from_sock
 from godwit.dataplane.virtqueue cimport (
@@ -206,6 +206,15 @@ cdef void card_out(Plane *p) noexcept nogil:
         p.again = True
 
 
+cdef int sleep_ms(Plane *p) noexcept nogil:
+    """How long the loop may sleep: milliseconds, -1 for ever."""
+    cdef int most = timeout_ms(p), left
+    if not p.accept_again:
+        return most
+    left = <int>(p.accept_again - p.now) if p.accept_again > p.now else 0
+    return left if most < 0 or left < most else most
+
+
 cdef int poll_busy(Plane *p, epoll_event *events) noexcept nogil:
     """Wait, first without sleeping, and without kicks from the guest.
 
@@ -222,7 +231,7 @@ cdef int poll_busy(Plane *p, epoll_event *events) noexcept nogil:
             break
         if clock_ns() >= until:
             if not queue_active(q) or not queue_notify_on(q, &p.mem, q.last_avail):
-                return epoll_wait(p.epfd, events, EVENTS, timeout_ms(p))
+                return epoll_wait(p.epfd, events, EVENTS, sleep_ms(p))
             break
     p.again = True
     return 0
@@ -243,7 +252,7 @@ cdef int loop_run(Plane *p) noexcept nogil:
         if p.busy_poll and not p.again:
             n = poll_busy(p, events)
         else:
-            n = epoll_wait(p.epfd, events, EVENTS, 0 if p.again else timeout_ms(p))
+            n = epoll_wait(p.epfd, events, EVENTS, 0 if p.again else sleep_ms(p))
         if n < 0 and errno != EINTR:
             return -errno
         p.now = clock_ms(p)
@@ -273,6 +282,8 @@ cdef int loop_run(Plane *p) noexcept nogil:
             frames_from_guest(p)
         if woken:
             frames_from_control(p)
+        if p.accept_again and p.accept_again <= p.now:
+            tcp_accept_again(p)
         for i in range(TIMERS):
             f = flow_due(p)
             if f == NULL:

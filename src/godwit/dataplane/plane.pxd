@@ -50,6 +50,13 @@ cdef enum Drop:
     DROP_LIMIT_HALF_OPEN    # a SYN of the guest's that was given up for a newer one, or had to wait itself
     DROPS
 
+# What the host was short of, bits. Names in SHORTAGES, shortage.pyx.
+cdef enum Shortage:
+    SHORT_DESCRIPTORS = 1
+    SHORT_MEMORY = 2
+    SHORT_PORTS = 4
+    SHORT_PLACES = 8        # in the flow table, or of what `limit_flows` allows
+
 cdef enum FlowKind:
     FLOW_FREE = 0
     FLOW_TCP
@@ -217,6 +224,7 @@ cdef struct Listener:
     int fd
     uint16_t guest_port
     uint8_t guest_addr[16]  # unspecified: the guest's own
+    bint resting            # not watched, since there is nothing to accept with (Plane.accept_again)
 
 cdef struct RareFrame:
     uint32_t size
@@ -403,6 +411,7 @@ cdef struct Plane:
     # listeners: slots, fd -1 where free
     Listener *listeners
     int listener_count
+    uint64_t accept_again       # ms; when listeners that rest are watched again; 0: none rests
     Card *card                  # the guest's network card, if that is ours; else NULL
     # the loop
     int epfd
@@ -417,6 +426,8 @@ cdef struct Plane:
     bint again                  # work was left for the next turn, which begins at once
     bint tell_activity          # wake the control thread at the next frame
     uint64_t quiet_frames       # frames both ways when it asked for that
+    uint32_t short_of           # Shortage bits that control has not been told of
+    uint32_t short_told         # and those of which it does not want to hear again yet
     bint found                  # flows were found in repair mode (FF_FOUND)
     bint faults                 # a ring was broken by the guest, and control does not know yet
     bint peek_offset            # the kernel has SO_PEEK_OFF for TCP

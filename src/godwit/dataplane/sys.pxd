@@ -29,6 +29,7 @@ cdef extern from "<errno.h>" nogil:
         ENETUNREACH
         EHOSTUNREACH
         EADDRNOTAVAIL
+        ETIMEDOUT
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -104,6 +105,7 @@ cdef extern from "<sys/epoll.h>" nogil:
         EPOLL_CLOEXEC
         EPOLL_CTL_ADD
         EPOLL_CTL_DEL
+        EPOLL_CTL_MOD
 
 cdef extern from "<poll.h>" nogil:
     cdef struct pollfd:

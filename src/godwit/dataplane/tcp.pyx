@@ -88,6 +88,7 @@ from godwit.dataplane.sys cimport (
     EPOLLOUT,
     EPOLLPRI,
     EPOLLRDHUP,
+    ETIMEDOUT,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
     SHUT_WR,
@@ -118,6 +119,7 @@ from godwit.dataplane.tcp_open cimport (
     tcp_close_with_reset,
     tcp_connected,
     tcp_establish,
+    tcp_give_up,
     tcp_open_from_guest,
     tcp_send_syn,
 )
@@ -536,10 +538,13 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
     if f.flags & (FF_RESET_DUE | FF_HELD) or f.sock < 0:
         return
     if not f.events & EV_ESTABLISHED:
-        if not f.flags & FF_CONNECTING and takes_nothing(p, f):
+        if f.flags & FF_CONNECTING:
+            tcp_give_up(p, f, ETIMEDOUT)
+            return
+        if takes_nothing(p, f):
             arm_retransmit(p, f)
             return
-        if f.flags & FF_CONNECTING or f.retries >= SYN_RETRIES:
+        if f.retries >= SYN_RETRIES:
             tcp_reset(p, f)
             return
         f.retries += 1

@@ -17,11 +17,15 @@ cdef void tcp_answer_from_guest(Plane *p, Flow *f, Packet *k, const uint8_t *t, 
 cdef void tcp_send_syn(Plane *p, Flow *f) noexcept nogil
 # The socket of a connection that the guest opens is connected, or has failed.
 cdef void tcp_connected(Plane *p, Flow *f) noexcept nogil
+# The guest cannot be connected with whom it has called, with this error number: it is told what the network would tell.
+cdef void tcp_give_up(Plane *p, Flow *f, int why) noexcept nogil
 # Begin the host's side of a connection once more that the guest opens: a flow
 # that came with a migration, and no socket for it.
 cdef void tcp_open_anew(Plane *p, Flow *f) noexcept nogil
 # Accept what waits at a listening socket. True: there may be more.
 cdef bint tcp_accept(Plane *p, Listener *listener) noexcept nogil
+# Watch the listening sockets again that rest for want of something to accept with.
+cdef void tcp_accept_again(Plane *p) noexcept nogil
 # Reset those that wait to be accepted.
 cdef void tcp_refuse_waiting(Listener *listener) noexcept nogil
 # Close a socket, and reset its peer.

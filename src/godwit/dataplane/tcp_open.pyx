@@ -13,8 +13,10 @@ from godwit.dataplane.flow cimport (
     flow_new,
     flow_touch,
     flow_wait_ring,
+    WATCH_LISTENER,
     flow_watch,
     keyed_hash,
+    watch_data,
 )
 from godwit.dataplane.host cimport (
     bind_outbound,
@@ -27,6 +29,7 @@ from godwit.dataplane.host cimport (
     to_guest_name,
     to_host,
 )
+from godwit.dataplane.icmp cimport unreachable_to_guest
 from godwit.dataplane.packet cimport Packet
 from godwit.dataplane.plane cimport (
     DROP_LIMIT_HALF_OPEN,
@@ -50,13 +53,20 @@ from godwit.dataplane.plane cimport (
     Plane,
     drop,
 )
+from godwit.dataplane.shortage cimport shortage
 from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
+    ECONNREFUSED,
+    ECONNRESET,
     EFD_CLOEXEC,
+    EHOSTUNREACH,
     EINPROGRESS,
     EMFILE,
     ENFILE,
+    EPOLLIN,
+    EPOLL_CTL_MOD,
+    ETIMEDOUT,
     IPPROTO_TCP,
     SOCK_CLOEXEC,
     SOCK_NONBLOCK,
@@ -72,6 +82,8 @@ from godwit.dataplane.sys cimport (
     be32,
     close,
     connect,
+    epoll_ctl,
+    epoll_event,
     errno,
     eventfd,
     getsockopt,
@@ -81,7 +93,7 @@ from godwit.dataplane.sys cimport (
     socket,
     socklen_t,
 )
-from godwit.dataplane.tcp cimport tcp_reset, tcp_abort
+from godwit.dataplane.tcp cimport tcp_abort, tcp_drop_socket, tcp_reset
 from godwit.dataplane.tcp_to_guest cimport (
     TCP_ACK,
     TCP_HLEN,
@@ -102,6 +114,7 @@ cdef enum:
     DEFAULT_MSS6 = 1220
     ACCEPT_BATCH = 64
     TIME_TO_ANSWER = 1000       # ms, before a connection is given up for another: then the guest asks again (RFC 6298)
+    ACCEPT_AGAIN = 100          # ms for which a listener rests when there is nothing to accept with
 
 
 cdef uint32_t initial_seq(Plane *p, Flow *f) noexcept nogil:
@@ -172,12 +185,16 @@ cdef void begin(Plane *p, Flow *f) noexcept nogil:
     Urgent data is ordinary data (RFC 6093, 5). Out of line, the byte would be
     missing in what is read, and every offset of what is peeked after it wrong.
     """
-    cdef int zero = 0, one = 1
+    cdef int zero = 0, one = 1, rc
     setsockopt(f.sock, SOL_SOCKET, SO_OOBINLINE, &one, sizeof(one))
     if p.peek_offset:
         setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
     setsockopt(f.sock, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one))
-    if flow_watch(p, f) != 0:
+    rc = flow_watch(p, f)
+    if rc != 0 and f.flags & FF_CONNECTING:
+        tcp_give_up(p, f, -rc)
+    elif rc != 0:
+        shortage(p, -rc)
         tcp_reset(p, f)
 
 
@@ -228,6 +245,27 @@ cdef void tcp_open_from_guest(Plane *p, Packet *k, const uint8_t *t, uint32_t si
     connect_out(p, f, host)
 
 
+cdef void tcp_give_up(Plane *p, Flow *f, int why) noexcept nogil:
+    """The guest cannot be connected with whom it has called, for this reason; it sees what it would of the network.
+
+    A reset is the peer's own word, and nobody else's. Routers and hosts that
+    cannot deliver send "unreachable"; so does a translator of addresses
+    that is out of what a connection takes (RFC 6888, REQ-8). Silence ends in
+    silence: the guest has its own patience.
+    """
+    if why == ECONNREFUSED or why == ECONNRESET:
+        tcp_reset(p, f)
+        return
+    if shortage(p, why):
+        drop(p, DROP_NO_SOCKET)
+        why = EHOSTUNREACH
+    tcp_drop_socket(f)
+    if why != ETIMEDOUT:
+        unreachable_to_guest(p, f, why, NULL, 0)
+    p.counters.flows_reset += 1
+    flow_close(p, f)
+
+
 cdef void tcp_open_anew(Plane *p, Flow *f) noexcept nogil:
     cdef uint8_t host[16]
     f.flags &= ~FF_HELD
@@ -247,13 +285,15 @@ cdef void connect_out(Plane *p, Flow *f, const uint8_t *host) noexcept nogil:
     f.local_port = 0    # whatever it was where the flow comes from: asked when it is wanted
     f.sock = stream_socket(p, not is_v4(host))
     if f.sock < 0 or (not is_loopback(host) and bind_outbound(p, f.sock, is_v4(host), 0) != 0):
-        drop(p, DROP_NO_SOCKET)
-        tcp_reset(p, f)
+        rc = errno
+        if not shortage(p, rc):
+            drop(p, DROP_NO_SOCKET)
+        tcp_give_up(p, f, rc)
         return
     n = put_sockaddr(p, <sockaddr *>&addr, host, f.remote_port)
     rc = connect(f.sock, <sockaddr *>&addr, n)
     if rc != 0 and errno != EINPROGRESS:
-        tcp_reset(p, f)
+        tcp_give_up(p, f, errno)
         return
     # Also when connected at once: the first event says "writable" all the same.
     f.flags |= FF_CONNECTING
@@ -282,7 +322,7 @@ cdef void tcp_connected(Plane *p, Flow *f) noexcept nogil:
     cdef socklen_t n = sizeof(error)
     age_out(p, f)
     if getsockopt(f.sock, SOL_SOCKET, SO_ERROR, &error, &n) != 0 or error:
-        tcp_reset(p, f)
+        tcp_give_up(p, f, error)
         return
     f.flags &= ~FF_CONNECTING
     tcp_send_syn(p, f)
@@ -316,6 +356,29 @@ cdef bint refuse_one(Plane *p, Listener *listener) noexcept nogil:
     return s >= 0
 
 
+cdef void watch_listener(Plane *p, int i, bint on) noexcept nogil:
+    cdef epoll_event ev
+    ev.events = EPOLLIN if on else 0
+    ev.data.u64 = watch_data(WATCH_LISTENER, 0, i)
+    epoll_ctl(p.epfd, EPOLL_CTL_MOD, p.listeners[i].fd, &ev)
+    p.listeners[i].resting = not on
+
+
+cdef void rest(Plane *p, Listener *listener) noexcept nogil:
+    """Let those wait who have come: there is nothing to accept them with, and the event would not end."""
+    watch_listener(p, <int>(listener - p.listeners), False)
+    if not p.accept_again:
+        p.accept_again = p.now + ACCEPT_AGAIN
+
+
+cdef void tcp_accept_again(Plane *p) noexcept nogil:
+    cdef int i
+    p.accept_again = 0
+    for i in range(p.listener_count):
+        if p.listeners[i].resting and p.listeners[i].fd >= 0:
+            watch_listener(p, i, True)
+
+
 cdef bint tcp_accept(Plane *p, Listener *listener) noexcept nogil:
     cdef sockaddr_storage addr
     cdef socklen_t n
@@ -323,7 +386,7 @@ cdef bint tcp_accept(Plane *p, Listener *listener) noexcept nogil:
     cdef uint8_t name[16]
     cdef const uint8_t *guest
     cdef uint16_t port
-    cdef int s, i, one = 1
+    cdef int s, i, why, one = 1
     cdef Flow *f
     if p.spare < 0:
         p.spare = eventfd(0, EFD_CLOEXEC)
@@ -331,8 +394,12 @@ cdef bint tcp_accept(Plane *p, Listener *listener) noexcept nogil:
         n = sizeof(addr)
         s = accept4(listener.fd, <sockaddr *>&addr, &n, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if s < 0:
-            if (errno == EMFILE or errno == ENFILE) and refuse_one(p, listener):
+            why = errno
+            if (why == EMFILE or why == ENFILE) and refuse_one(p, listener):
+                shortage(p, why)
                 continue
+            if shortage(p, why):
+                rest(p, listener)
             return False
         get_sockaddr(<sockaddr *>&addr, remote, &port)
         guest = guest_side(p, remote)

@@ -81,6 +81,7 @@ from godwit.dataplane.plane cimport (
     drop,
     drop_all,
 )
+from godwit.dataplane.shortage cimport shortage
 from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
@@ -96,6 +97,7 @@ from godwit.dataplane.sys cimport (
     ENETUNREACH,
     ENFILE,
     ENOBUFS,
+    ENOMEM,
     IPPROTO_IP,
     IPPROTO_IPV6,
     IPPROTO_UDP,
@@ -255,6 +257,7 @@ cdef Flow *open_port(Plane *p, Packet *k, uint16_t guest_port, bint v4, int port
         udp_prepare(f.sock, not v4, v4, False)
     if (f.sock < 0 or (port_class != PORT_LOOPBACK and bind_outbound(p, f.sock, v4, 0) != 0)
             or flow_watch(p, f) != 0):
+        shortage(p, errno)
         drop(p, DROP_NO_SOCKET)
         flow_close(p, f)
         return NULL
@@ -645,9 +648,11 @@ cdef void refused(Plane *p, Flow *port, int i, int why) noexcept nogil:
         drop_all(p, DROP_SEND, o.segments[i] - sent)
         return
     drop_all(p, DROP_SEND, o.segments[i])
+    if why == ENOMEM:
+        shortage(p, why)    # unlike ENOBUFS, which a queue that is full for a moment gives too
     if why == EMSGSIZE:
         errors_from_sock(p, port, &p.flows[o.flows[i]])     # they say what would fit
-    elif why != EAGAIN and why != ENOBUFS:
+    elif why != EAGAIN and why != ENOBUFS and why != ENOMEM:
         unreachable_to_guest(p, &p.flows[o.flows[i]], why, o.msgs[i].msg_hdr.msg_iov,
                              <int>o.msgs[i].msg_hdr.msg_iovlen)
 
