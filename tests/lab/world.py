@@ -62,13 +62,14 @@ class World:
     """The network, and a back-end on host ``a`` with a guest that has the host's addresses.
 
     ``arguments`` are the back-end's. ``families``: of IP versions the host has
-    these alone. ``prepare`` is called before the back-end starts.
+    these alone. ``wrapper``: see :class:`Backend`. ``prepare`` is called before the back-end starts.
     """
 
     def __init__(
         self,
         *arguments: str,
         families: Sequence[int] = (4, 6),
+        wrapper: Sequence[str] = (),
         map_gw: bool = False,
         prepare: Callable[[World], None] | None = None,
     ) -> None:
@@ -96,14 +97,14 @@ class World:
             self._embedded: EmbeddedGuest | None = None
             self._backend: Backend | None = None
             if KIND != "none":
-                self._add_guest(arguments, map_gw)
+                self._add_guest(arguments, map_gw, wrapper)
         except BaseException:
             self.cleanup.close()
             raise
 
-    def _add_guest(self, arguments: Sequence[str], map_gw: bool) -> None:
+    def _add_guest(self, arguments: Sequence[str], map_gw: bool, wrapper: Sequence[str]) -> None:
         self._backend = self.cleanup.enter_context(
-            Backend(self.host, self.folder, KIND, helper=None, arguments=arguments, map_gw=map_gw)
+            Backend(self.host, self.folder, KIND, helper=None, arguments=arguments, wrapper=wrapper, map_gw=map_gw)
         )
         self._embedded = self.cleanup.enter_context(EmbeddedGuest())
         self._embedded.connect(self._backend.socket)

@@ -48,12 +48,13 @@ from godwit.dataplane.plane cimport (
     FF_V6,
     FLOW_TCP,
     HALF_OPEN,
+    SHORT_PLACES,
     Flow,
     Listener,
     Plane,
     drop,
 )
-from godwit.dataplane.shortage cimport shortage
+from godwit.dataplane.shortage cimport shortage, shortage_of
 from godwit.dataplane.sys cimport (
     AF_INET,
     AF_INET6,
@@ -232,6 +233,7 @@ cdef void tcp_open_from_guest(Plane *p, Packet *k, const uint8_t *t, uint32_t si
     if f == NULL:
         # At once, since it may last: whoever asks shall hear that, and not wait for two minutes.
         drop(p, DROP_TABLE_FULL)
+        shortage_of(p, SHORT_PLACES)
         send_reset_for(p, k, t)
         return
     f.flags = FF_FROM_GUEST | (FF_V6 if k.v6 else 0)
@@ -379,6 +381,11 @@ cdef void tcp_accept_again(Plane *p) noexcept nogil:
             watch_listener(p, i, True)
 
 
+cdef uint32_t callers_share(Plane *p) noexcept nogil:
+    """How many sockets there may be while connections from outside are taken: the guest shall always find some for its own."""
+    return p.flow_limit - (p.flow_limit >> 4)
+
+
 cdef bint tcp_accept(Plane *p, Listener *listener) noexcept nogil:
     cdef sockaddr_storage addr
     cdef socklen_t n
@@ -408,10 +415,11 @@ cdef bint tcp_accept(Plane *p, Listener *listener) noexcept nogil:
         f = NULL
         if (not is_unspecified(guest) and is_v4(guest) == is_v4(remote) and to_guest_name(p, remote, port, name)
                 and flow_find(p, FLOW_TCP, guest, listener.guest_port, name, port) == NULL):
-            if p.open_flows < p.most_flows:
+            if p.open_flows < p.most_flows and p.open_sockets < callers_share(p):
                 f = flow_new(p, FLOW_TCP, guest, listener.guest_port, name, port)
             if f == NULL:
                 drop(p, DROP_TABLE_FULL)
+                shortage_of(p, SHORT_PLACES)
         else:
             drop(p, DROP_UNREACHABLE)
         if f == NULL:
