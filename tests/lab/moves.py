@@ -48,11 +48,11 @@ def works_on(scenario: Scenario, load: Load) -> None:
 
 @contextlib.contextmanager
 def connection(
-    scenario: Scenario, *, guest_room: int = 0, server_room: int = 0
+    scenario: Scenario, *, guest_room: int = 0, server_room: int = 0, port: int = OWN_PORT
 ) -> Iterator[tuple[socket.socket, socket.socket]]:
     """A connection of the guest's own, and the server's end of it; ``_room``: the size of a receive buffer."""
     assert isinstance(scenario.guest, EmbeddedGuest)
-    where = (scenario.server_address, OWN_PORT)
+    where = (scenario.server_address, port)
     with contextlib.ExitStack() as stack:
         with scenario.network.server.enter():
             listening = stack.enter_context(socket.socket())

@@ -117,17 +117,20 @@ class Watch(threading.Thread):
 
 
 def arp(space: Namespace) -> float:
-    """How long the control thread takes to say who has the gateway's address."""
+    """How long it takes to learn from the control thread who has the gateway's address, asked every second."""
     with space.enter(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0806)) as sock:
         sock.bind(("eth0", 0x0806))
         own = sock.getsockname()[4]
         ask = b"\xff" * 6 + own + b"\x08\x06\0\1\x08\0\6\4\0\1" + own + socket.inet_aton("192.0.2.10")
-        sock.settimeout(10.0)
+        sock.settimeout(1.0)
         began = time.monotonic()
-        sock.send((ask + bytes(6) + socket.inet_aton(GATEWAY4)).ljust(60, b"\0"))
-        while sock.recv(100)[20:22] != b"\0\2":
-            pass
-        return time.monotonic() - began
+        for _ in range(10):
+            sock.send((ask + bytes(6) + socket.inet_aton(GATEWAY4)).ljust(60, b"\0"))
+            with contextlib.suppress(TimeoutError):
+                while sock.recv(100)[20:22] != b"\0\2":
+                    pass
+                return time.monotonic() - began
+    raise AssertionError("nobody says who has the gateway's address")
 
 
 def rush(world: World, count: int, *, hold: float = 0.0, flood: bool = False) -> Rushed:

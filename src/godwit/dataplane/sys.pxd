@@ -138,6 +138,9 @@ cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
     cdef struct sockaddr:
         unsigned short sa_family
+    cdef struct linger:
+        int l_onoff
+        int l_linger
     cdef struct sockaddr_storage:
         unsigned short ss_family
     cdef struct msghdr:
@@ -195,6 +198,7 @@ cdef extern from "<sys/socket.h>" nogil:
         SO_RCVBUF
         SO_SNDBUF
         SO_TYPE
+        SO_LINGER
         SHUT_WR
         MSG_DONTWAIT
         MSG_ERRQUEUE
@@ -352,6 +356,13 @@ cdef inline bint before(uint32_t a, uint32_t b) noexcept nogil:
     """Whether sequence number a comes before b (RFC 9293, 3.4: modulo 2^32)."""
     return <int>(a - b) < 0
 
+
+cdef inline int reset_on_close(int fd, bint on) noexcept nogil:
+    """Have the end of a TCP socket's last descriptor be a reset (socket(7), SO_LINGER), however that end comes."""
+    cdef linger how
+    how.l_onoff = on
+    how.l_linger = 0
+    return setsockopt(fd, SOL_SOCKET, SO_LINGER, &how, sizeof(how))
 
 cdef inline int set_option(int fd, int level, int option, int value) noexcept nogil:
     """setsockopt with a whole number; 0, or -1 and errno."""

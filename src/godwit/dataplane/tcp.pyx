@@ -104,6 +104,7 @@ from godwit.dataplane.sys cimport (
     getsockopt,
     ioctl,
     msghdr,
+    reset_on_close,
     send,
     sendmsg,
     setsockopt,
@@ -209,6 +210,12 @@ cdef void close_if_done(Plane *p, Flow *f) noexcept nogil:
     flow_close(p, f)
 
 
+cdef int end_to_sock(Flow *f) noexcept nogil:
+    """The socket has all that the guest had to say; 0, or -1 and errno. From here on its end is the guest's own word."""
+    reset_on_close(f.sock, False)
+    return shutdown(f.sock, SHUT_WR)
+
+
 # ---- segments from the guest
 
 cdef void take_ack(Plane *p, Flow *f, uint32_t ack, uint32_t window, bint bare) noexcept nogil:
@@ -295,7 +302,7 @@ cdef void take_data(Plane *p, Flow *f, Packet *k, uint32_t seq, bint fin) noexce
             return
         f.seq_from_guest += 1
         f.events |= EV_FIN_FROM_GUEST | EV_FIN_TO_SOCK
-        if f.carry_to_sock == NULL and shutdown(f.sock, SHUT_WR) != 0:
+        if f.carry_to_sock == NULL and end_to_sock(f) != 0:
             tcp_reset(p, f)
 
 
@@ -473,7 +480,7 @@ cdef bint send_carried(Plane *p, Flow *f) noexcept nogil:
             return False
         f.carry_to_sock = carry_take(f.carry_to_sock, <uint32_t>n)
     # The guest's FIN had to wait for it.
-    if f.events & EV_FIN_TO_SOCK and shutdown(f.sock, SHUT_WR) != 0:
+    if f.events & EV_FIN_TO_SOCK and end_to_sock(f) != 0:
         tcp_reset(p, f)
         return False
     return True
@@ -608,6 +615,7 @@ cdef void resume_handshake(Plane *p, Flow *f) noexcept nogil:
         return
     if f.flags & FF_PEER_FIN:
         f.flags |= FF_EOF
+    reset_on_close(f.sock, True)
     if not f.flags & FF_HURRY:
         tcp_hurry(f, True)
     if p.peek_offset:
@@ -629,6 +637,8 @@ cdef void tcp_resume(Plane *p, Flow *f) noexcept nogil:
         offset = 0
     if f.flags & FF_PEER_FIN:
         f.flags |= FF_EOF
+    if not f.events & EV_FIN_TO_SOCK or f.carry_to_sock != NULL:
+        reset_on_close(f.sock, True)    # as begin() in tcp_open.pyx has it
     if not f.flags & FF_HURRY:
         tcp_hurry(f, True)
     if p.peek_offset:

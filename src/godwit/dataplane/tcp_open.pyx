@@ -88,6 +88,7 @@ from godwit.dataplane.sys cimport (
     errno,
     eventfd,
     getsockopt,
+    reset_on_close,
     setsockopt,
     sockaddr,
     sockaddr_storage,
@@ -185,9 +186,13 @@ cdef void begin(Plane *p, Flow *f) noexcept nogil:
 
     Urgent data is ordinary data (RFC 6093, 5). Out of line, the byte would be
     missing in what is read, and every offset of what is peeked after it wrong.
+
+    Until the guest has ended its stream nobody else may: should this process be
+    killed, the kernel's FIN would tell the peer that what it has is all.
     """
     cdef int zero = 0, one = 1, rc
     setsockopt(f.sock, SOL_SOCKET, SO_OOBINLINE, &one, sizeof(one))
+    reset_on_close(f.sock, True)
     if p.peek_offset:
         setsockopt(f.sock, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero))
     setsockopt(f.sock, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one))
