@@ -225,7 +225,10 @@ def test_killed(place: Scenario) -> None:
     """
     assert isinstance(place.guest, EmbeddedGuest)
     data = random.randbytes(50_000)
-    with connection(place) as (ours, peer), connection(place, server_room=20_000, port=OWN_PORT + 1) as (whole, receiver):
+    with (
+        connection(place) as (ours, peer),
+        connection(place, server_room=20_000, port=OWN_PORT + 1) as (whole, receiver),
+    ):
         ours.sendall(b"to be continued")
         assert peer.recv(100) == b"to be continued"
         whole.sendall(data)
