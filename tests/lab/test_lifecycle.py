@@ -233,8 +233,8 @@ def test_killed(place: Scenario) -> None:
         assert peer.recv(100) == b"to be continued"
         whole.sendall(data)
         whole.shutdown(socket.SHUT_WR)
-        # The host's socket has all of it.
-        wait_until(lambda: "FIN-WAIT-2" in place.guest.run("ss", "-Htn").stdout, "the guest's end to be heard")
+        space = place.guest.space
+        wait_until(lambda: "FIN-WAIT-2" in space.run("ss", "-Htn").stdout, "the host's socket to have all of it")
         place.backends["a"].kill()
         with pytest.raises(ConnectionResetError):
             peer.recv(1)
