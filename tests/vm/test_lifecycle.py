@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
 
 from godwit.lab.errors import LabError
+from godwit.lab.netns import wait_until
 from godwit.lab.qemu import QemuGuest
 
 from .conftest import Traffic, World
@@ -86,4 +88,13 @@ def test_either_stands_still_for_a_while(world: World) -> None:
         time.sleep(4.0)
         go_on()
         traffic.flowing()
+    # And the guest asleep (S3): its driver stops the rings and sets them up anew.
+    asleep = threading.Thread(target=guest.agent.run, args=("echo mem > /sys/power/state",))
+    asleep.start()
+    wait_until(lambda: guest.qemu.status() == "suspended", "the guest to fall asleep", 20.0)
+    time.sleep(2.0)
+    guest.qemu.qmp.command("system_wakeup")
+    asleep.join(30.0)
+    assert not asleep.is_alive()
+    traffic.flowing()
     traffic.finish()

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Clocks that jump: the system's by days, and two hosts whose time since boot has nothing in common."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+import godwit
+from godwit.lab.backend import Backend
+from godwit.lab.scenario import Scenario
+
+from .moves import IDLE, RATE, works_on
+from .test_rush import arp
+from .world import SERVER, World, connect, tcp
+
+DAY = 86400
+FOREVER = 300_000_000  # seconds, almost ten years
+
+# CLOCK_REALTIME of a process as the file that $CLOCK_SHIFT names says: so many seconds ahead.
+_SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <sys/time.h>
+
+static volatile int64_t *shift;
+
+__attribute__((constructor)) static void begin(void)
+{
+    int fd = open(getenv("CLOCK_SHIFT"), O_RDONLY);
+    void *at = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
+    if (fd < 0 || at == MAP_FAILED)
+        abort();
+    shift = at;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now)
+{
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real)
+        real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+    int rc = real(clock, now);
+    if (rc == 0 && clock == CLOCK_REALTIME && shift)
+        now->tv_sec += *shift;
+    return rc;
+}
+
+time_t time(time_t *out)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (out)
+        *out = now.tv_sec;
+    return now.tv_sec;
+}
+
+int gettimeofday(struct timeval *restrict out, void *restrict zone)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    out->tv_sec = now.tv_sec;
+    out->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}
+"""
+
+
+def test_the_systems_clock_jumps(tmp_path: Path) -> None:
+    """A day forth, two back: only the stamps of a capture know of it."""
+    (tmp_path / "shim.c").write_text(_SHIM)
+    shim, shift, capture = tmp_path / "shim.so", tmp_path / "shift", tmp_path / "pcap"
+    plain = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "PYTHONMALLOC")}
+    subprocess.run(["cc", "-O1", "-fPIC", "-shared", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True, env=plain)
+    shift.write_bytes(bytes(4096))
+    preload = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), str(shim)]))
+    wrapper = ["env", f"LD_PRELOAD={preload}", f"CLOCK_SHIFT={shift}"]
+    with (
+        World("--pcap", str(capture), wrapper=wrapper) as world,
+        tcp(world.server, 4, SERVER[4], 5001) as listening,
+        connect(world.guest, SERVER[4], 5001) as ours,
+        listening.accept()[0] as peer,
+    ):
+        for days in (1, -1):
+            with open(shift, "r+b") as file:
+                file.write(struct.pack("q", days * DAY))
+            for one, other in ((ours, peer), (peer, ours)):
+                one.sendall(b"what time is it?")
+                assert other.recv(100) == b"what time is it?"
+            with connect(world.guest, SERVER[4], 5001), listening.accept()[0]:
+                assert arp(world.guest) < 1.5
+            seen = stamps(capture, world)
+            assert abs(seen[-1] - seen[0] - days * DAY) < 100, (days, seen[0], seen[-1])
+        assert "Traceback" not in world.messages()
+
+
+def stamps(capture: Path, world: World) -> list[int]:
+    """When each frame of a capture was seen, in seconds."""
+    arp(world.guest)
+    data = capture.read_bytes()
+    found, at = [], 24
+    while at + 16 <= len(data):
+        seconds, _, size, _ = struct.unpack_from("<IIII", data, at)
+        found.append(seconds)
+        at += 16 + size
+    return found
+
+
+def test_who_asks_for_the_time_of_day() -> None:
+    """Stamps of a capture, and of the log's lines (which are Python's own affair); nobody else of what runs."""
+    root = Path(godwit.__file__).parent
+    asked = re.compile(r"CLOCK_REALTIME|CLOCK_BOOTTIME|\btime\.time\b|\bdatetime\b|gettimeofday|getmtime")
+    found = {
+        str(path.relative_to(root))
+        for path in sorted(root.rglob("*.py*"))
+        if path.suffix in (".py", ".pyx") and "lab" not in path.parts and asked.search(path.read_text())
+    }
+    assert found == {"dataplane/pcap.pyx"}
+
+
+def test_hosts_whose_clocks_have_nothing_in_common() -> None:
+    """One has been up for ten years, the other not for long: there and back."""
+    with Scenario() as scenario:
+        old = scenario.backends["b"]
+        old.close()
+        with Backend(
+            scenario.network.b,
+            os.path.dirname(old.socket),
+            arguments=["--runas", "0"] if os.getuid() else [],
+            wrapper=["unshare", "--time", "--monotonic", str(FOREVER), "--boottime", str(FOREVER), "--"],
+        ) as scenario.backends["b"]:
+            pid = scenario.backends["b"].pid
+            assert os.readlink(f"/proc/{pid}/ns/time") != os.readlink("/proc/self/ns/time")
+            load = scenario.start_load(idle=IDLE, rate=RATE)
+            for _ in range(2):
+                scenario.move()
+            works_on(scenario, load)
