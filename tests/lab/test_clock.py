@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import struct
-import subprocess
 from pathlib import Path
 
 import godwit
@@ -14,83 +13,25 @@ from godwit.lab.backend import Backend
 from godwit.lab.scenario import Scenario
 
 from .moves import IDLE, RATE, works_on
+from .shim import CLOCK, Shim
 from .test_rush import arp
 from .world import SERVER, World, connect, tcp
 
 DAY = 86400
 FOREVER = 300_000_000  # seconds, almost ten years
 
-# CLOCK_REALTIME of a process as the file that $CLOCK_SHIFT names says: so many seconds ahead.
-_SHIM = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <time.h>
-#include <sys/time.h>
-
-static volatile int64_t *shift;
-
-__attribute__((constructor)) static void begin(void)
-{
-    int fd = open(getenv("CLOCK_SHIFT"), O_RDONLY);
-    void *at = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
-    if (fd < 0 || at == MAP_FAILED)
-        abort();
-    shift = at;
-}
-
-int clock_gettime(clockid_t clock, struct timespec *now)
-{
-    static int (*real)(clockid_t, struct timespec *);
-    if (!real)
-        real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
-    int rc = real(clock, now);
-    if (rc == 0 && clock == CLOCK_REALTIME && shift)
-        now->tv_sec += *shift;
-    return rc;
-}
-
-time_t time(time_t *out)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    if (out)
-        *out = now.tv_sec;
-    return now.tv_sec;
-}
-
-int gettimeofday(struct timeval *restrict out, void *restrict zone)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    out->tv_sec = now.tv_sec;
-    out->tv_usec = now.tv_nsec / 1000;
-    return 0;
-}
-"""
-
 
 def test_the_systems_clock_jumps(tmp_path: Path) -> None:
     """A day forth, two back: only the stamps of a capture know of it."""
-    (tmp_path / "shim.c").write_text(_SHIM)
-    shim, shift, capture = tmp_path / "shim.so", tmp_path / "shift", tmp_path / "pcap"
-    plain = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "PYTHONMALLOC")}
-    subprocess.run(["cc", "-O1", "-fPIC", "-shared", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True, env=plain)
-    shift.write_bytes(bytes(4096))
-    preload = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), str(shim)]))
-    wrapper = ["env", f"LD_PRELOAD={preload}", f"CLOCK_SHIFT={shift}"]
+    shim, capture = Shim(tmp_path, CLOCK), tmp_path / "pcap"
     with (
-        World("--pcap", str(capture), wrapper=wrapper) as world,
+        World("--pcap", str(capture), wrapper=shim.wrapper) as world,
         tcp(world.server, 4, SERVER[4], 5001) as listening,
         connect(world.guest, SERVER[4], 5001) as ours,
         listening.accept()[0] as peer,
     ):
         for days in (1, -1):
-            with open(shift, "r+b") as file:
-                file.write(struct.pack("q", days * DAY))
+            shim.put(0, days * DAY)
             for one, other in ((ours, peer), (peer, ours)):
                 one.sendall(b"what time is it?")
                 assert other.recv(100) == b"what time is it?"

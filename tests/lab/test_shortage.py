@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import socket
+import struct
+import termios
 from collections.abc import Iterator
 
 import pytest
 
 from godwit.lab.netns import wait_until
 
+from .shim import CALLS, COUNT, FAULTS, Shim
 from .watching import cpu_share, dropped, limited
-from .world import FAR, NOWHERE, SERVER, World, connect, tcp
+from .world import FAR, NOWHERE, SERVER, World, connect, silent, tcp, udp
 
 PORT = 7000
 _SILENCE = """
@@ -130,3 +134,108 @@ def test_what_the_host_is_told_the_guest_is_told(world: World, family: int) -> N
         assert outcome(world, addr, 5004) == "silence"
     finally:
         world.host.run("nft", "delete", "table", "inet", "silence")
+
+
+# ---- what the kernel refuses, whatever the reason
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Shim]]:
+    """A guest behind a back-end of whose system calls some can be told to fail."""
+    shim = Shim(tmp_path_factory.mktemp("shim"), FAULTS)
+    with World("-t", str(PORT), "-u", str(PORT), "--stats", str(STATS), wrapper=shim.wrapper) as made:
+        yield made, shim
+
+
+@contextlib.contextmanager
+def failing(shim: Shim, call: str, number: int) -> Iterator[None]:
+    """A call fails, and has failed at least once when this ends; it does not do so without pause."""
+    index = CALLS.index(call)
+    shim.put(COUNT + index, 0)
+    with shim.holding(index, number):
+        yield
+        assert 0 < shim.get(COUNT + index) < 200
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOBUFS, errno.ENFILE])
+@pytest.mark.parametrize("call", ["socket", "connect", "epoll_ctl"])
+def test_no_memory_for_the_guests_connections(faulty: tuple[World, Shim], call: str, number: int) -> None:
+    world, shim = faulty
+    with from_inside(world) as (ours, peer), tcp(world.server, 4, SERVER[4], 5002):
+        with failing(shim, call, number):
+            assert outcome(world, SERVER[4], 5002) == "EHOSTUNREACH"
+            echoed(ours, peer)
+        assert outcome(world, SERVER[4], 5002) == "opened"
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOBUFS, errno.ENFILE])
+def test_no_memory_for_connections_from_outside(faulty: tuple[World, Shim], number: int) -> None:
+    """They wait, and nothing spins; with the shortage the wait ends."""
+    world, shim = faulty
+    with tcp(world.guest, 4, "", PORT) as service:
+        with failing(shim, "accept4", number):
+            client = connect(world.server, world.net.a.addr4, PORT)
+            service.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                service.accept()
+        service.settimeout(2.0)
+        with client, service.accept()[0] as server:
+            echoed(client, server)
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOBUFS])
+@pytest.mark.parametrize("call", ["sendmsg", "recvmsg"])
+def test_no_memory_for_what_a_connection_carries(faulty: tuple[World, Shim], call: str, number: int) -> None:
+    """Nothing is lost: it is sent again, by the guest or to it."""
+    world, shim = faulty
+    with from_inside(world) as (ours, peer):
+        who, other = (ours, peer) if call == "sendmsg" else (peer, ours)
+        with failing(shim, call, number):
+            who.sendall(b"is anybody there?")
+            other.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                other.recv(100)
+        other.settimeout(5.0)
+        assert other.recv(100) == b"is anybody there?"
+        echoed(ours, peer)
+
+
+def test_no_memory_for_what_a_socket_had_no_room_for(faulty: tuple[World, Shim]) -> None:
+    """It was acknowledged to the guest, and is sent when it can be."""
+    world, shim = faulty
+    with from_inside(world) as (ours, peer):
+        with failing(shim, "sendmsg", errno.EAGAIN):
+            ours.sendall(b"is anybody there?")
+            wait_until(lambda: not unacknowledged(ours), "the guest's bytes to be acknowledged")
+        with failing(shim, "send", errno.ENOMEM):
+            peer.sendall(b"an event")
+            assert ours.recv(100) == b"an event"
+        peer.settimeout(5.0)
+        assert peer.recv(100) == b"is anybody there?"
+        echoed(ours, peer)
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """How many bytes of what was sent the other side has not acknowledged (tcp(7), SIOCOUTQ)."""
+    (count,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
+    return int(count)
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN])
+def test_no_memory_for_datagrams(faulty: tuple[World, Shim], number: int) -> None:
+    """They are dropped in silence, as by any queue that is full; what follows goes."""
+    world, shim = faulty
+    with udp(world.server, 4, SERVER[4], 5002) as there, udp(world.guest, 4) as here:
+        here.connect((SERVER[4], 5002))
+        with failing(shim, "sendmmsg", number):
+            here.send(b"lost")
+            assert silent(here)
+        here.send(b"not lost")
+        assert there.recv(100) == b"not lost"
+
+
+def test_a_shortage_is_logged_once(faulty: tuple[World, Shim]) -> None:
+    """All that these tests have done, together."""
+    world, _ = faulty
+    for what in ("no descriptors left", "no memory for sockets"):
+        assert len([line for line in world.messages().splitlines() if what in line]) == 1

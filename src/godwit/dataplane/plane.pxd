@@ -104,6 +104,7 @@ cdef enum FlowFlag:
     FF_NO_GSO = 0x800000    # UDP port: the kernel refused to cut up a large datagram
     FF_ANSWERED = 0x1000000 # UDP: the guest has sent to this peer
     FF_SHARED = 0x2000000   # UDP: another flow is, or was, of the same port and the same peer
+    FF_TRY_AGAIN = 0x8000000    # the kernel was short of memory for carry_to_sock: the timer sees to it
     FF_PROBE_DUE = 0x4000000    # a probe waits for a receive buffer; another process sends it when it is due again
     FF_HEARD = 0x8000000    # UDP, ping: the peer has sent
     FF_AGED = 0x10000000    # in a list by age

@@ -69,6 +69,7 @@ from godwit.dataplane.plane cimport (
     FF_RESET_DUE,
     FF_RING_WAIT,
     FF_SYN_DUE,
+    FF_TRY_AGAIN,
     FF_URGENT,
     FF_V6,
     FF_WINDOW_LOW,
@@ -78,6 +79,7 @@ from godwit.dataplane.plane cimport (
     Plane,
     drop,
 )
+from godwit.dataplane.shortage cimport shortage
 from godwit.dataplane.sockstate cimport sock_hurry
 from godwit.dataplane.sys cimport (
     EAGAIN,
@@ -149,6 +151,7 @@ cdef enum:
     RETRIES_PAUSED = 6          # by then the wait is the longest
     KEEPALIVE_IDLE = 7200000    # ms; RFC 9293, 3.8.4: no less than two hours
     DUP_ACK_LIMIT = 3           # RFC 5681, 3.2
+    TRY_AGAIN = 1000            # ms; after a shortage of memory
     WINDOW_LEFT = 16384         # bytes, with which a guest can go on after a move
 
 
@@ -321,7 +324,11 @@ cdef void tcp_send_pending(Plane *p) noexcept nogil:
         n = sendmsg(f.sock, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
         if n >= 0 or errno != EINTR:
             break
-    if n < 0 and (errno == EAGAIN or hold_in_repair(p, f, errno)):
+    if n < 0 and shortage(p, errno):
+        # Nothing was taken, and nothing is acknowledged: the guest sends it again.
+        drop(p, DROP_SEND)
+        n = p.send.bytes = 0
+    elif n < 0 and (errno == EAGAIN or hold_in_repair(p, f, errno)):
         n = 0
     if n >= 0 and <uint32_t>n < p.send.bytes:
         # The socket has less room than the window that the guest was given
@@ -461,6 +468,8 @@ cdef void tcp_settle(Plane *p, Flow *f) noexcept nogil:
         if not send_window(p, f, f.seq_to_guest, TCP_ACK):
             flow_wait_ring(p, f)
             return
+    if f.flags & FF_TRY_AGAIN and (not f.deadline or f.deadline > p.now + TRY_AGAIN):
+        flow_deadline(p, f, p.now + TRY_AGAIN)
     close_if_done(p, f)
 
 
@@ -475,10 +484,15 @@ cdef bint send_carried(Plane *p, Flow *f) noexcept nogil:
         if n < 0:
             if errno == EINTR:
                 continue
-            if errno != EAGAIN and not hold_in_repair(p, f, errno):
+            if shortage(p, errno):
+                f.flags |= FF_TRY_AGAIN     # no event tells when there is memory again
+                flow_touch(p, f)
+            elif errno != EAGAIN and not hold_in_repair(p, f, errno):
                 tcp_reset(p, f)
             return False
         f.carry_to_sock = carry_take(f.carry_to_sock, <uint32_t>n)
+    f.flags |= FF_WINDOW_LOW
+    f.flags &= ~FF_TRY_AGAIN
     # The guest's FIN had to wait for it.
     if f.events & EV_FIN_TO_SOCK and end_to_sock(f) != 0:
         tcp_reset(p, f)
@@ -526,7 +540,6 @@ cdef void tcp_from_sock(Plane *p, Flow *f, uint32_t events) noexcept nogil:
         if f.carry_to_sock != NULL:
             if not send_carried(p, f):
                 return
-            f.flags |= FF_WINDOW_LOW
         if f.flags & FF_WINDOW_LOW:
             f.flags &= ~FF_WINDOW_LOW
             f.flags |= FF_ACK_DUE
@@ -544,6 +557,13 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
     cdef bint idle
     if f.flags & (FF_RESET_DUE | FF_HELD) or f.sock < 0:
         return
+    if f.flags & FF_TRY_AGAIN:
+        if send_carried(p, f):
+            f.flags |= FF_ACK_DUE
+            f.granted = 0
+        if f.kind != FLOW_TCP or f.sock < 0:
+            return
+        flow_touch(p, f)
     if not f.events & EV_ESTABLISHED:
         if f.flags & FF_CONNECTING:
             tcp_give_up(p, f, ETIMEDOUT)

@@ -31,6 +31,7 @@ from godwit.dataplane.plane cimport (
     Plane,
     drop,
 )
+from godwit.dataplane.shortage cimport shortage
 from godwit.dataplane.sys cimport (
     EAGAIN,
     EINTR,
@@ -321,6 +322,10 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
             if n < 0:
                 if errno == EAGAIN or errno == EINTR:
                     f.flags &= ~FF_MORE
+                    return 0
+                if shortage(p, errno):
+                    f.flags |= FF_MORE
+                    arm_retransmit(p, f)
                     return 0
                 return 0 if hold_in_repair(p, f, errno) else -errno
         if n == 0:
