@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import logging
 import os
@@ -314,6 +315,38 @@ def test_trouble_is_said_once(host: Host, caplog: pytest.LogCaptureFixture) -> N
         "the host's network cannot be read: [Errno 1] no",
         "there is no interface 'eth0' (--interface); there are: eth1; the guest keeps what it has",
     ]
+
+
+def test_what_could_not_be_read_is_read_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shortage makes no event when it ends."""
+    monkeypatch.setattr(hostwatch, "AGAIN", 0.1)
+
+    async def work() -> None:
+        host.network = OSError(errno.EMFILE, "out of descriptors")
+        reads = host.reads
+        host.events.happen()
+        await until(functools.partial(host.has_read_since, reads + 1))
+        host.network = network(8)
+        await until(lambda: bool(host.followed))
+
+    assert [one.addr4 for one in host.run(work)] == [IPv4Address("192.0.2.8")]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_shortage_is_no_host_without_name_servers(host: Host, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def no_descriptor(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    async def work() -> None:
+        host.resolv.write_text("nameserver 192.0.2.54\n")
+        with monkeypatch.context() as patched:
+            patched.setattr("builtins.open", no_descriptor)
+            host.watch.glance()
+        assert host.followed == []
+        host.watch.glance()
+        await until(lambda: bool(host.followed))
+
+    assert [one.dns4 for one in host.run(work)] == [[IPv4Address("192.0.2.54")]]
 
 
 def test_a_host_that_cannot_be_watched(

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SETTLES = 0.2  # seconds; changes come in groups
 AT_MOST_EVERY = 1.0  # seconds, where they come without end
 GLANCES = (1.0, 5.0, 20.0)  # seconds after a change
+AGAIN = 10.0  # seconds after a look that has failed: what was lacking makes no event when it is there again
 
 Stamp = tuple[int, ...]
 
@@ -88,7 +89,11 @@ class HostWatch:
         """Look whether resolv.conf is another file, and take what it says if so. Costs one stat(2)."""
         if self._follow is None or self._stamp_now() in ((), self._stamp):
             return  # unchanged, or gone for a moment
-        self._resolv, self._stamp = self._look_resolv()
+        try:
+            self._resolv, self._stamp = self._look_resolv()
+        except OSError:
+            self._later("glance again", AGAIN, self.glance)
+            return
         self._decide()
 
     # ---- looking
@@ -153,7 +158,8 @@ class HostWatch:
         try:
             self._take(*await asyncio.to_thread(self._look))
             self._decide()
-        except Exception as error:  # the guest has what it had, and the next event may find it better
+        except Exception as error:  # the guest has what it had, and the next look may find it better
+            self._later("again", AGAIN, self._look_again)
             self._warn(f"the host's network cannot be read: {error}")
             log.debug("where that came from:", exc_info=True)
         self._reading = None
@@ -161,6 +167,11 @@ class HostWatch:
         for delay in GLANCES:
             self._later(f"glance {delay}", delay, self.glance)
         self._listen()  # to what has come meanwhile, too
+
+    def _look_again(self) -> None:
+        if self._reading is None and self._loop is not None and self._events is not None:
+            self._loop.remove_reader(self._events)
+            self._reading = asyncio.ensure_future(self._read_again())
 
     # ---- what
 

@@ -7,6 +7,7 @@ so is a line that cannot be understood: the resolver library does the same.
 
 from __future__ import annotations
 
+import errno
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
@@ -27,11 +28,16 @@ class Resolv(NamedTuple):
 
 
 def read_resolv(path: str = PATH) -> Resolv:
-    """The file at ``path``; empty where there is none or it cannot be read."""
+    """The file at ``path``; empty where there is none or it may not be read.
+
+    Raises ``OSError`` where the host is out of what it takes to look: that says nothing of the file.
+    """
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return parse_resolv(file.read())
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
         return Resolv()
 
 
