@@ -15,6 +15,8 @@ STAMP := $(VENV)/installed
 # Each variant that is not installed has a tree of its own, so that one build never spoils another.
 VARIANT = $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)/lib
 
+SOURCES := $(shell find src -name '*.py' -o -name '*.py[ix]' -o -name '*.px[di]')
+
 # setup.py and the compiler see the same compiler.
 export CC PYTHON
 
@@ -64,11 +66,14 @@ test-vm: build prerequisites-lab vm-tools ## the tests with QEMU guests, passt a
 vm-tools: build prerequisites-vm ## QEMU, a guest image, passt and libvirt for test-vm
 	$(PY) -m godwit.lab.setup_vm
 
-fuzz: build $(VENV)/fuzz ## the readers of device states, fuzzed for TIME seconds in all
-	@for target in version2 native inspect; do \
-		echo "=== $$target"; \
-		$(PY) -m tests.fuzz.drive $$target -max_total_time=$$(( ($(TIME) + 2) / 3 )) || exit 1; \
-	done
+# TARGET=NAME... for some of them.
+fuzz: build/libfuzzer/built $(VENV)/fuzz prerequisites-lab ## all that reads what others send, fuzzed for TIME seconds in all
+	$(PY) -m tests.fuzz.campaign --time $(TIME) $(TARGET)
+
+# Two compilers at once: there is nothing else to do meanwhile.
+build/libfuzzer/built: $(SOURCES) setup.py | venv prerequisites-fuzz
+	CC=clang GODWIT_FUZZ=1 $(PY) setup.py -q build --parallel 2 --build-base build/libfuzzer --build-lib build/libfuzzer/lib
+	@touch $@
 
 # Not as an extra of godwit's, which would be built once more.
 $(VENV)/fuzz: pyproject.toml | venv
@@ -76,7 +81,7 @@ $(VENV)/fuzz: pyproject.toml | venv
 		| xargs $(PY) -m pip install -q --disable-pip-version-check
 	@touch $@
 
-fuzz-keep: build ## of what make fuzz has found, keep the least that reaches all of it
+fuzz-keep: build/libfuzzer/built $(VENV)/fuzz ## of what make fuzz has found, keep the least that reaches all of it
 	$(PY) -m tests.fuzz.keep
 
 outcomes: build prerequisites-lab ## what becomes of connections in every migration there is, into docs/outcomes.md

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The build of the Cython modules; everything else is in pyproject.toml.
 
-Three variants, each with C files of its own below ``build/``:
+Four variants, each with C files of its own below ``build/``:
 
 * plain: what is installed.
 * ``GODWIT_DEBUG=1``: no optimisation, debug information that names .pyx lines.
 * ``GODWIT_SANITIZE=1``: AddressSanitizer and UndefinedBehaviorSanitizer.
+* ``GODWIT_FUZZ=1``: the same, and what libFuzzer needs to see which way the code goes. Only clang can (``CC=clang``).
 """
 
 from __future__ import annotations
@@ -27,20 +28,13 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 SOURCE = "src"
 COMMON = ["-fno-strict-aliasing", "-Wall"]
+SANITIZED = ["-fno-sanitize-recover=undefined", "-O1", "-g3", "-fno-omit-frame-pointer", *COMMON]
 VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "plain": (["-O2", *COMMON], []),
     "debug": (["-O0", "-g3", *COMMON], []),
-    "sanitize": (
-        [
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=undefined",
-            "-O1",
-            "-g3",
-            "-fno-omit-frame-pointer",
-            *COMMON,
-        ],
-        ["-fsanitize=address,undefined"],
-    ),
+    "sanitize": (["-fsanitize=address,undefined", *SANITIZED], ["-fsanitize=address,undefined"]),
+    # The sanitizers' library is loaded first, by whoever runs it, with libFuzzer in it.
+    "fuzz": (["-fsanitize=address,undefined,fuzzer-no-link", *SANITIZED, "-Wno-unused-function"], []),
 }
 
 # A nogil function without `noexcept` takes the GIL after each call to look for
@@ -52,15 +46,19 @@ def variant() -> str:
     """The variant that the environment asks for."""
     if os.environ.get("GODWIT_SANITIZE") == "1":
         return "sanitize"
+    if os.environ.get("GODWIT_FUZZ") == "1":
+        return "fuzz"
     if os.environ.get("GODWIT_DEBUG") == "1":
         return "debug"
     return "plain"
 
 
-def extensions(compile_args: list[str], link_args: list[str]) -> list[Any]:
-    """One extension for each .pyx file below src/godwit."""
+def extensions(compile_args: list[str], link_args: list[str], *, lab: bool) -> list[Any]:
+    """One extension for each .pyx file below src/godwit; the laboratory's are not for every build."""
     found = []
     for path in sorted((ROOT / SOURCE / "godwit").rglob("*.pyx")):
+        if path.parent.name == "lab" and not lab:
+            continue
         relative = path.relative_to(ROOT)
         name = ".".join(path.relative_to(ROOT / SOURCE).with_suffix("").parts)
         found.append(
@@ -137,7 +135,7 @@ def main() -> None:
     Cython.Compiler.Options.warning_errors = True
     with no_hints(c_files):
         modules = cythonize(
-            extensions(compile_args, link_args),
+            extensions(compile_args, link_args, lab=chosen != "fuzz"),
             build_dir=str(c_files),
             include_path=[SOURCE],
             compiler_directives={"language_level": 3, "cdivision": True},

@@ -25,7 +25,7 @@ from godwit.dataplane.flow cimport (
     flows_init,
     watch_data,
 )
-from godwit.dataplane.loop cimport clock_ms, loop_run, loop_wake
+from godwit.dataplane.loop cimport clock_ms, loop_run, loop_step, loop_wake
 from godwit.dataplane.memory cimport memory_add, memory_clear, memory_clear_log, memory_remove, memory_set_log
 from godwit.dataplane.pcap cimport pcap_close, pcap_flush, pcap_open
 from godwit.dataplane.plane cimport (
@@ -263,6 +263,18 @@ cdef class EngineBase:
             rc = loop_run(self.p)
         if rc < 0:
             log.critical("the data plane has stopped: %s", os.strerror(-rc))
+
+    def step(self):
+        """Do what there is to do now, in the caller's thread, where none was started: one turn, the same each time.
+
+        For tests. RuntimeError: there is a thread.
+        """
+        cdef int rc
+        if self.thread is not None:
+            raise RuntimeError("the data plane has a thread of its own")
+        with nogil:
+            rc = loop_step(self.p)
+        check(rc, "epoll")
 
     def close(self):
         """Stop the thread. Sockets stay as they are until the engine is freed."""

@@ -237,77 +237,98 @@ cdef int poll_busy(Plane *p, epoll_event *events) noexcept nogil:
     return 0
 
 
-cdef int loop_run(Plane *p) noexcept nogil:
+cdef void go_on(Plane *p) noexcept nogil:
+    """What control changed may have made something possible."""
+    p.now = clock_ms(p)
+    frames_from_guest(p)
+    settle(p)
+    finish_turn(p)
+    card_out(p)
+
+
+cdef int turn(Plane *p, bint wait) noexcept nogil:
+    """One turn; with ``wait`` there is something to do before it. Whether control has woken us, or a negative error
+    number."""
     cdef epoll_event events[EVENTS]
     cdef int n, i, kind
     cdef uint64_t data, ignored, one = 1
-    cdef bint woken
+    cdef bint woken = False
     cdef Flow *f
-    while True:
-        if p.pcap.fd >= 0:
-            pcap_flush(p)
-        if p.tell_activity and frames_both_ways(p) != p.quiet_frames:
-            p.tell_activity = False
-            write(p.rare_event, &one, 8)
-        if p.busy_poll and not p.again:
-            n = poll_busy(p, events)
-        else:
-            n = epoll_wait(p.epfd, events, EVENTS, 0 if p.again else sleep_ms(p))
-        if n < 0 and errno != EINTR:
-            return -errno
-        p.now = clock_ms(p)
-        woken = False
-        if p.again:
-            frames_from_guest(p)
-        for i in range(n):
-            data = events[i].data.u64
-            kind = <int>(data >> 56)
-            if kind == WATCH_FLOW:
-                flow_event(p, data, events[i].events)
-            elif kind == WATCH_KICK:
-                p.queues[<uint32_t>data].kicked = True
-                if <uint32_t>data == TX:
-                    frames_from_guest(p)
-                # A kick of the receive ring: those that wait are served below.
-            elif kind == WATCH_CARD:
-                if p.card != NULL:
-                    card_event(p.card, events[i].events)
-            elif kind == WATCH_LISTENER:
-                if <int>data < p.listener_count and p.listeners[<int>data].fd >= 0:
-                    tcp_accept(p, &p.listeners[<int>data])
-            elif kind == WATCH_WAKE:
-                read(p.wake, &ignored, 8)
-                woken = True
-        if p.card != NULL and card_from_socket(p.card):
-            frames_from_guest(p)
-        if woken:
-            frames_from_control(p)
-        if p.accept_again and p.accept_again <= p.now:
-            tcp_accept_again(p)
-        for i in range(TIMERS):
-            f = flow_due(p)
-            if f == NULL:
-                break
-            if f.kind == FLOW_TCP:
-                tcp_timer(p, f)
-            else:
-                flow_close(p, f)    # nothing was heard of it for so long
-        settle(p)
-        finish_turn(p)
-        card_out(p)
-        if woken:
-            if p.stop_wanted:
-                return 0
-            if p.park_wanted:
-                p.park_wanted = False
-                sem_post(&p.parked)
-                while sem_wait(&p.resume) != 0:
-                    pass
-                if p.stop_wanted:
-                    return 0    # what control was about to change is half changed
-                p.now = clock_ms(p)
-                # What control changed may have made something possible.
+    if p.pcap.fd >= 0:
+        pcap_flush(p)
+    if p.tell_activity and frames_both_ways(p) != p.quiet_frames:
+        p.tell_activity = False
+        write(p.rare_event, &one, 8)
+    if p.again or not wait:
+        n = epoll_wait(p.epfd, events, EVENTS, 0)
+    elif p.busy_poll:
+        n = poll_busy(p, events)
+    else:
+        n = epoll_wait(p.epfd, events, EVENTS, sleep_ms(p))
+    if n < 0 and errno != EINTR:
+        return -errno
+    p.now = clock_ms(p)
+    if p.again:
+        frames_from_guest(p)
+    for i in range(n):
+        data = events[i].data.u64
+        kind = <int>(data >> 56)
+        if kind == WATCH_FLOW:
+            flow_event(p, data, events[i].events)
+        elif kind == WATCH_KICK:
+            p.queues[<uint32_t>data].kicked = True
+            if <uint32_t>data == TX:
                 frames_from_guest(p)
-                settle(p)
-                finish_turn(p)
-                card_out(p)
+            # A kick of the receive ring: those that wait are served below.
+        elif kind == WATCH_CARD:
+            if p.card != NULL:
+                card_event(p.card, events[i].events)
+        elif kind == WATCH_LISTENER:
+            if <int>data < p.listener_count and p.listeners[<int>data].fd >= 0:
+                tcp_accept(p, &p.listeners[<int>data])
+        elif kind == WATCH_WAKE:
+            read(p.wake, &ignored, 8)
+            woken = True
+    if p.card != NULL and card_from_socket(p.card):
+        frames_from_guest(p)
+    if woken:
+        frames_from_control(p)
+    if p.accept_again and p.accept_again <= p.now:
+        tcp_accept_again(p)
+    for i in range(TIMERS):
+        f = flow_due(p)
+        if f == NULL:
+            break
+        if f.kind == FLOW_TCP:
+            tcp_timer(p, f)
+        else:
+            flow_close(p, f)    # nothing was heard of it for so long
+    settle(p)
+    finish_turn(p)
+    card_out(p)
+    return woken
+
+
+cdef int loop_run(Plane *p) noexcept nogil:
+    cdef int woken
+    while True:
+        woken = turn(p, True)
+        if woken < 0:
+            return woken
+        if not woken:
+            continue
+        if p.stop_wanted:
+            return 0
+        if p.park_wanted:
+            p.park_wanted = False
+            sem_post(&p.parked)
+            while sem_wait(&p.resume) != 0:
+                pass
+            if p.stop_wanted:
+                return 0    # what control was about to change is half changed
+            go_on(p)
+
+
+cdef int loop_step(Plane *p) noexcept nogil:
+    go_on(p)
+    return turn(p, False)
