@@ -221,3 +221,13 @@ def test_the_first_frame_after_a_quiet_time_is_told(guest: Guest) -> None:
     assert engine.was_active()
     guest.send(dropped)
     assert not select.select([engine.rare_fileno()], [], [], 0.05)[0]  # told once
+
+
+@pytest.mark.parametrize("name", ["ring_call", "ring_err"])
+def test_a_descriptor_that_is_but_a_name_is_refused_and_closed(guest: Guest, name: str) -> None:
+    """O_PATH: nothing can be written to it, nor can it be told not to block."""
+    fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        getattr(guest.engine, name)(0, fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

@@ -188,13 +188,17 @@ class Link:
             try:
                 return Run(self, Script(data)).all()
             finally:
-                self.engine.close_flows()
-                self.host.reset()
-                self.engine.accept_waiting()
-                self.engine.close_flows()
-                self.engine.step()
-                self.engine.take_rare()
-                self.engine.forget_observed(self.unseen)
+                self.clean()
+
+    def clean(self) -> None:
+        """As if no guest had been there."""
+        self.engine.close_flows()
+        self.host.reset()
+        self.engine.accept_waiting()
+        self.engine.close_flows()
+        self.engine.step()
+        self.engine.take_rare()
+        self.engine.forget_observed(self.unseen)
 
 
 class Run:
@@ -218,6 +222,15 @@ class Run:
             self.engine.ring_stop(ring)
         self.ram.wipe()
         self.engine.set_features(self.features)
+        self._configure()
+        for ring in (RX, TX):
+            self.ram.start(self.engine, ring, 0)
+        self.ram.write(DESC[RX], DESCRIPTORS)
+        self.ram.write(AVAIL[RX] + 4, struct.pack(f"<{BUFFERS}H", *range(BUFFERS)))
+        self.ram.store16(AVAIL[RX] + 2, BUFFERS)
+        self.given = BUFFERS
+
+    def _configure(self) -> None:
         config = self.link.config
         config.mtu = self.mtu
         self.engine.configure(
@@ -232,12 +245,6 @@ class Run:
                 for gateway, host in ((GATEWAY4, "::ffff:127.0.0.1"), (GATEWAY6, "::1"))
             ],
         )
-        for ring in (RX, TX):
-            self.ram.start(self.engine, ring, 0)
-        self.ram.write(DESC[RX], DESCRIPTORS)
-        self.ram.write(AVAIL[RX] + 4, struct.pack(f"<{BUFFERS}H", *range(BUFFERS)))
-        self.ram.store16(AVAIL[RX] + 2, BUFFERS)
-        self.given = BUFFERS
 
     def all(self) -> bool:
         """The whole script."""

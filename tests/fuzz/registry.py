@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Final, NamedTuple
 
-from . import frames, rings, streams, targets
+from . import card, frames, rings, services, streams, targets, vhost_user, words
 
 #: Another input, made from one, or from two where the second is not empty; with a generator for what is random.
 Mutate = Callable[[Random, bytes, bytes], bytes]
@@ -53,8 +53,15 @@ TARGETS: Final[dict[str, Target]] = {
         )
         for name in targets.TARGETS
     },
+    "card": Target(card.run, card.seeds, python=False, longest=8192),
     "frames": Target(frames.run, frames.seeds, python=False, longest=8192),
     "rings": Target(rings.run, rings.seeds, python=False, longest=1024),
+    "vhost_user": Target(vhost_user.run, vhost_user.seeds, longest=1024),
+    **{
+        name: Target(functools.partial(services.run, name), functools.partial(services.seeds, name), longest=2048)
+        for name in services.KINDS
+    },
+    **{name: Target(kind, functools.partial(words.seeds, name), longest=2048) for name, kind in words.KINDS.items()},
 }
 
 

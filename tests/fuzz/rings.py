@@ -106,8 +106,8 @@ class Run:
         self.writable: list[tuple[int, int]] = []  # what descriptors for writing name
         self.rows: list[int] = []  # where tables lie
         self.known = True  # who may be written; not if descriptors may have become others
-        self.pushed: list[list[int] | None] = [[], []]  # since the start, if the order is known
-        self.start = [0, 0]
+        self.pushed: list[list[int] | None] = [[], []]  # and not back yet, if the order is known
+        self.last = [0, 0]  # the used entries seen
         self.avail = [0, 0]
         self.came = False
         for ring in (RX, TX):
@@ -133,7 +133,7 @@ class Run:
 
     def _start(self, ring: int, index: int) -> None:
         self.ram.start(self.engine, ring, index)
-        self.start[ring] = self.avail[ring] = index
+        self.last[ring] = self.avail[ring] = index
         self.pushed[ring] = []
         self.ram.broken(ring)
 
@@ -232,16 +232,18 @@ class Run:
             pushed = self.pushed[ring]
             if not self._safe() or pushed is None:
                 continue
-            back = self.ram.used(ring, self.start[ring])
-            self.came |= bool(back)
             if len(pushed) > self.num:
                 self.pushed[ring] = None  # not what a ring can hold
                 continue
+            back = self.ram.used(ring, self.last[ring])
+            self.came |= bool(back)
             require([head for head, _ in back] == pushed[: len(back)], f"ring {ring}: another order")
+            self.last[ring] = (self.last[ring] + len(back)) & 0xFFFF
+            del pushed[: len(back)]
             if ring == TX:
                 require(not any(size for _, size in back), "something was written for the guest's own")
                 if started and enabled and not broken:
-                    require(len(back) == len(pushed), "not all came back, and the ring is not broken")
+                    require(not pushed, "not all came back, and the ring is not broken")
 
     def _safe(self) -> bool:
         """Whether no buffer lies over a ring or a table."""

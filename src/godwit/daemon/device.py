@@ -596,11 +596,13 @@ class NetDevice(BaseDevice):
 
     async def set_vring_call(self, index: int, fd: int | None) -> None:
         """SET_VRING_CALL."""
-        self._engine.ring_call(index, fd)
+        with _refusals():
+            self._engine.ring_call(index, fd)
 
     async def set_vring_err(self, index: int, fd: int | None) -> None:
         """SET_VRING_ERR."""
-        self._engine.ring_err(index, fd)
+        with _refusals():
+            self._engine.ring_err(index, fd)
 
     async def set_vring_enable(self, index: int, enabled: bool) -> None:
         """SET_VRING_ENABLE."""

@@ -153,6 +153,15 @@ cdef object copy_bytes(uint8_t *out, bytes value, int size, str what):
     memcpy(out, <const uint8_t *>value, size)
 
 
+cdef object never_blocks(int fd):
+    """Whatever that descriptor is, a write to it must not stop us. It is closed where that cannot be (O_PATH)."""
+    try:
+        os.set_blocking(fd, False)
+    except OSError:
+        os.close(fd)
+        raise
+
+
 cdef bytes carried_from(datagrams):
     cdef Carried head
     parts = []
@@ -511,7 +520,7 @@ cdef class EngineBase:
         cdef Queue *q = self.queue(index)
         cdef uint64_t one = 1
         if fd is not None:
-            os.set_blocking(fd, False)  # whatever it is, a write to it must not stop us
+            never_blocks(fd)
         with self.parked():
             if q.call >= 0:
                 close(q.call)
@@ -526,7 +535,7 @@ cdef class EngineBase:
         """How the front-end is told that the ring is broken."""
         cdef Queue *q = self.queue(index)
         if fd is not None:
-            os.set_blocking(fd, False)
+            never_blocks(fd)
         with self.parked():
             if q.err >= 0:
                 close(q.err)
