@@ -15,6 +15,8 @@ _COMMANDS = (
     "link set beyond up",
     "addr add 198.51.100.2/24 dev far",
     "addr add 2001:db8:1::2/64 dev far nodad",
+    "addr add 10.9.0.1/24 dev far",
+    "addr add 2001:db8::1/128 dev far nodad",
     # Nobody is there to be asked.
     "neigh add 198.51.100.1 lladdr 02:00:00:00:00:09 dev far nud permanent",
     "neigh add 2001:db8:1::1 lladdr 02:00:00:00:00:09 dev far nud permanent",

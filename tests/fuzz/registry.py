@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Final, NamedTuple
 
-from . import card, frames, rings, services, streams, targets, vhost_user, words
+from . import arrivals, card, frames, peers, rings, services, streams, targets, vhost_user, words
 
 #: Another input, made from one, or from two where the second is not empty; with a generator for what is random.
 Mutate = Callable[[Random, bytes, bytes], bytes]
@@ -53,6 +53,7 @@ TARGETS: Final[dict[str, Target]] = {
         )
         for name in targets.TARGETS
     },
+    "arrivals": Target(arrivals.run, arrivals.seeds, streams.mutated, longest=8192),
     "card": Target(card.run, card.seeds, python=False, longest=8192),
     "frames": Target(frames.run, frames.seeds, python=False, longest=8192),
     "rings": Target(rings.run, rings.seeds, python=False, longest=1024),
@@ -61,6 +62,7 @@ TARGETS: Final[dict[str, Target]] = {
         name: Target(functools.partial(services.run, name), functools.partial(services.seeds, name), longest=2048)
         for name in services.KINDS
     },
+    **{name: Target(kind, functools.partial(peers.seeds, name), longest=8192) for name, kind in peers.KINDS.items()},
     **{name: Target(kind, functools.partial(words.seeds, name), longest=2048) for name, kind in words.KINDS.items()},
 }
 

@@ -224,3 +224,20 @@ def test_no_address_yet(config: NetConfig) -> None:
 @pytest.mark.parametrize("change", [{"dhcpv6": False}, {"addr6": None}])
 def test_switched_off(config: NetConfig, change: dict[str, Any]) -> None:
     assert Responder(replace(config, **change)).respond(frame(dhcp6.DHCP6_Solicit, client(), ia())) == []
+
+
+@pytest.mark.parametrize("mtu", [1280, 1500, 65520, 0])
+def test_no_answer_is_larger_than_a_packet(config: NetConfig, mtu: int) -> None:
+    """Of many associations with many addresses each, those that fit are answered, whole; and what else there is."""
+    config = replace(config, mtu=mtu, search=[f"{'name' * 10}{number}.example.org" for number in range(30)])
+    many = [ia(*(f"2001:db8:9::{number:x}" for number in range(16)), iaid=iaid) for iaid in range(3)]
+    [answer] = Responder(config).respond(frame(dhcp6.DHCP6_Solicit, client(), *many))
+    assert len(answer) - 14 <= min(mtu or 1500, 1500)
+    given = read([answer], dhcp6.DHCP6_Advertise)[dhcp6.DHCP6OptIA_NA]
+    assert len(given.ianaopts) == 17
+
+
+@pytest.mark.parametrize(("size", "answers"), [(2, 0), (3, 1), (130, 1), (131, 0), (1800, 0)])
+def test_a_client_that_calls_itself_by_no_duid(responder: Responder, size: int, answers: int) -> None:
+    raw = dhcp6.DHCP6OptUnknown(optcode=1, data=bytes(size))
+    assert len(responder.respond(frame(dhcp6.DHCP6_Solicit, raw, ia()))) == answers

@@ -9,7 +9,7 @@ not given.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from ipaddress import IPv6Address
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from godwit.net.packet import (
     DHCPV6_CLIENT_PORT,
     DHCPV6_SERVER_PORT,
     ETH_IPV6,
+    IP6_HEADER,
+    UDP_HEADER,
     Datagram,
     Ethernet,
     Packet6,
@@ -31,6 +33,9 @@ from godwit.net.packet import (
 SERVERS = IPv6Address("ff02::1:2")  # All_DHCP_Relay_Agents_and_Servers (section 7.1)
 MAX_IAS = 8  # answered in one message; a guest has one
 MAX_IA_ADDRESSES = 16  # looked at in one IA_NA
+DUID_LENGTHS = range(3, 131)  # bytes of an identifier, its type included (section 11.1)
+MESSAGE = 4  # bytes of an answer before its options
+MAX_PACKET = 1500  # bytes of an answer, if the MTU lets it
 FQDN_S, FQDN_O, FQDN_N = 1, 2, 4  # RFC 4704, section 4.1
 
 
@@ -155,11 +160,12 @@ def _answer(config: NetConfig, request: Message) -> bytes | None:
         valid = (server is None or for_us) and not request.associations
     else:
         valid = False
-    if not valid or not config.has_ipv6:
+    if not valid or not config.has_ipv6 or (client is not None and len(client) not in DUID_LENGTHS):
         return None
     answer = _option(Option.SERVER_ID, server_duid(config))
     if client is not None:
         answer = _option(Option.CLIENT_ID, client) + answer
+    room = min(config.mtu or MAX_PACKET, MAX_PACKET) - IP6_HEADER - UDP_HEADER - MESSAGE
     match kind:
         case Kind.CONFIRM:
             wanted = [address for one in request.associations for address in one.addresses]
@@ -174,8 +180,16 @@ def _answer(config: NetConfig, request: Message) -> bytes | None:
         case _:
             if kind == Kind.SOLICIT and Option.RAPID_COMMIT in request.options:
                 answer += _option(Option.RAPID_COMMIT, b"")
-            answer += b"".join(_give(config, one) for one in request.associations)
-    return answer + _parameters(config, request)
+            answer = _fill(answer, (_give(config, one) for one in request.associations), room)
+    return _fill(answer, _parameters(config, request), room)
+
+
+def _fill(answer: bytes, options: Iterable[bytes], room: int) -> bytes:
+    """And the options that fit, each whole or not at all: a guest may ask for more than one packet can hold."""
+    for option in options:
+        if len(answer) + len(option) <= room:
+            answer += option
+    return answer
 
 
 def _give(config: NetConfig, association: Association) -> bytes:
@@ -200,20 +214,18 @@ def _address(address: IPv6Address, preferred: int, valid: int) -> bytes:
     return _option(Option.IA_ADDRESS, address.packed + struct.pack("!II", preferred, valid))
 
 
-def _parameters(config: NetConfig, request: Message) -> bytes:
-    answer = b""
+def _parameters(config: NetConfig, request: Message) -> Iterator[bytes]:
     if config.dns6:
-        answer += _option(Option.DNS, b"".join(server.packed for server in config.dns6[:MAX_SERVERS]))
+        yield _option(Option.DNS, b"".join(server.packed for server in config.dns6[:MAX_SERVERS]))
     names = encode_names(config.search, 600)
     if names:
-        answer += _option(Option.SEARCH, names)
+        yield _option(Option.SEARCH, names)
     client = request.options.get(Option.FQDN)
     asked = request.options.get(Option.ORO, b"")
     in_oro = struct.pack("!H", Option.FQDN) in [asked[at : at + 2] for at in range(0, len(asked), 2)]
     if config.fqdn and (client is not None or in_oro):
         flags = FQDN_N | (FQDN_O if client and client[0] & FQDN_S else 0)
-        answer += _option(Option.FQDN, bytes([flags]) + encode_name(config.fqdn))
-    return answer
+        yield _option(Option.FQDN, bytes([flags]) + encode_name(config.fqdn))
 
 
 def _status(code: Status) -> bytes:
