@@ -130,7 +130,7 @@ annotate: venv ## Cython's annotated sources, below build/annotate
 	done
 	@echo "See build/annotate/godwit/dataplane/*.html"
 
-check: ## what CI runs: lint, asan, test-vm and test
+check: ## what CI runs: lint, fuzz, asan, test-vm and test
 	.ci/run
 
 clean: ## remove what was built, but not .venv

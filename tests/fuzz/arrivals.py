@@ -26,7 +26,8 @@ from godwit.repair import RepairListener
 
 from .devices import require
 from .nowhere import inside, nowhere
-from .streams import NATIVE
+from .streams import NATIVE, mutated
+from .target import Target
 from .targets import load
 from .test_mover import PLACES, Rig, stream
 
@@ -95,3 +96,6 @@ def seeds() -> Iterator[bytes]:
     """States with flows whose ends the kernel has."""
     for number in range(MADE):
         yield stream(Random(f"seed {number}"), (2, NATIVE)[number % 2])
+
+
+TARGETS: Final = {"arrivals": Target(run, seeds, 8192, mutated)}

@@ -9,6 +9,7 @@ the compiled modules as in Python. The status is 1 if anything was found.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -16,11 +17,13 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+from .registry import BY_NAME, WORK
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 BUILD: Final = ROOT / "build" / "libfuzzer" / "lib"
-WORK: Final = ROOT / "build" / "fuzz"
+RUNS: Final = WORK / "runs.jsonl"
 SPARE: Final = 120  # seconds beyond its share, after which a target is ended: it hangs
 TAIL: Final = 60  # lines of a target's output that are shown where it found something
 
@@ -46,6 +49,11 @@ class Result(NamedTuple):
             f"{self.corpus:>14} {len(self.found):9}"
         )
 
+    @property
+    def seconds(self) -> int:
+        """For which it ran, about."""
+        return self.executions // max(1, self.each_second)
+
 
 HEAD: Final = f"{'target':12} {'executions':>12} {'/s':>8} {'edges':>16} {'features':>9} {'corpus':>14} {'findings':>9}"
 
@@ -67,15 +75,6 @@ def environment() -> dict[str, str]:
 def command(name: str, *options: str) -> list[str]:
     """That drives a target."""
     return [sys.executable, "-m", "tests.fuzz.drive", name, *options]
-
-
-def names() -> list[str]:
-    """Of the targets, asked of a process on that build; the sanitizers are not in this one."""
-    code = "from tests.fuzz.registry import TARGETS; print(*TARGETS)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True, capture_output=True, text=True
-    )
-    return done.stdout.split()
 
 
 def fuzz(name: str, seconds: int) -> Result:
@@ -116,13 +115,39 @@ def result(name: str, text: str, found: list[str]) -> Result:
     )
 
 
+def remember(results: Sequence[Result]) -> None:
+    """Add them to those of before: a line of JSON each."""
+    with RUNS.open("a") as file:
+        for each in results:
+            file.write(json.dumps(each._replace(tail="")._asdict() | {"seconds": each.seconds}) + "\n")
+
+
+def totals() -> str:
+    """What all runs since the last ``make clean`` come to."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in RUNS.read_text().splitlines():
+        run = json.loads(line)
+        found.setdefault(run["name"], []).append(run)
+    lines = [f"{'target':12} {'runs':>6} {'hours':>7} {'executions':>12} {'edges':>8} {'findings':>9}"]
+    for name, runs in found.items():
+        hours = sum(run["seconds"] for run in runs) / 3600
+        executions, findings = sum(run["executions"] for run in runs), sum(len(run["found"]) for run in runs)
+        edges = max(run["edges"][1] for run in runs)
+        lines.append(f"{name:12} {len(runs):6} {hours:7.2f} {executions:12} {edges:8} {findings:9}")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all of them, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--time", type=int, default=60, help="seconds in all")
+    parser.add_argument("--totals", action="store_true", help="what all runs have come to, instead")
     parser.add_argument("targets", nargs="*")
     asked = parser.parse_args(argv)
-    chosen = asked.targets or names()
+    if asked.totals:
+        sys.stdout.write(totals())
+        return 0
+    chosen = asked.targets or list(BY_NAME)
     jobs = min(len(os.sched_getaffinity(0)), len(chosen))
     share = max(1, asked.time * jobs // len(chosen))
     with ThreadPoolExecutor(jobs) as pool:
@@ -132,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"\n=== {each.name}: {', '.join(each.found)}\n{each.tail}\n")
     sys.stdout.write(f"\n{share} seconds each, {jobs} at a time\n{HEAD}\n")
     sys.stdout.writelines(f"{each.row}\n" for each in results)
+    remember(results)
     return 1 if any(each.found for each in results) else 0
 
 

@@ -22,6 +22,7 @@ from .devices import require
 from .frames import FEATURES, FRAME, NUM, Link, link
 from .nowhere import inside
 from .script import Script, Writer
+from .target import Target
 
 LENGTHS_THAT_ARE_WRONG: Final = (0, StreamCard.MAX_FRAME + 1, 0xFFFFFFFF)
 WRONG, HANG_UP = 1, 2  # in place of a number of descriptors, which there are none of here
@@ -121,3 +122,6 @@ def seeds() -> Iterator[bytes]:
     yield from frames.seeds()
     for cut in (0, WRONG, HANG_UP, 30):
         yield Writer().put("BBH", 0, FRAME | frames.SPLIT, 60).bytes(bytes(60)).put("B", cut).data
+
+
+TARGETS: Final = {"card": Target(run, seeds, 8192)}

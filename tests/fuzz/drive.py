@@ -14,22 +14,23 @@ import logging
 import sys
 from pathlib import Path
 from random import Random
-from typing import Final
 
 import atheris
 
-# What is to be covered is instrumented as it is imported, all of it here. The
-# compiled modules are as they are built.
-PACKAGES: Final = [f"godwit.{name}" for name in ("cli.inspect", "daemon", "migration", "net", "repair", "vhost_user")]
-with atheris.instrument_imports(include=PACKAGES):
-    from . import nowhere, registry
-
-NATIVE_ONLY: Final = [name for name, target in registry.TARGETS.items() if not target.python]
+from . import nowhere, registry
+from .target import Target
 
 
-def begin(name: str) -> list[Path]:
+def load(name: str) -> Target:
+    """A target; the Python that it is about is instrumented as it is imported. The compiled modules are already."""
+    if not (packages := registry.BY_NAME[name].packages):
+        return registry.target(name)
+    with atheris.instrument_imports(include=packages):
+        return registry.target(name)
+
+
+def begin(name: str, target: Target) -> list[Path]:
     """The folders of the inputs: the one that grows, with something to begin with, and the one that is kept."""
-    target = registry.TARGETS[name]
     folder = registry.WORK / name
     folder.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate(target.seeds()):
@@ -41,7 +42,7 @@ def begin(name: str) -> list[Path]:
 def main() -> None:
     """Fuzz until the time is up or something breaks."""
     name, options = sys.argv[1], sys.argv[2:]
-    target = registry.TARGETS[name]
+    target = load(name)
     mutate = target.mutate
 
     def mutated(data: bytes, most: int, seed: int) -> bytes:
@@ -62,7 +63,7 @@ def main() -> None:
         "-rss_limit_mb=2048",
         f"-artifact_prefix={registry.WORK}/{name}-",
         *options,
-        *(map(str, begin(name)) if searching else ()),
+        *(map(str, begin(name, target)) if searching else ()),
     ]
     own = {} if mutate is None else {"custom_mutator": mutated, "custom_crossover": crossed}
     atheris.Setup(arguments, lambda data: target.run(data) and None, **own)

@@ -29,6 +29,7 @@ from .devices import require
 from .nowhere import inside
 from .ram import AVAIL, BASE, DESC, F_NEXT, F_WRITE, FREE, RX, SIZE, TX, Ram
 from .script import Script, Writer
+from .target import Target
 
 NUM: Final = 64  # entries of each ring
 PARTS: Final = 3  # descriptors of a frame from the guest, at most
@@ -498,3 +499,6 @@ def seeds() -> Iterator[bytes]:
         large = bytes(four / UDP(sport=2000, dport=PORT) / Raw(bytes(1400)))
         cut = Writer().put("B", 1).put("BH", FRAME | LENGTHS | OFFLOAD, len(large)).bytes(large)
         yield cut.put("BBHHHH", 1, 5, 42, 500, 34, 6).data
+
+
+TARGETS: Final = {"frames": Target(run, seeds, 8192)}

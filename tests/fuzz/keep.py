@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .campaign import ROOT, WORK, command, environment, names
+from .campaign import ROOT, command, environment
+from .registry import BY_NAME, CORPUS, WORK
 
 FOUND = "found-"  # how the name of an input begins that was found
 MOST = 100_000  # bytes of a target's; beyond that the largest go
@@ -43,9 +44,9 @@ def within(inputs: Sequence[bytes], most: int) -> list[bytes]:
     return kept
 
 
-def keep(name: str, corpus: Path) -> str:
+def keep(name: str) -> str:
     """Exchange the inputs of one target. What there is now."""
-    folder = corpus / name
+    folder = CORPUS / name
     folder.mkdir(parents=True, exist_ok=True)
     (WORK / name).mkdir(parents=True, exist_ok=True)
     named = {path.read_bytes() for path in folder.iterdir() if not path.name.startswith(FOUND)}
@@ -61,13 +62,11 @@ def keep(name: str, corpus: Path) -> str:
 
 def main() -> None:
     """All targets, or those that are named."""
-    corpus = Path(__file__).resolve().parent / "corpus"
-    asked = sys.argv[1:] or names()
-    for known in corpus.iterdir():
-        if known.name not in names():
+    for known in CORPUS.iterdir():
+        if known.name not in BY_NAME:
             shutil.rmtree(known)
-    for name in asked:
-        sys.stdout.write(f"{keep(name, corpus)}\n")
+    for name in sys.argv[1:] or BY_NAME:
+        sys.stdout.write(f"{keep(name)}\n")
         sys.stdout.flush()
 
 

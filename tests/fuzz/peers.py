@@ -8,6 +8,7 @@ what is taken reads the same when it is written again; no descriptor is left.
 from __future__ import annotations
 
 import array
+import functools
 import os
 import socket
 import time
@@ -24,12 +25,18 @@ from godwit.repair.protocol import MessageError, Repair, close_all, encode, rece
 from ..net.test_handover import whole
 from .devices import require
 from .script import Script, Writer
-from .vhost_user import open_fds
+from .target import Target
 
+LONGEST: Final = 8192  # bytes of an input
 STEPS: Final = 8
 MESSAGES: Final = 3  # descriptors with one, at most
 HEADER: Final = Header(handover.VERSION, handover.VERSION, handover.MAGIC).pack()
 END: Final = HEAD.size + 4
+
+
+def open_fds() -> list[str]:
+    """The descriptors of this process."""
+    return os.listdir("/proc/self/fd")
 
 
 def hand_over(data: bytes) -> bool:
@@ -97,7 +104,7 @@ def take_over(data: bytes) -> bool:
                 break
             _send(ours, message, count)
             try:
-                found = channel.expect(Word.STATE, Word.GOT)
+                found = channel.expect(*list(Word)[::2])
             except TakeoverError as error:
                 require("\n" not in str(error), "an error of several lines")
                 continue
@@ -138,3 +145,6 @@ def seeds(name: str) -> Iterator[bytes]:
             text = MAGIC + Writer().data
             message = text + b"".join(value.to_bytes(4, "little") for value in (word, PROTOCOL, 7)) + b"why"
             yield Writer().put("BB", 2, len(message)).bytes(message).data
+
+
+TARGETS: Final = {name: Target(kind, functools.partial(seeds, name), LONGEST) for name, kind in KINDS.items()}

@@ -3,68 +3,56 @@
 
 from __future__ import annotations
 
-import functools
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from typing import Final, NamedTuple
 
-from . import arrivals, card, frames, peers, rings, services, streams, targets, vhost_user, words
-
-#: Another input, made from one, or from two where the second is not empty; with a generator for what is random.
-Mutate = Callable[[Random, bytes, bytes], bytes]
+from .target import Target
 
 CORPUS: Final = Path(__file__).resolve().parent / "corpus"
 WORK: Final = CORPUS.parent.parent.parent / "build" / "fuzz"
-TESTS: Final = CORPUS.parent.parent
-MADE: Final = 20  # streams to begin with, besides those that are kept
-MEASURED: Final = 8  # one in so many has its memory measured, which takes time
 
 
-class Target(NamedTuple):
-    """What is fuzzed."""
+class Place(NamedTuple):
+    """A module with targets, ``TARGETS``."""
 
-    run: Callable[[bytes], bool]  # raises where something does not hold; whether something came of the input
-    seeds: Callable[[], Iterable[bytes]]  # inputs to begin with
-    mutate: Mutate | None = None  # beside libFuzzer's own
-    python: bool = True  # the code in question is Python, or of both kinds; else it is but the compiled modules
-    longest: int = 4096  # bytes of an input
+    module: str
+    names: Sequence[str]
+    packages: Sequence[str] = ()  # that are followed line by line; the compiled modules always are, if they are not
 
-
-def _read(name: str, data: bytes) -> bool:
-    return targets.run(name, data, memory=zlib.crc32(data) % MEASURED == 0)
-
-
-def _streams(name: str) -> Iterator[bytes]:
-    rng = Random(name)
-    found = [path.read_bytes() for kind in ("golden", "native") for path in sorted((TESTS / kind).glob("*.bin"))]
-    found += [streams.Stream.made(rng, rng.choice((2, streams.NATIVE))).repaired() for _ in range(MADE)]
-    for number, data in enumerate(found):
-        yield streams.in_file(rng, data) if name == "inspect" and number % 2 else data
+    def load(self, name: str) -> Target:
+        """One of them; the module is imported now."""
+        found: Target = importlib.import_module(f".{self.module}", __package__).TARGETS[name]
+        return found
 
 
-TARGETS: Final[dict[str, Target]] = {
-    **{
-        name: Target(
-            functools.partial(_read, name),
-            functools.partial(_streams, name),
-            streams.mutated_file if name == "inspect" else streams.mutated,
-        )
-        for name in targets.TARGETS
-    },
-    "arrivals": Target(arrivals.run, arrivals.seeds, streams.mutated, longest=8192),
-    "card": Target(card.run, card.seeds, python=False, longest=8192),
-    "frames": Target(frames.run, frames.seeds, python=False, longest=8192),
-    "rings": Target(rings.run, rings.seeds, python=False, longest=1024),
-    "vhost_user": Target(vhost_user.run, vhost_user.seeds, longest=1024),
-    **{
-        name: Target(functools.partial(services.run, name), functools.partial(services.seeds, name), longest=2048)
-        for name in services.KINDS
-    },
-    **{name: Target(kind, functools.partial(peers.seeds, name), longest=8192) for name, kind in peers.KINDS.items()},
-    **{name: Target(kind, functools.partial(words.seeds, name), longest=2048) for name, kind in words.KINDS.items()},
-}
+PLACES: Final = (
+    Place("frames", ["frames"]),
+    Place("rings", ["rings"]),
+    Place("card", ["card"]),
+    Place("vhost_user", ["vhost_user"], ["godwit.daemon.device", "godwit.vhost_user"]),
+    Place("arrivals", ["arrivals"], ["godwit.daemon.mover", "godwit.migration", "godwit.net"]),
+    Place("readers", ["version2", "native", "inspect"], ["godwit.cli.inspect", "godwit.migration", "godwit.net"]),
+    Place("services", ["arp", "dhcp", "dhcpv6", "ndp", "rare"], ["godwit.net"]),
+    Place(
+        "words",
+        ["forwards", "options", "resolv", "netlink"],
+        ["godwit.daemon.options", "godwit.net.config", "godwit.net.forward", "godwit.net.netlink", "godwit.net.resolv"],
+    ),
+    Place(
+        "peers",
+        ["handover", "takeover", "repair"],
+        ["godwit.daemon.takeover", "godwit.migration", "godwit.net.handover", "godwit.repair"],
+    ),
+)
+
+BY_NAME: Final = {name: place for place in PLACES for name in place.names}
+
+
+def target(name: str) -> Target:
+    """A target."""
+    return BY_NAME[name].load(name)
 
 
 def kept(name: str) -> list[bytes]:

@@ -40,6 +40,7 @@ from .ram import (
     guard,
 )
 from .script import Script, Writer
+from .target import Target
 
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 STEPS: Final = 64
@@ -302,3 +303,6 @@ def seeds() -> Iterator[bytes]:
                 for length in (46, 1500, 2000):
                     buffers.put("BH", FRAME, length)
                 yield buffers.put("B", KICK).data
+
+
+TARGETS: Final = {"rings": Target(run, seeds, 1024)}

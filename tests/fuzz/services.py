@@ -8,6 +8,7 @@ about what was asked.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address
@@ -22,6 +23,7 @@ from . import wire
 from .devices import require
 from .frames import ADDR4, ADDR6, GATEWAY4, GATEWAY6, GUEST_MAC
 from .script import Script, Writer
+from .target import Target
 
 TAKEN: Final = 2048  # bytes of a frame that the data plane takes
 MTUS: Final = (1500, 1280, 0, 65520)
@@ -283,3 +285,6 @@ def whole(kind: str, data: bytes) -> bytes:
         else build_udp6(LINK_LOCAL, 546, SERVERS6, 547, data)
     )
     return build_ethernet(b"\x33\x33\0\0\0\2", GUEST_MAC, wire.IPV6, packet)
+
+
+TARGETS: Final = {name: Target(functools.partial(run, name), functools.partial(seeds, name), TAKEN) for name in KINDS}

@@ -10,33 +10,33 @@ from .campaign import result
 from .devices import BrokenError
 from .keep import MOST, within
 from .ram import FREE, SIZE, TX, USED, Ram
-from .registry import CORPUS, TARGETS, kept
+from .registry import BY_NAME, CORPUS, kept, target
 from .script import Script, Writer
 from .wire import check, with_lengths
 from .worst import WORST
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_what_was_kept_holds(name: str) -> None:
     """No input breaks what its target states; of those that something comes of there are some, and of the others."""
-    assert {TARGETS[name].run(data) for data in kept(name)} == {True, False}
+    assert {target(name).run(data) for data in kept(name)} == {True, False}
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_there_is_something_to_begin_with(name: str) -> None:
     """Something comes of one in four, and more."""
-    ends = [TARGETS[name].run(data) for data in TARGETS[name].seeds() if len(data) <= TARGETS[name].longest]
+    ends = [target(name).run(data) for data in target(name).seeds() if len(data) <= target(name).longest]
     assert 4 * sum(ends) > len(ends) > 0
 
 
 @pytest.mark.parametrize("kind", WORST)
-@pytest.mark.parametrize("target", ["native", "inspect"])
-def test_many_small_entries_are_read_within_limits(target: str, kind: str) -> None:
-    assert targets.run(target, WORST[kind](300))
+@pytest.mark.parametrize("name", ["native", "inspect"])
+def test_many_small_entries_are_read_within_limits(name: str, kind: str) -> None:
+    assert targets.run(name, WORST[kind](300))
 
 
 def test_the_corpus_is_small_and_of_known_targets() -> None:
-    assert sorted(path.name for path in CORPUS.iterdir()) == sorted(TARGETS)
+    assert sorted(path.name for path in CORPUS.iterdir()) == sorted(BY_NAME)
     assert sum(path.stat().st_size for path in CORPUS.glob("*/*")) < 1_500_000
 
 

@@ -15,7 +15,7 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -34,15 +34,6 @@ from godwit.vhost_user import (
     SessionEnded,
 )
 from godwit.vhost_user.frames import HEADER, NEED_REPLY, REPLY, VERSION, encode
-from godwit.vhost_user.payloads import (
-    Log,
-    MemoryRegion,
-    MemoryTable,
-    SingleRegion,
-    VringAddr,
-    VringAddress,
-    VringFd,
-)
 
 from .devices import require
 from .frames import ADDR4, ADDR6, GATEWAY4
@@ -50,6 +41,7 @@ from .nowhere import inside
 from .ram import AVAIL, BASE, DESC, F_WRITE, FIRST, FREE, RX, SIZE, TX, USED, USER, Ram
 from .rings import PLACES, good_frames
 from .script import Script, Writer
+from .target import Target
 
 STEPS: Final = 40
 NUM: Final = 16
@@ -190,15 +182,14 @@ class Run:
     async def _usual(self) -> None:
         """What a front-end says first: all the rest of a device that works."""
         await self._message(Request.SET_FEATURES, 0, struct.pack("=Q", self.device.features))
-        table = MemoryTable((MemoryRegion(*REGIONS[0]),)).pack()
-        await self._message(Request.SET_MEM_TABLE, 0, table, [RAM])
+        await self._message(Request.SET_MEM_TABLE, 0, table([REGIONS[0]]), [RAM])
         for ring in (RX, TX):
             for request, number in ((Request.SET_VRING_NUM, NUM), (Request.SET_VRING_BASE, 0)):
                 await self._message(request, 0, struct.pack("=II", ring, number))
             await self._message(Request.SET_VRING_ADDR, 0, address(ring, 0))
-            await self._message(Request.SET_VRING_ERR, 0, VringFd(ring, False).pack(), [QUIET])
-            await self._message(Request.SET_VRING_CALL, 0, VringFd(ring, False).pack(), [QUIET])
-            await self._message(Request.SET_VRING_KICK, 0, VringFd(ring, False).pack(), [KICKED])
+            await self._message(Request.SET_VRING_ERR, 0, struct.pack("=Q", ring), [QUIET])
+            await self._message(Request.SET_VRING_CALL, 0, struct.pack("=Q", ring), [QUIET])
+            await self._message(Request.SET_VRING_KICK, 0, struct.pack("=Q", ring), [KICKED])
             await self._message(Request.SET_VRING_ENABLE, 0, struct.pack("=II", ring, 1))
 
     async def _one(self) -> None:
@@ -227,18 +218,18 @@ class Run:
             return struct.pack("=Q", script.u8() << 16 | script.u16()), 0
         if request == Request.SET_MEM_TABLE:
             which = [REGIONS[script.u8() % len(REGIONS)] for _ in range(script.u8() % 4)]
-            return MemoryTable(tuple(MemoryRegion(*row) for row in which)).pack(), len(which)
+            return table(which), len(which)
         if request in (Request.ADD_MEM_REG, Request.REM_MEM_REG):
-            region = MemoryRegion(*REGIONS[script.u8() % len(REGIONS)])
-            return SingleRegion(region).pack(), int(request == Request.ADD_MEM_REG)
+            region = REGIONS[script.u8() % len(REGIONS)]
+            return struct.pack("=5Q", 0, *region), int(request == Request.ADD_MEM_REG)
         if request == Request.SET_LOG_BASE:
-            return Log(script.u16(), script.u16()).pack(), 1
+            return struct.pack("=QQ", script.u16(), script.u16()), 1
         if request == Request.SET_VRING_ADDR:
             how = script.u8()
             return address(how & 1, how >> 1, script.u16() if how & 128 else 0), 0
         if request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR):
             how = script.u8()
-            return VringFd(how & 1, bool(how & 2)).pack(), int(not how & 2)
+            return struct.pack("=Q", how & 1 | (256 if how & 2 else 0)), int(not how & 2)
         if request in (Request.SET_VRING_NUM, Request.SET_VRING_BASE):
             return struct.pack("=II", script.u8() & 1, script.u16()), 0
         if request in (Request.SET_VRING_ENABLE, Request.GET_VRING_BASE):
@@ -310,7 +301,12 @@ def address(ring: int, wrong: int, number: int = 0) -> bytes:
         used = desc
     if wrong & 16:
         avail = USER + BASE + FIRST - 20
-    return VringAddress(ring, VringAddr(int(bool(wrong & 32)), desc, used, avail, BASE + USED[ring])).pack()
+    return struct.pack("=II4Q", ring, bool(wrong & 32), desc, used, avail, BASE + USED[ring])
+
+
+def table(regions: Sequence[tuple[int, int, int, int]]) -> bytes:
+    """What SET_MEM_TABLE has."""
+    return struct.pack("=II", len(regions), 0) + b"".join(struct.pack("=4Q", *row) for row in regions)
 
 
 def open_fds() -> list[str]:
@@ -378,3 +374,6 @@ def seeds() -> Iterator[bytes]:
     for request in REQUESTS:
         for kind in (QUIET, SMALL, NAME, FOLDER):
             yield Writer().put("BBBBBBB", 3, REQUESTS.index(request), NEEDS, 1, kind, kind, kind).data
+
+
+TARGETS: Final = {"vhost_user": Target(run, seeds, 1024)}
