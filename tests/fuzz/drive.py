@@ -61,6 +61,7 @@ def main() -> None:
         f"-max_len={target.longest}",
         "-timeout=30",
         "-rss_limit_mb=2048",
+        "-print_funcs=0",  # the names are asked of a program, whose pipes would be descriptors left behind
         f"-artifact_prefix={registry.WORK}/{name}-",
         *options,
         *(map(str, begin(name, target)) if searching else ()),
