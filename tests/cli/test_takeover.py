@@ -54,7 +54,7 @@ def test_in_the_background_and_the_files_are_the_new_ones(place: Place) -> None:
             assert front_end.get_features() == features
             front_end.set_features(features)  # which only one that has an owner takes
         names = sorted(path.name for path in place.socket.parent.iterdir())
-        assert names == ["log", "pid", "s", "s.repair", "s.takeover"]
+        assert names == ["log", "pid", "s", "s.ctl", "s.repair", "s.takeover"]
         assert stat.S_IMODE(os.stat(f"{place.socket}.takeover").st_mode) == 0o600
     with FrontendClient.connect(place.socket) as front_end:  # by the path, too
         assert front_end.get_features() == features
@@ -81,7 +81,7 @@ def test_other_paths(place: Place, tmp_path: Path) -> None:
         assert launched.returncode == 0, launched.stderr
         eventually(lambda: gone(first), "the old one's end")
         names = sorted(path.name for path in tmp_path.iterdir())
-        assert names == ["log", "new", "new.pid", "new.repair", "new.takeover"]
+        assert names == ["log", "new", "new.ctl", "new.pid", "new.repair", "new.takeover"]
         assert front_end.get_features() == features
     os.kill(int((tmp_path / "new.pid").read_text()), signal.SIGTERM)
 

@@ -113,7 +113,7 @@ def test_libvirt(host: Namespace, folder: Path) -> None:
     ]  # fmt: skip
     assert connects(host, HOST6, 81)
     assert [is_bound(host, port) for port in (5352, 5353, 6000, 6010, 6011)] == [False, True, True, True, False]
-    assert {"s", "s.repair", "s.takeover", "pid", "log"} == {path.name for path in folder.iterdir()}
+    assert {"s", "s.ctl", "s.repair", "s.takeover", "pid", "log"} == {path.name for path in folder.iterdir()}
     ends_with(FrontendClient.connect(folder / "s"), folder)
     assert "WARNING" not in re.sub(r".*ping_group_range.*", "", (folder / "log").read_text())
 

@@ -17,6 +17,7 @@ from godwit import __version__
 COMMANDS = {
     "serve": ("godwit.cli.serve", "give a guest its network, over vhost-user or a stream socket"),
     "repair": ("godwit.cli.repair", "help a back-end to move TCP connections (needs CAP_NET_ADMIN)"),
+    "ctl": ("godwit.cli.ctl", "ask a running godwit how things stand: status, flows, metrics"),
     "inspect": ("godwit.cli.inspect", "show what is in a device state"),
     "demo": ("godwit.cli.demo", "migrate a guest with open connections, there and back"),
     "bench": ("godwit.cli.bench", "measure godwit, passt and other back-ends beside each other"),

@@ -23,6 +23,7 @@ from godwit.daemon.inherit import collect, inherit
 from godwit.daemon.lifecycle import User
 from godwit.daemon.linger import LINGER_SECONDS, Linger
 from godwit.daemon.mover import Left, Mover
+from godwit.daemon.moves import Moves
 from godwit.daemon.options import Options, VirtioFeatures
 from godwit.daemon.probe import AddressProbe
 from godwit.daemon.record import Recording
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 _SHARED_MEMORY = "-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem"
 _LOOK_AFTER = 3.0  # seconds after the start of a ring
+
+_BUSY = (State.SAVING, State.LOADING, State.COMMITTING, State.ROLLING_BACK, State.DISCARDING)
 
 _FEATURES_PASST = (
     Feature.VIRTIO_F_VERSION_1
@@ -145,6 +148,7 @@ class NetDevice(BaseDevice):
             freebind=options.freebind,
         )
         self._transfers: Transfers[FlowMover] = Transfers()
+        self.moves = Moves()
         self._background: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._advertising: asyncio.TimerHandle | None = None
@@ -219,6 +223,7 @@ class NetDevice(BaseDevice):
             raise
         handed.facts = self._facts()
         handed.told = self._mover.guest_told()
+        handed.counters |= self.moves.to_hand_over()
         handed.process = Process(
             handover.hash_key(self._engine),
             parked_at,
@@ -249,6 +254,7 @@ class NetDevice(BaseDevice):
         self._loop = asyncio.get_running_loop()
         self._configure()
         self._descriptors = inherit(self._engine, self._options, handed)
+        self.moves.take_over(handed.counters)
         if self._options.pcap is not None:
             self._capture_next = _open_capture(self._options.pcap, os.O_APPEND)
 
@@ -337,6 +343,43 @@ class NetDevice(BaseDevice):
     def lingering(self) -> float:
         """Seconds for which a process that is about to end had better wait, for connections that moved away."""
         return max((linger.remaining for linger in self._lingers), default=0.0)
+
+    # ---- for those who look on (`godwit.daemon.report`)
+
+    @property
+    def engine(self) -> Engine:
+        """The data plane, to be read."""
+        return self._engine
+
+    @property
+    def config(self) -> NetConfig:
+        """The guest's network, as it is now."""
+        return self._config
+
+    @property
+    def transfer_state(self) -> State | None:
+        """Where the transfer is that has begun and not ended."""
+        return self._transfers.state
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether the guest's connections are being written, read or let go: nobody should be in the way."""
+        return self._going_on is not None or self._transfers.state in _BUSY
+
+    @property
+    def lingering_sockets(self) -> int:
+        """Sockets of guests that were here, kept for a while."""
+        return sum(len(linger) for linger in self._lingers)
+
+    @property
+    def held(self) -> bool:
+        """Whether connections stand still until a helper comes, or their address."""
+        return self._transfers.current is None and handover.is_held(self._engine)
+
+    @property
+    def capture_ended(self) -> bool:
+        """Whether the capture that was asked for could not be gone on with."""
+        return self._options.pcap is not None and self._engine.capture_error() != 0
 
     def _in_background(self, delay: float, work: Callable[[], None]) -> None:
         """Run blocking work in a thread of its own, after ``delay`` seconds. Called from any thread."""
@@ -551,6 +594,7 @@ class NetDevice(BaseDevice):
         """GET_VRING_BASE: the ring stands still from here on."""
         await self._at_rest()
         self._stands_still = True
+        self.moves.ring_stopped()
         return self._engine.ring_stop(index)
 
     async def set_vring_kick(self, index: int, fd: int | None) -> None:
@@ -571,6 +615,7 @@ class NetDevice(BaseDevice):
         self._guest_has_rings()
 
     def _guest_has_rings(self) -> None:
+        self.moves.ring_started()
         if self._going_on is not None:
             self._has_rings = True  # it is told of its network when its connections are there
             return
@@ -632,9 +677,16 @@ class NetDevice(BaseDevice):
         copy, done = (recording.write, recording.close) if recording is not None else (None, lambda: None)
         transfer: Migration[FlowMover] = Migration(versions(), self._mover, copy=copy)
         way, version = (Transfer.SOURCE, self._options.migrate_version) if saving else (Transfer.TARGET, None)
+        move = self.moves.begin(way)
+
+        def over() -> None:
+            done()
+            move.done(transfer.outcome)
+
         try:
-            await self._transfers.begin(transfer, fd, way, version, done=done)
+            await self._transfers.begin(transfer, fd, way, version, done=over)
         except ValueError as error:
+            self.moves.end(None, (0, 0))
             raise DeviceError(str(error)) from error
         return None
 
@@ -679,6 +731,7 @@ class NetDevice(BaseDevice):
     def _note_end(self, ended: State | None) -> None:
         """A transfer has ended, in that state."""
         if ended is not None:
+            self.moves.end(ended, self._mover.went)
             self._mover.helper_expected = False
             self._end_guard()
         if ended is State.COMMITTED:

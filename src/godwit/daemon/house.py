@@ -16,13 +16,16 @@ from contextlib import AsyncExitStack
 
 from godwit import __version__
 from godwit.daemon import lifecycle
+from godwit.daemon.control import Control
 from godwit.daemon.device import NetDevice
 from godwit.daemon.errors import StartError, reason
-from godwit.daemon.lifecycle import PidFile
+from godwit.daemon.lifecycle import PidFile, User
 from godwit.daemon.options import SUN_PATH_MAX, Options
+from godwit.daemon.report import Report, Sandbox
+from godwit.daemon.stats import ProcessStats, Sessions
 from godwit.daemon.takeover import ENDING, GREETING, Predecessor, Successor, TakeoverError
 from godwit.net.forward import ForwardError
-from godwit.net.handover import FRONT_END, PID_FILE, REPAIR, TAKEOVER, Handed, Name
+from godwit.net.handover import CONTROL, FRONT_END, PID_FILE, REPAIR, TAKEOVER, Handed, Name
 from godwit.repair.client import RepairListener
 from godwit.vhost_user import SavedSession, Server, VhostUserError
 
@@ -46,7 +49,12 @@ class House:
         self.repair: RepairListener | None = None
         self.takeover: socket.socket | None = None
         self.takeover_path: str | None = None
+        self.control: Control | None = None
         self.device: NetDevice | None = None
+        self.sessions = Sessions()
+        self.process = ProcessStats()
+        self.no_ping = False  # the kernel does not let this process send any
+        self.sandbox: Sandbox = list
         self.successor = ""  # the version of who goes on with the guest
         self._bequeathed: set[str] = set()  # paths that are another process's now
         self._asked: set[asyncio.Task[None]] = set()
@@ -67,6 +75,7 @@ class House:
             self._own_listener()
         self._open_repair()
         self._open_takeover()
+        self._open_control()
 
     def _open_repair(self) -> None:
         path = self._beside(self._options.repair_path, "repair")
@@ -79,6 +88,32 @@ class House:
         if path is not None:
             self.takeover, self.takeover_path = lifecycle.listen(path, socket.SOCK_SEQPACKET, 0o600), path
             self._own_takeover()
+
+    def _open_control(self) -> None:
+        path = self._control_path()
+        if path is None:
+            return
+        wanted = self._options.ctl_path or self._options.ctl_group
+        group = None if self._options.ctl_group is None else lifecycle.group(self._options.ctl_group, "--ctl-group")
+        try:
+            self.control = Control(lifecycle.listen(path, mode=0o600, group=group), path)
+        except StartError as error:
+            if wanted:
+                raise
+            # Nobody has asked for it, and the guest shall not be without a network for want of it.
+            logger.warning("nobody can ask how things stand (--ctl-path): %s", error)
+            return
+        self._own_control()
+
+    def _control_path(self) -> str | None:
+        given = self._options.ctl_path
+        if given is not None or self.path is None:
+            return given or None
+        path = f"{self.path}.ctl"
+        if len(os.fsencode(path)) > SUN_PATH_MAX:
+            logger.warning("nobody can ask how things stand: %s is too long for a socket (--ctl-path)", path)
+            return None
+        return path
 
     def _own_listener(self) -> None:
         assert self.listener is not None  # it was opened
@@ -97,6 +132,11 @@ class House:
         self._names.callback(self.takeover.close)
         self._names.callback(lifecycle.remove, self.takeover_path)
         self._names.callback(asyncio.get_running_loop().remove_reader, self.takeover)
+
+    def _own_control(self) -> None:
+        assert self.control is not None  # it was opened
+        self._names.callback(self.control.close)
+        self._names.callback(lifecycle.remove, self.control.path)
 
     def _beside(self, given: str | None, what: str) -> str | None:
         """The path of another socket: as given, or beside that for front-ends; None for none."""
@@ -125,10 +165,19 @@ class House:
         """Those of the sockets that were made here."""
         repair = None if self.repair is None else self.repair.path
         front = None if self.listener is None else self.path
-        return [path for path in (front, repair, self.takeover_path) if path is not None]
+        control = None if self.control is None else self.control.path
+        return [path for path in (front, repair, self.takeover_path, control) if path is not None]
+
+    def give_to(self, user: User) -> None:
+        """Hand the sockets that were made over to the user that we are about to be."""
+        for path in self.paths():
+            user.own(path)
+        if self.control is not None and self._options.ctl_group is not None:
+            lifecycle.open_to_group(self.control.path, lifecycle.group(self._options.ctl_group, "--ctl-group"))
 
     def close(self) -> None:
         """Close the connections that nobody has served."""
+        self.process.close()
         for sock in (self.connection, self.waiting):
             if sock is not None:
                 sock.close()
@@ -136,7 +185,10 @@ class House:
     # ---- to another process
 
     def watch(self, done: Callable[[], None]) -> None:
-        """Let another process take over, from now on; ``done`` is called when one has."""
+        """Let another process take over, from now on; ``done`` is called when one has. And answer whoever asks."""
+        assert self.device is not None  # which this is about
+        if self.control is not None:
+            self.control.serve(Report(self, self.device, self._options).answer)
         if self.takeover is not None:
             asyncio.get_running_loop().add_reader(self.takeover, self._is_asked, done)
 
@@ -227,6 +279,7 @@ class House:
         since = handed.process.parked_at / 1e9
         try:
             handed.session = saved
+            handed.counters |= self.sessions.to_hand_over(self.server)
             self._add_names(handed)
             self._bequeathed = successor.give(handed, since)
         except BaseException as error:
@@ -237,6 +290,8 @@ class House:
             raise
         still = (time.monotonic() - since) * 1000
         self.device.let_go()
+        if self.control is not None:
+            self.control.stop()
         self.successor = successor.version
         logger.info(
             "handed over to godwit %s (pid %d): %s; the guest stood still for %.1f ms",
@@ -254,6 +309,8 @@ class House:
             handed.names.append(Name(REPAIR, self.repair.path, fd))
         if self.takeover is not None and self.takeover_path is not None:
             handed.names.append(Name(TAKEOVER, self.takeover_path, self.takeover.fileno()))
+        if self.control is not None:
+            handed.names.append(Name(CONTROL, self.control.path, self.control.sock.fileno()))
         if self._pid is not None:
             handed.names.append(Name(PID_FILE, self._pid.path, -1))
         if self.server is not None:
@@ -300,6 +357,13 @@ class House:
             self.takeover, self.takeover_path = socket.socket(fileno=takeover.fd), takeover.path
         else:
             self._open_takeover()
+        control = there.get(CONTROL)
+        path = self._control_path()
+        if control is not None and ((self._options.ctl_path is None and same) or path == control.path):
+            self.control = Control(socket.socket(fileno=control.fd), control.path)
+        else:
+            self._open_control()
+        self.sessions.take_over(handed.counters)
         if handed.connection >= 0:
             self.connection = socket.socket(fileno=handed.connection)
         if handed.waiting >= 0:
@@ -316,6 +380,21 @@ class House:
             self._own_repair()
         if self.takeover is not None:
             self._own_takeover()
+        if self.control is not None:
+            self._own_control()
+            self._let_group_ask(self.control.path)
+
+    def _let_group_ask(self, path: str) -> None:
+        """Of a socket that another process has made: it may be a group's that it was not told."""
+        if self._options.ctl_group is None:
+            return
+        group = lifecycle.group(self._options.ctl_group, "--ctl-group")
+        try:
+            there = os.lstat(path)
+            if (there.st_gid, there.st_mode & 0o777) != (group, 0o660):
+                lifecycle.open_to_group(path, group)
+        except OSError as error:
+            logger.warning("--ctl-group: %s stays as it was: %s", path, error.strerror)
 
 
 def _listen_for_helper(path: str) -> RepairListener:

@@ -146,10 +146,13 @@ def is_probe(address: object) -> bool:
     return isinstance(address, bytes) and address.startswith(_PROBE)
 
 
-def listen(path: str, kind: socket.SocketKind = socket.SOCK_STREAM, mode: int | None = None) -> socket.socket:
+def listen(
+    path: str, kind: socket.SocketKind = socket.SOCK_STREAM, mode: int | None = None, group: int | None = None
+) -> socket.socket:
     """Listen on ``path``; a socket that a dead process left there is taken over.
 
     ``mode``: who may connect, from the start (Linux makes the file with the mode of the socket).
+    ``group``: it may, too.
     Raises `SocketInUseError` if the process is alive, `StartError` for all else.
     """
     made = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
@@ -169,6 +172,8 @@ def listen(path: str, kind: socket.SocketKind = socket.SOCK_STREAM, mode: int | 
                 ) from None
             os.unlink(path)
             made.bind(path)
+        if group is not None:
+            open_to_group(path, group)  # nobody has connected: it does not listen yet
         made.listen(BACKLOG)
     except OSError as error:
         made.close()
@@ -177,6 +182,12 @@ def listen(path: str, kind: socket.SocketKind = socket.SOCK_STREAM, mode: int | 
         made.close()
         raise
     return made
+
+
+def open_to_group(path: str, group: int) -> None:
+    """Let a group use a socket of ours."""
+    os.chown(path, -1, group, follow_symlinks=False)
+    os.chmod(path, 0o660)
 
 
 def listen_on_first(paths: Iterable[str]) -> tuple[socket.socket, str]:
@@ -330,13 +341,14 @@ def _user(name: str) -> pwd.struct_passwd | None:
         return None
 
 
-def _group(name: str) -> int:
+def group(name: str, option: str) -> int:
+    """The number of a group that an option names, by its name or number. Raises `StartError` if there is none."""
     if name.isdigit():
         return int(name)
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
-        raise StartError(f"--runas: no such group: {name} (a number does without)") from None
+        raise StartError(f"{option}: no such group: {name} (a number does without)") from None
 
 
 def user(spec: str | None) -> User | None:
@@ -349,12 +361,12 @@ def user(spec: str | None) -> User | None:
         if os.geteuid() != 0:
             return None
         spec = "nobody"
-    name, colon, group = spec.partition(":")
+    name, colon, of = spec.partition(":")
     entry = _user(name)
     if entry is None and not name.isdigit():
         raise StartError(f"--runas: no such user: {name} (a number does without)")
     uid = entry.pw_uid if entry else int(name)
-    wanted = User(uid, _group(group) if colon else entry.pw_gid if entry else uid)
+    wanted = User(uid, group(of, "--runas") if colon else entry.pw_gid if entry else uid)
     if os.geteuid() != 0 and (wanted.uid, wanted.gid) != (os.geteuid(), os.getegid()):
         raise StartError(f"--runas {spec}: only root can become another user; leave it out, or start as root")
     return wanted

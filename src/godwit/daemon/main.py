@@ -99,8 +99,7 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             device.open()
 
             def own(user: lifecycle.User) -> None:
-                for path in house.paths():
-                    user.own(path)
+                house.give_to(user)
                 device.own(user)
 
             sandbox.sockets(house.paths())
@@ -123,6 +122,7 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         watch.start(device.follow)
         if options.icmp and (why := lifecycle.no_ping()) is not None:
             logger.warning("%s", why)
+            house.no_ping = True
         if pid is not None:
             pid.write()
 
@@ -132,11 +132,12 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             loop.add_signal_handler(number, stop.set)
 
         logger.info(
-            "godwit %s is ready on %s, repair helper on %s, takeover on %s",
+            "godwit %s is ready on %s, repair helper on %s, takeover on %s, control on %s",
             __version__,
             house.where,
             house.repair.path if house.repair is not None else "no socket",
             house.takeover_path or "no socket",
+            house.control.path if house.control is not None else "no socket",
         )
         logger.info("the guest is told: %s", ", ".join(f"{name} {value}" for name, value in facts(config).items()))
         if options.socket is None and house.listener is not None and not (options.foreground or options.quiet):
@@ -310,12 +311,15 @@ async def _session(house: House, device: NetDevice, options: Options) -> None:
         if not options.stream:
             house.server = Server(connection, device)
     error: Exception | str | None
+    house.sessions.began()
     if house.server is not None:
         error = await house.server.run()
-        house.server = None
+        server, house.server = house.server, None
+        house.sessions.over(server, error)
     else:
         assert connection is not None  # one of the two is there
         error = await serve_stream(connection, device)
+        house.sessions.over(None, error)
     if error is None and not house.successor:
         logger.info("the front-end has disconnected")
 

@@ -202,6 +202,7 @@ class Mover:
         self._seen_before: Observed | None = None  # target: the guest's addresses before those that came
         self._lingerers: list[str] = []  # target: who may have sockets of the flows that come
         self._told_elsewhere = Withdrawn()  # target: where the guest comes from
+        self.went = 0, 0  # connections that moved in the last transfer, and those that it lost
 
     # ---- another process on this host goes on
 
@@ -291,6 +292,7 @@ class Mover:
     def freeze(self) -> None:
         """Freeze every flow and listener, and begin to have the helper set repair mode; ``dump`` waits for its end."""
         with self._lock:
+            self.went = 0, 0
             self._park()
             self._freeze()
 
@@ -500,6 +502,7 @@ class Mover:
                     if flow not in self._saved:
                         self._engine.drop_flow_socket(flow)
                 connections = [self._engine.release_flow(flow) for flow in self._frozen if flow in self._saved]
+                self.went = len(connections), len(self._frozen) - len(connections)
                 return Left(connections, self._departures.leave())
             finally:
                 self._awaited.forget()
@@ -525,6 +528,7 @@ class Mover:
         with self._lock:
             if self._parked:
                 return
+            self.went = 0, 0
             self._park()  # from here on nobody looks for sockets in repair mode but us
             memory = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * QUEUES_SHARE)
             self._arrivals = moving.Arrivals(self._engine, self.scope, memory)
@@ -804,6 +808,7 @@ class Mover:
             self._engine.open_flow(flow)
         waits = {flow_of(number): waiting for number, waiting in self._waits.items() if number not in self._lost}
         going = len(self._arrived()) - len(lost) - len(waits)
+        self.went = going, len(lost)
         log.info("%d connections go on here, %d were lost", going, len(lost))
         if waits:
             missing = names(one.ours.our_addr for one in waits.values())

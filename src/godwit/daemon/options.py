@@ -65,7 +65,7 @@ class VirtioFeatures(enum.Enum):
 class Options(NamedTuple):
     """What the command line says, checked. Paths are absolute.
 
-    ``net`` is what the guest is told. ``repair_path`` and ``takeover_path`` are None for the default
+    ``net`` is what the guest is told. ``repair_path``, ``takeover_path`` and ``ctl_path`` are None for the default
     beside the socket, and empty for none. ``socket`` is None for passt's
     default path, with ``PASST`` and without ``fd`` only.
     """
@@ -89,6 +89,8 @@ class Options(NamedTuple):
     repair_path: str | None = None
     takeover: str | None = None  # where the godwit listens whose guest this one is to go on with
     takeover_path: str | None = None
+    ctl_path: str | None = None
+    ctl_group: str | None = None  # its name or number: it may ask how things stand, too
     migrate_version: int = 2
     record: str | None = None
     migrate_exit: bool = False
@@ -323,6 +325,22 @@ TABLE: tuple[Row, ...] = (
         "PATH",
         _path_or_none,
         "where the next godwit may take over (the front-end's with .takeover behind it), or none",
+    ),
+    Row(
+        ("--ctl-path",),
+        Kind.VALUE,
+        "ctl_path",
+        "PATH",
+        _path_or_none,
+        "where godwit ctl asks how things stand (the front-end's with .ctl behind it), or none",
+    ),
+    Row(
+        ("--ctl-group",),
+        Kind.VALUE,
+        "ctl_group",
+        "GROUP",
+        str,
+        "let this group ask, too (by default the user that the daemon runs as, alone)",
     ),
     Row(
         ("--migrate-version",),

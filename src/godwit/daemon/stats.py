@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Statistics in the log: what the data plane has done since the last line, so often at most.
+"""What is counted besides the data plane's own, and statistics in the log.
 
+`Statistics` are what the data plane has done since the last line, so often at most.
 While nothing happens there is no line, and nobody wakes up for one: the data
 plane tells of the first frame, the line comes when the time after that is
 over, and only then is the next frame waited for.
@@ -10,9 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import resource
+import time
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from godwit.dataplane import Engine
+from godwit.vhost_user import Server
 
 log = logging.getLogger(__name__)
 
@@ -72,3 +79,107 @@ def _size(count: float) -> str:
         count /= 1000
         power += 1
     return f"{count:.3g} {_UNITS[power]}"
+
+
+class Sessions:
+    """The sessions with front-ends, of a process and of those that it took over from, in numbers."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self._numbers: Counter[str] = Counter()
+
+    def began(self) -> None:
+        """A front-end is served."""
+        self.open = True
+        self._numbers["sessions"] += 1
+
+    def over(self, server: Server | None, error: object) -> None:
+        """It is no more; ``server`` is None in stream mode, ``error`` what ended it unless it hung up."""
+        self.open = False
+        self._numbers["errors"] += error is not None
+        self._numbers.update(_requests(server))
+
+    def numbers(self, server: Server | None) -> Counter[str]:
+        """``sessions``, ``errors`` that ended one; ``requests``, and of these the ``refused`` and ``failed`` ones.
+
+        ``server`` is that of the session that is open.
+        """
+        return self._numbers + Counter(_requests(server))
+
+    def to_hand_over(self, server: Server | None) -> dict[str, int]:
+        """The numbers, for a process that goes on with the guest."""
+        return {f"front_end.{name}": value for name, value in self.numbers(server).items()}
+
+    def take_over(self, counters: Mapping[str, int]) -> None:
+        """Go on counting from what another process gave."""
+        for name, value in counters.items():
+            if name.startswith("front_end."):
+                self._numbers[name.removeprefix("front_end.")] = value
+
+
+def _requests(server: Server | None) -> dict[str, int]:
+    if server is None:
+        return {}
+    return {"requests": server.requests, "refused": server.refused, "failed": server.failed}
+
+
+class ProcessStats:
+    """What the kernel says of this process. Opened at the start: later /proc may be out of reach."""
+
+    def __init__(self) -> None:
+        self.began_at = time.time()
+        self._since = time.monotonic()
+        self._statm = _open("/proc/self/statm", os.O_RDONLY)
+        self._descriptors = _open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._since
+
+    @staticmethod
+    def cpu_seconds() -> float:
+        """Of the processor, in user mode and in the kernel, all threads."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return used.ru_utime + used.ru_stime
+
+    def memory(self) -> tuple[int, int] | None:
+        """(mapped, resident) bytes; None where that cannot be known. Of the guest's memory what was touched counts."""
+        if self._statm < 0:
+            return None
+        try:
+            mapped, resident = os.pread(self._statm, 100, 0).split()[:2]
+        except (OSError, ValueError):
+            return None
+        page = os.sysconf("SC_PAGE_SIZE")
+        return int(mapped) * page, int(resident) * page
+
+    def descriptors(self) -> int | None:
+        """How many are open; None where that cannot be known."""
+        if self._descriptors < 0:
+            return None
+        try:
+            # Since Linux 6.2 the size of the directory is their number: a process may have a hundred thousand.
+            return os.fstat(self._descriptors).st_size or len(os.listdir(self._descriptors)) - 1
+        except OSError:
+            return None
+
+    @staticmethod
+    def most_descriptors() -> int | None:
+        """How many there may be; None for any number."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return None if limit == resource.RLIM_INFINITY else limit
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for fd in (self._statm, self._descriptors):
+            if fd >= 0:
+                os.close(fd)
+        self._statm = self._descriptors = -1
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except OSError:
+        return -1

@@ -31,6 +31,8 @@ from godwit.dataplane.pcap cimport pcap_close, pcap_flush, pcap_open
 from godwit.dataplane.plane cimport (
     DROPS,
     FF_ANSWERED,
+    FLOW_PING,
+    FLOW_TCP,
     FLOW_UDP,
     MAX_MAPS,
     MAX_TARGETS,
@@ -39,6 +41,8 @@ from godwit.dataplane.plane cimport (
     RARE_SLOTS,
     SEND_BUFFER,
     UDP_SLOT,
+    Counters,
+    Datagrams,
     Flow,
     Listener,
     Plane,
@@ -176,6 +180,16 @@ cdef bytes carried_from(datagrams):
         parts.append((<uint8_t *>&head)[:sizeof(head)])
         parts.append(one.data)
     return b"".join(parts)
+
+
+cdef dict datagrams(str kind, Datagrams *d):
+    """The counters of one protocol, by their names."""
+    return {
+        f"{kind}_from_guest": d.from_guest,
+        f"{kind}_to_guest": d.to_guest,
+        f"{kind}_bytes_from_guest": d.bytes_from_guest,
+        f"{kind}_bytes_to_guest": d.bytes_to_guest,
+    }
 
 
 cdef void renumber(Plane *p) noexcept nogil:
@@ -793,14 +807,19 @@ cdef class EngineBase:
 
     def counters(self):
         """Counters since the start; ``drops`` by reason."""
-        c = self.p.counters
+        cdef Counters *c = &self.p.counters
         return {
             "frames_from_guest": c.frames_from_guest,
             "frames_to_guest": c.frames_to_guest,
             "bytes_from_guest": c.bytes_from_guest,
             "bytes_to_guest": c.bytes_to_guest,
+            **datagrams("udp", &c.udp),
+            **datagrams("ping", &c.ping),
             "retransmits": c.retransmits,
-            "flows_opened": c.flows_opened,
+            "opened_tcp": c.opened[<int>FLOW_TCP],
+            "opened_udp": c.opened[<int>FLOW_UDP],
+            "opened_ping": c.opened[<int>FLOW_PING],
+            "flows_opened": c.opened[<int>FLOW_TCP] + c.opened[<int>FLOW_UDP] + c.opened[<int>FLOW_PING],
             "flows_reset": c.flows_reset,
             "flows_recycled": c.flows_recycled,
             "flows": self.p.open_flows,

@@ -230,8 +230,7 @@ cdef Flow *within(Plane *p, uint32_t limit, FlowKind kind, const uint8_t *guest_
     f.hash_next = p.buckets[b]
     p.buckets[b] = i + 1
     count(p, f, 1)
-    if kind != FLOW_UDP_PORT:
-        p.counters.flows_opened += 1
+    p.counters.opened[<int>kind] += 1
     return f
 
 
@@ -248,6 +247,8 @@ cdef Flow *flow_new_beyond(Plane *p, FlowKind kind, const uint8_t *guest_addr, u
 cdef void count(Plane *p, Flow *f, int change) noexcept nogil:
     if f.kind != FLOW_UDP_PORT:
         p.open_flows += change
+    if f.kind == FLOW_PING:
+        p.open_pings += change
     if f.kind == FLOW_UDP:
         p.open_peers += change
     elif not f.flags & FF_FORWARD:

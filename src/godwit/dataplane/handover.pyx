@@ -67,6 +67,7 @@ from godwit.dataplane.plane cimport (
     PARTIALS,
     PARTIAL_SIZE,
     RARE_SLOTS,
+    Datagrams,
     Flow,
     FlowKind,
     Partial,
@@ -287,6 +288,13 @@ def set_hash_key(EngineBase engine not None, bytes key):
     copy_bytes(<uint8_t *>engine.p.hash_key, key, 16, "hash key")
 
 
+cdef set_datagrams(Datagrams *d, str kind, counters):
+    d.from_guest = counters.get(f"{kind}_from_guest", 0)
+    d.to_guest = counters.get(f"{kind}_to_guest", 0)
+    d.bytes_from_guest = counters.get(f"{kind}_bytes_from_guest", 0)
+    d.bytes_to_guest = counters.get(f"{kind}_bytes_to_guest", 0)
+
+
 def set_counters(EngineBase engine not None, counters):
     """Go on counting from what `Engine.counters` gave; what is not known here is left out."""
     from godwit.dataplane._base import DROP_NAMES
@@ -297,9 +305,13 @@ def set_counters(EngineBase engine not None, counters):
     c.bytes_from_guest = counters.get("bytes_from_guest", 0)
     c.bytes_to_guest = counters.get("bytes_to_guest", 0)
     c.retransmits = counters.get("retransmits", 0)
-    c.flows_opened = counters.get("flows_opened", 0)
     c.flows_recycled = counters.get("flows_recycled", 0)
+    c.opened[<int>FLOW_TCP] = counters.get("opened_tcp", 0)
+    c.opened[<int>FLOW_UDP] = counters.get("opened_udp", 0)
+    c.opened[<int>FLOW_PING] = counters.get("opened_ping", 0)
     c.flows_reset = counters.get("flows_reset", 0)
+    set_datagrams(&c.udp, "udp", counters)
+    set_datagrams(&c.ping, "ping", counters)
     for i in range(<int>DROPS):
         c.drops[i] = counters.get(f"drops.{DROP_NAMES[i]}", 0)
 
@@ -348,11 +360,10 @@ cdef Flow *new_flow(EngineBase engine, FlowKind kind, bytes guest_addr, uint16_t
     if flow_find(engine.p, kind, guest_addr, guest_port, our_addr, our_port) != NULL:
         raise ValueError("two flows between the same ends")
     engine.p.now = clock_ms(engine.p)
-    opened = engine.p.counters.flows_opened
     f = flow_new_beyond(engine.p, kind, guest_addr, guest_port, our_addr, our_port)
-    engine.p.counters.flows_opened = opened
     if f == NULL:
         raise ValueError("the flow table is full")
+    engine.p.counters.opened[<int>kind] -= 1     # it was counted when it was
     return f
 
 

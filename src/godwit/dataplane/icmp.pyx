@@ -18,7 +18,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.checksum cimport fold, sum_bytes
-from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest
+from godwit.dataplane.datagram cimport DELIVERED, RING_SHORT, Datagram, datagram_to_guest
 from godwit.dataplane.flow cimport (
     age_in,
     flow_close,
@@ -58,6 +58,8 @@ from godwit.dataplane.plane cimport (
     FLOW_UDP,
     Flow,
     Plane,
+    count_from_guest,
+    count_to_guest,
     drop,
 )
 from godwit.dataplane.shortage cimport shortage
@@ -259,6 +261,8 @@ cdef void ping_from_guest(Plane *p, Packet *k) noexcept nogil:
         n = sendmsg(f.sock, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
     if n < 0:
         drop(p, DROP_SEND)
+    else:
+        count_from_guest(&p.counters.ping, f, 1, k.payload_size)
     f.last_active = p.now
     flow_used(p, f, PING_TIMEOUT)
 
@@ -266,7 +270,7 @@ cdef void ping_from_guest(Plane *p, Packet *k) noexcept nogil:
 cdef void ping_from_sock(Plane *p, Flow *f) noexcept nogil:
     cdef Datagram d
     cdef ssize_t n
-    cdef int i
+    cdef int i, result
     for i in range(READ_BATCH):
         # It stays in the queue until the guest has room.
         n = recv(f.sock, p.scratch, sizeof(p.scratch), MSG_PEEK | MSG_DONTWAIT)
@@ -287,11 +291,14 @@ cdef void ping_from_sock(Plane *p, Flow *f) noexcept nogil:
             d.size = <uint32_t>(n - ICMP_HLEN)
             d.done = f.reply_done
             d.ident = f.reply_ident
-            if datagram_to_guest(p, &d) == RING_SHORT:
+            result = datagram_to_guest(p, &d)
+            if result == RING_SHORT:
                 f.reply_done = d.done
                 f.reply_ident = d.ident
                 flow_wait_ring(p, f)
                 return
+            if result == DELIVERED:
+                count_to_guest(&p.counters.ping, f, 1, <uint64_t>(n - ICMP_HLEN))
             f.reply_done = 0
             f.last_active = p.now
             f.flags |= FF_HEARD

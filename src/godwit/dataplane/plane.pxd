@@ -64,6 +64,7 @@ cdef enum FlowKind:
     FLOW_UDP_PORT           # a port of the guest's: the socket that its peers share (udp.pyx)
     FLOW_PING
     FLOW_DEAD               # closed, its slot is released once nothing refers to it
+    FLOW_KINDS
 
 # A TCP flow's state: what was seen on either side. These are the bits of the
 # published device-state stream (version 2), so that they move as they are.
@@ -154,10 +155,10 @@ cdef extern from *:
         uint16_t our_port, remote_port, local_port;
         struct Carry *carry_to_guest;   /* before what the socket has; NULL: none, the usual */
         struct Carry *carry_to_sock;    /* before what the guest sends */
+        uint64_t bytes_from_guest;      /* payload that the socket took, and that was sent once at least */
+        uint64_t bytes_to_guest;
         union {
             struct {    /* TCP. Sequence numbers are those between guest and us. */
-                uint64_t bytes_from_guest;      /* payload that the socket took, and that was sent once at least */
-                uint64_t bytes_to_guest;
                 uint32_t seq_to_guest;          /* next to send */
                 uint32_t seq_max_to_guest;      /* highest ever sent + 1 (differs during retransmission) */
                 uint32_t seq_ack_from_guest;    /* first not acknowledged by the guest */
@@ -203,8 +204,8 @@ cdef extern from *:
         uint16_t guest_port, our_port, remote_port, local_port
         Carry *carry_to_guest
         Carry *carry_to_sock
-        # TCP
         uint64_t bytes_from_guest, bytes_to_guest
+        # TCP
         uint32_t seq_to_guest, seq_max_to_guest, seq_ack_from_guest
         uint32_t seq_from_guest, seq_ack_to_guest, seq_init_from_guest
         uint32_t seq_fin, acked, window, edge, granted
@@ -341,13 +342,22 @@ cdef struct RxBuf:
     uint64_t guest_addr[MAX_CHAIN]
     iovec view[MAX_CHAIN]   # the parts of iov that take payload
 
+# Payload that the kernel took, and that the guest was given.
+cdef struct Datagrams:
+    uint64_t from_guest
+    uint64_t to_guest
+    uint64_t bytes_from_guest
+    uint64_t bytes_to_guest
+
 cdef struct Counters:
     uint64_t frames_from_guest
     uint64_t frames_to_guest
     uint64_t bytes_from_guest   # TCP payload
     uint64_t bytes_to_guest
+    Datagrams udp
+    Datagrams ping              # requests and replies
     uint64_t retransmits
-    uint64_t flows_opened
+    uint64_t opened[FLOW_KINDS] # flows, by FlowKind
     uint64_t flows_reset
     uint64_t flows_recycled     # UDP flows and pings that were idle and made room for others
     uint64_t drops[DROPS]
@@ -395,6 +405,7 @@ cdef struct Plane:
     uint32_t aged[AGES]         # how many are in each
     uint32_t open_flows
     uint32_t open_peers         # of those the UDP ones
+    uint32_t open_pings
     uint32_t forwards           # forwarded UDP ports: places that nobody else ever has
     uint16_t many_from[65536]   # for each port of the host's: sockets that the guest has sent to many through
     uint32_t open_ports         # UDP ports of the guest's own, and pings
@@ -456,6 +467,19 @@ cdef inline void drop(Plane *p, int reason) noexcept nogil:
 cdef inline void drop_all(Plane *p, int reason, int count) noexcept nogil:
     """Count several."""
     p.counters.drops[reason] += count
+
+cdef inline void count_from_guest(Datagrams *all, Flow *f, uint64_t number, uint64_t size) noexcept nogil:
+    """Count datagrams of a flow that the kernel took, and the bytes of their payload."""
+    all.from_guest += number
+    all.bytes_from_guest += size
+    f.bytes_from_guest += size
+
+cdef inline void count_to_guest(Datagrams *all, Flow *f, uint64_t number, uint64_t size) noexcept nogil:
+    """Count datagrams that the guest was given; ``f`` is NULL for one from somebody who is not remembered."""
+    all.to_guest += number
+    all.bytes_to_guest += size
+    if f != NULL:
+        f.bytes_to_guest += size
 
 cdef inline uint64_t frames_both_ways(Plane *p) noexcept nogil:
     return p.counters.frames_from_guest + p.counters.frames_to_guest

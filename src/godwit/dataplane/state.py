@@ -113,6 +113,34 @@ class UdpPeer(NamedTuple):
     answered: int
 
 
+class Listed(NamedTuple):
+    """A flow, for people. ``our`` is the peer as the guest names it, ``remote`` as the host does.
+
+    Ports are 0 where there are none; of a ping ``guest_port`` is the identifier. Bytes are of payload, since this
+    process or one that it took over from has the flow; ``idle`` is in milliseconds. Of TCP alone: ``local``, the end of
+    the host's socket; ``in_flight``, bytes that the guest has not acknowledged; ``unsent``, bytes in the socket's
+    queue that its peer has not acknowledged, and ``unread``, those that wait there for the guest; -1 without a socket.
+    """
+
+    kind: str
+    state: str
+    from_guest: bool  # the guest opened it
+    guest_addr: bytes
+    guest_port: int
+    our_addr: bytes
+    our_port: int
+    remote_addr: bytes
+    remote_port: int
+    local_addr: bytes
+    local_port: int
+    bytes_from_guest: int
+    bytes_to_guest: int
+    idle: int
+    in_flight: int
+    unsent: int
+    unread: int
+
+
 class Ping(NamedTuple):
     """Echoes of the guest's: what it calls the host that it asks, its identifier, and the one that they leave with."""
 

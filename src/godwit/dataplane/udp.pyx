@@ -78,6 +78,7 @@ from godwit.dataplane.plane cimport (
     Flow,
     Plane,
     UdpOut,
+    count_from_guest,
     drop,
     drop_all,
 )
@@ -634,17 +635,26 @@ cdef bint from_elsewhere(Plane *p, Flow *port, int i) noexcept nogil:
         memcpy(f.local_addr, before, 16)
 
 
+cdef void took(Plane *p, int i, uint32_t sent) noexcept nogil:
+    """Count message i, of which the kernel took so many segments."""
+    cdef UdpOut *o = &p.udp_out
+    cdef uint32_t size = o.sizes[i] if sent == o.segments[i] else sent * o.segment[i]
+    count_from_guest(&p.counters.udp, &p.flows[o.flows[i]], sent, size)
+
+
 cdef void refused(Plane *p, Flow *port, int i, int why) noexcept nogil:
     """The kernel does not take message i, for a reason that is its own."""
     cdef UdpOut *o = &p.udp_out
     cdef int sent
     if (why == EINVAL or why == EADDRNOTAVAIL or why == ENETUNREACH) and from_elsewhere(p, port, i):
+        took(p, i, o.segments[i])
         return
     if o.segments[i] > 1 and (why == EINVAL or why == EIO or why == EMSGSIZE):
         # Larger than the way allows, or an interface that cannot: as they were, then.
         if why != EMSGSIZE and o.segments[i] <= MAX_SEGMENTS:
             port.flags |= FF_NO_GSO
         sent = send_apart(p, port, i)
+        took(p, i, <uint32_t>sent)
         drop_all(p, DROP_SEND, o.segments[i] - sent)
         return
     drop_all(p, DROP_SEND, o.segments[i])
@@ -671,7 +681,7 @@ cdef void note_many(Plane *p, Flow *port) noexcept nogil:
 cdef void udp_flush(Plane *p) noexcept nogil:
     cdef UdpOut *o = &p.udp_out
     cdef Flow *port
-    cdef int i, n, why
+    cdef int i, j, n, why
     cdef bint again = False
     if o.port == NONE:
         return
@@ -682,6 +692,8 @@ cdef void udp_flush(Plane *p) noexcept nogil:
     while i < o.count:
         n = sendmmsg(port.sock, o.msgs + i, o.count - i, MSG_DONTWAIT | MSG_NOSIGNAL)
         if n > 0:
+            for j in range(n):
+                took(p, i + j, o.segments[i + j])
             i += n
             again = False
             continue

@@ -18,7 +18,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memcmp, memcpy, memset
 
-from godwit.dataplane.datagram cimport RING_SHORT, Datagram, datagram_to_guest, fits_mtu
+from godwit.dataplane.datagram cimport DELIVERED, RING_SHORT, Datagram, datagram_to_guest, fits_mtu
 from godwit.dataplane.flow cimport (
     carry_free,
     carry_new,
@@ -56,6 +56,7 @@ from godwit.dataplane.plane cimport (
     Flow,
     Plane,
     UdpIn,
+    count_to_guest,
     drop,
 )
 from godwit.dataplane.sys cimport (
@@ -448,6 +449,8 @@ cdef bint deliver(Plane *p, Flow *port, int i) noexcept nogil:
             u.done = d.done
             u.ident = d.ident
             return False
+        if result == DELIVERED:
+            count_to_guest(&p.counters.udp, f, (d.size + d.gso - 1) // d.gso if d.gso else 1, d.size)
         u.at += d.size
         d.done = u.done = 0
         if u.at >= total:

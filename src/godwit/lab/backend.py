@@ -300,7 +300,7 @@ class Backend:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout)
             self.kill()
-        for path in (self.socket, f"{self.socket}.repair", f"{self.socket}.takeover"):
+        for path in (self.socket, *(f"{self.socket}.{what}" for what in ("repair", "takeover", "ctl"))):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 

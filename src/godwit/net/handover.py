@@ -46,7 +46,7 @@ MAX_PARTIALS: Final = 16
 ALL_FLAGS: Final = range(1 << len(LiveFlag))
 
 #: Names that others find a godwit by, and what is there.
-FRONT_END, REPAIR, TAKEOVER, PID_FILE = 1, 2, 3, 4
+FRONT_END, REPAIR, TAKEOVER, PID_FILE, CONTROL = 1, 2, 3, 4, 5
 
 
 class Name(NamedTuple):
@@ -341,7 +341,10 @@ NAME: Final[Record[NameHead]] = Record(
     "name",
     (
         Field(
-            "what", u8, "where connect 1: front-ends, 2: repair helpers, 3: who takes over; 4: a PID file", range(1, 5)
+            "what",
+            u8,
+            "where connect 1: front-ends, 2: repair helpers, 3: who takes over, 5: who asks; 4: a PID file",
+            range(1, 6),
         ),
     ),
     NameHead,

@@ -208,6 +208,8 @@ class RepairListener:
         self.hung_at: float | None = None
         #: A helper has connected, at some time.
         self.ever_connected = False
+        #: How often a helper was asked, for how many sockets in all, and how often in vain.
+        self.asked = self.sockets = self.failed = 0
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._sock.setblocking(False)
@@ -236,6 +238,7 @@ class RepairListener:
             made._client = RepairClient(helper, timeout, guards=_guards(_name_of(helper)))
         made.hung_at = None
         made.ever_connected = client >= 0
+        made.asked = made.sockets = made.failed = 0
         try:
             there = os.stat(path, follow_symlinks=False)
             made._made = there.st_dev, there.st_ino
@@ -298,6 +301,8 @@ class RepairListener:
         client = self.client
         if client is None:
             raise RepairError("no repair helper is connected")
+        self.asked += 1
+        self.sockets += len(fds)
         done = doubtful = 0  # of the sockets: all before `done` are in the mode, those up to `doubtful` may be
         while client is not None:
             try:
@@ -306,6 +311,7 @@ class RepairListener:
                 return
             except RepairError as error:
                 failure = error
+                self.failed += 1
                 if client.hung:
                     self.hung_at = time.monotonic()
                 done += error.done

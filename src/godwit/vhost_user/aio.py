@@ -92,6 +92,8 @@ class Server:
         self._suspended: asyncio.Future[SavedSession | None] | None = None
         self._resumed = asyncio.Event()
         self._left = self._over = False
+        #: Requests so far, those that were refused unseen, and those that the device has failed to do.
+        self.requests = self.refused = self.failed = 0
 
     async def run(self) -> VhostUserError | None:
         """Serve to the end, as ``serve`` does; after ``leave`` the device is told nothing, and it returns None."""
@@ -144,8 +146,11 @@ class Server:
                     log.error("the vhost-user session is over: %s", event.error)
                 return event.error
             if isinstance(event, RequestRefused):
+                self.requests += 1
+                self.refused += 1
                 log.warning("refused: %s", event.error)
             elif isinstance(event, RequestReceived):
+                self.requests += 1
                 await self._carry_out(event)
             elif self._suspended is not None:
                 if not self._suspended.done():
@@ -192,6 +197,7 @@ class Server:
         else:
             self._session.complete(value)
             return
+        self.failed += 1
         reason = DeviceError(f"{name} failed: {failure}")
         reason.__cause__ = failure
         if self._session.fail(reason):
