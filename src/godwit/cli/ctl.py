@@ -44,10 +44,7 @@ def ask(path: str, request: str) -> Iterator[bytes]:
     """The lines of the answer, as they come. Raises `CtlError`."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(PATIENCE)
-        try:
-            sock.connect(path)
-        except OSError as error:
-            raise CtlError(_why(error, path)) from error
+        _connect(sock, path)
         rest = b""
         try:
             sock.sendall(request.encode() + b"\n")
@@ -60,6 +57,20 @@ def ask(path: str, request: str) -> Iterator[bytes]:
             raise CtlError(f"{path}: the answer has ended early: {error.strerror}") from error
         if rest:
             raise CtlError(f"{path}: the answer has ended early, or that is no godwit")
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            sock.connect(path)
+            return
+        except BlockingIOError as error:  # many are before us
+            if time.monotonic() > until:
+                raise CtlError(f"{path}: there are too many who ask") from error
+            time.sleep(0.02)
+        except OSError as error:
+            raise CtlError(_why(error, path)) from error
 
 
 def _why(error: OSError, path: str) -> str:
@@ -200,9 +211,10 @@ def _last(move: Mapping[str, Any]) -> str:
 def show_flows(found: Iterator[Mapping[str, Any]]) -> Iterator[str]:
     """A table. Lines are as wide as what was seen so far: nobody waits for the last flow."""
     widths = [5, 11, 24, 24, 10, 10, 6]
-    yield _row(_FLOWS, widths)
     count = 0
-    for count, flow in enumerate(found, 1):  # noqa: B007  # it is what is left in the end
+    for count, flow in enumerate(found, 1):
+        if count == 1:
+            yield _row(_FLOWS, widths)
         ends = (_end(flow["guest"]), _end(flow["peer"]) + _elsewhere(flow))
         bytes_ = size(flow["bytes_from_guest"]), size(flow["bytes_to_guest"])
         cells = (flow["protocol"], flow["state"], *ends, *bytes_, span(flow["idle_seconds"]))
@@ -325,7 +337,7 @@ def _say(given: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = _parser()
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)  # a filter may stand behind an option
     if given.filters and given.what != "flows":
         parser.error("there are filters for flows alone")
     if given.prometheus and given.what != "metrics":

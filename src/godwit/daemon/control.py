@@ -54,6 +54,7 @@ class Control:
     """The socket, its path, and who is connected. The socket is this one's from now on."""
 
     def __init__(self, sock: socket.socket, path: str) -> None:
+        sock.listen(MOST_CLIENTS)  # may wait, before one is turned away
         self.sock = sock
         self.path = path
         self._loop = asyncio.get_running_loop()

@@ -311,7 +311,7 @@ async def _session(house: House, device: NetDevice, options: Options) -> None:
         if not options.stream:
             house.server = Server(connection, device)
     error: Exception | str | None
-    house.sessions.began()
+    house.sessions.began(anew=connection is not None)
     if house.server is not None:
         error = await house.server.run()
         server, house.server = house.server, None

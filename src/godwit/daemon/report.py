@@ -296,7 +296,9 @@ class Report:
         yield _gauge("godwit_front_end_connected", "1 while a front-end is served.", int(house.sessions.open))
         yield _counter("godwit_front_end_sessions_total", "Sessions with front-ends.", numbers["sessions"])
         yield _counter("godwit_front_end_session_errors_total", "Those that an error ended.", numbers["errors"])
-        yield _counter("godwit_front_end_requests_total", "Requests of front-ends.", numbers["requests"])
+        yield _counter(
+            "godwit_front_end_requests_total", "Requests of front-ends that the device was to do.", numbers["requests"]
+        )
         yield Family(
             "godwit_front_end_request_errors_total",
             "counter",

@@ -88,10 +88,10 @@ class Sessions:
         self.open = False
         self._numbers: Counter[str] = Counter()
 
-    def began(self) -> None:
-        """A front-end is served."""
+    def began(self, *, anew: bool) -> None:
+        """A front-end is served; or one goes on to be, which another process has counted."""
         self.open = True
-        self._numbers["sessions"] += 1
+        self._numbers["sessions"] += anew
 
     def over(self, server: Server | None, error: object) -> None:
         """It is no more; ``server`` is None in stream mode, ``error`` what ended it unless it hung up."""
