@@ -205,7 +205,7 @@ def test_what_is_said_of_those_that_come_to_nothing(scenario: Scenario, load: Lo
 
 
 def test_many_flows_and_the_guest_hardly_stands_still(scenario: Scenario, crowd: Crowd) -> None:
-    """Listed while a stream runs: each once, in parts, none of which parks the data plane for a millisecond."""
+    """Listed while a stream runs: each once, in parts, none of which takes the data plane a millisecond."""
     load = scenario.start_load(idle=IDLE, rate=30_000_000)
     longest = []
     for _ in range(5):
@@ -213,7 +213,7 @@ def test_many_flows_and_the_guest_hardly_stands_still(scenario: Scenario, crowd:
         document = ctl._checked("", answer)
         ends = [(flow["guest"]["port"], flow["peer"]["port"]) for flow in document["flows"]]
         assert len(set(ends)) == len(ends) == document["count"] >= MANY + IDLE + 2
-        longest.append(document["longest_park_seconds"])
+        longest.append(document["longest_pause_seconds"])
     # This process or another may have the processor in the middle of one: not each time.
     assert min(longest) < 0.001
     assert crowd.check() == MANY

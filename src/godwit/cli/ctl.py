@@ -229,7 +229,7 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _end(end: Mapping[str, Any]) -> str:
     address = f"[{end['address']}]" if ":" in end["address"] else end["address"]
-    return f"{address}:{end['port']}"
+    return f"{address}:{end['port']}" if end["port"] else address  # of a ping's peer
 
 
 def _elsewhere(flow: Mapping[str, Any]) -> str:

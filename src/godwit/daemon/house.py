@@ -50,6 +50,7 @@ class House:
         self.takeover: socket.socket | None = None
         self.takeover_path: str | None = None
         self.control: Control | None = None
+        self._ctl_group = None if options.ctl_group is None else lifecycle.group(options.ctl_group, "--ctl-group")
         self.device: NetDevice | None = None
         self.sessions = Sessions()
         self.process = ProcessStats()
@@ -93,12 +94,10 @@ class House:
         path = self._control_path()
         if path is None:
             return
-        wanted = self._options.ctl_path or self._options.ctl_group
-        group = None if self._options.ctl_group is None else lifecycle.group(self._options.ctl_group, "--ctl-group")
         try:
-            self.control = Control(lifecycle.listen(path, mode=0o600, group=group), path)
+            self.control = Control(lifecycle.listen(path, mode=0o600, group=self._ctl_group), path)
         except StartError as error:
-            if wanted:
+            if self._options.ctl_path or self._ctl_group is not None:
                 raise
             # Nobody has asked for it, and the guest shall not be without a network for want of it.
             logger.warning("nobody can ask how things stand (--ctl-path): %s", error)
@@ -172,8 +171,8 @@ class House:
         """Hand the sockets that were made over to the user that we are about to be."""
         for path in self.paths():
             user.own(path)
-        if self.control is not None and self._options.ctl_group is not None:
-            lifecycle.open_to_group(self.control.path, lifecycle.group(self._options.ctl_group, "--ctl-group"))
+        if self.control is not None and self._ctl_group is not None:
+            lifecycle.open_to_group(self.control.path, self._ctl_group)
 
     def close(self) -> None:
         """Close the connections that nobody has served."""
@@ -386,13 +385,12 @@ class House:
 
     def _let_group_ask(self, path: str) -> None:
         """Of a socket that another process has made: it may be a group's that it was not told."""
-        if self._options.ctl_group is None:
+        if self._ctl_group is None:
             return
-        group = lifecycle.group(self._options.ctl_group, "--ctl-group")
         try:
             there = os.lstat(path)
-            if (there.st_gid, there.st_mode & 0o777) != (group, 0o660):
-                lifecycle.open_to_group(path, group)
+            if (there.st_gid, there.st_mode & 0o777) != (self._ctl_group, 0o660):
+                lifecycle.open_to_group(path, self._ctl_group)
         except OSError as error:
             logger.warning("--ctl-group: %s stays as it was: %s", path, error.strerror)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the control socket tells: how things stand, the flows, the metrics. ``docs/control.md`` has what it means.
 
-Nothing here changes anything. The data plane's counters are read as they are, while it runs; for the flows its thread
-is parked for a moment at a time (`godwit.dataplane.listing`).
+Nothing here changes anything. The data plane's counters are read as they are, while it runs; the flows its own thread
+copies, some at a time (`godwit.dataplane.listing`).
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Report:
         self._device = device
         self._options = options
         self._turn = asyncio.Lock()  # one list of flows is gone on with at a time, however many are asked for
-        #: Seconds that the data plane was parked for a part of a list of flows: the longest.
-        self.longest_park = 0.0
+        #: Seconds that the data plane took for a part of a list of flows: the longest.
+        self.longest_pause = 0.0
 
     async def answer(self, words: Sequence[str]) -> AsyncGenerator[str, None]:
         """The pieces of the answer to a request. Raises `RequestError` before the first if it is none."""
@@ -186,7 +186,7 @@ class Report:
         wanted = {kind: kind in kinds for kind in _KINDS}
         yield f'{{"format": {FORMAT}, "flows": ['
         count = 0
-        parked = 0.0
+        pause = 0.0
         place: int | None = 0
         until = asyncio.get_running_loop().time() + _PATIENCE
         while place is not None:
@@ -194,13 +194,13 @@ class Report:
                 await self._until_at_rest(until)
                 await asyncio.sleep(0)
                 rows, place, seconds = listing.part(self._device.engine, place, **wanted)
-                parked = max(parked, seconds)
+                pause = max(pause, seconds)
                 lines = [_line(row) for row in rows if about is None or _is_about(row, about)]
             if lines:
                 yield (",\n" if count else "\n") + ",\n".join(lines)
                 count += len(lines)
-        self.longest_park = max(self.longest_park, parked)
-        yield f'\n], "count": {count}, "longest_park_seconds": {parked!r}}}\n'
+        self.longest_pause = max(self.longest_pause, pause)
+        yield f'\n], "count": {count}, "longest_pause_seconds": {pause!r}}}\n'
 
     async def _until_at_rest(self, until: float) -> None:
         """While a guest's connections are written or read nothing else takes time of this process's, for a moment."""
@@ -373,9 +373,9 @@ class Report:
         if most is not None:
             yield _gauge("godwit_process_max_fds", "And how many there may be.", most)
         yield _gauge(
-            "godwit_flow_list_longest_park_seconds",
-            "The longest time that the data plane stood still for a part of a list of flows.",
-            self.longest_park,
+            "godwit_flow_list_longest_pause_seconds",
+            "The longest time that the data plane took for a part of a list of flows.",
+            self.longest_pause,
         )
 
 

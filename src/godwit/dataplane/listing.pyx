@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The flow table for people and monitoring: read in parts, so that the guest's network hardly stands still for it.
 
-The thread is parked for each part, as long as it takes to copy a few dozen flows and to ask the kernel for what is in
-their sockets' queues; Python's objects are made when it runs again. Between two parts flows come and go: one that is
-there all the time is listed once, of others some are.
+Each part is an errand of the data plane's thread (``loop.pyx``): it copies a few dozen flows, asks the kernel for what
+is in their sockets' queues, and goes on; Python's objects are made from the copies. Between two parts flows come and go:
+one that is there all the time is listed once, of others some are.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -33,7 +33,6 @@ from godwit.dataplane.sys cimport (
     SIOCOUTQ,
     getsockname,
     ioctl,
-    sem_post,
     sem_wait,
     sockaddr,
     sockaddr_storage,
@@ -44,7 +43,7 @@ from godwit.dataplane.virtqueue cimport QUEUES
 from godwit.dataplane.state import Listed
 
 cdef enum:
-    PART = 64           # flows that are copied while the thread is parked
+    PART = 64           # flows that are copied by one errand
     SCANNED = 2048      # and places in the table that are looked at for them
 
 cdef enum State:
@@ -144,62 +143,71 @@ cdef void copy(Flow *f, uint64_t now, Row *r) noexcept nogil:
         r.state = NO_STATE
 
 
-cdef uint32_t copy_part(Plane *p, uint32_t first, uint32_t kinds, Row *rows, int *count) noexcept nogil:
-    """Flows of these kinds (bits by FlowKind) from a place in the table on; returns where the next part begins."""
-    cdef uint32_t i = first, end = p.used_flows
-    cdef uint64_t now = clock_ms(p)
-    count[0] = 0
-    if end - first > SCANNED:
-        end = first + SCANNED
-    while i < end and count[0] < PART:
-        if kinds >> p.flows[i].kind & 1:
-            copy(&p.flows[i], now, &rows[count[0]])
-            count[0] += 1
+# A part of the table. Flows of these kinds (bits by FlowKind) from a place on; where the next part begins, if there is one.
+cdef struct Errand:
+    Plane *p
+    uint32_t first
+    uint32_t kinds
+    uint32_t following
+    bint over
+    uint64_t took           # ns
+    int count
+    Row rows[PART]
+
+
+cdef void copy_part(void *at) noexcept nogil:
+    cdef Errand *e = <Errand *>at
+    cdef Plane *p = e.p
+    cdef uint64_t since = clock_ns(), now = clock_ms(p)
+    cdef uint32_t i = e.first, end = p.used_flows
+    if i < end and end - i > SCANNED:
+        end = i + SCANNED
+    while i < end and e.count < PART:
+        if e.kinds >> p.flows[i].kind & 1:
+            copy(&p.flows[i], now, &e.rows[e.count])
+            e.count += 1
         i += 1
-    return i
+    e.following = i
+    e.over = i >= p.used_flows
+    e.took = clock_ns() - since
 
 
 def part(EngineBase engine not None, uint32_t first, bint tcp=True, bint udp=True, bint ping=True):
-    """(a list of `Listed`, where the next part begins, None at the end, seconds that the thread was parked).
+    """(a list of `Listed`, where the next part begins, None at the end, seconds that the thread took for it).
 
-    The first one begins at 0. Parks the thread.
+    The first one begins at 0.
     """
-    cdef Row rows[PART]
-    cdef int count = 0, i
-    cdef uint32_t following, kinds
-    cdef uint64_t since
-    cdef bint over, parks
+    cdef Errand e
+    cdef int i
+    cdef bint asks
     cdef Plane *p = engine.p
     cdef Row *r
-    kinds = (tcp << <int>FLOW_TCP) | (udp << <int>FLOW_UDP) | (ping << <int>FLOW_PING)
-    with engine.lock:   # nobody else parks it, or lets it go
-        parks = engine.parks == 0 and runs(engine)
-        if first > p.used_flows:
-            raise ValueError(f"no place {first} in the table")
-        if parks:
-            p.park_wanted = True
+    e.p = p
+    e.first = first
+    e.kinds = (tcp << <int>FLOW_TCP) | (udp << <int>FLOW_UDP) | (ping << <int>FLOW_PING)
+    e.count = 0
+    with engine.lock:   # nobody else parks the thread, or lets it go
+        asks = engine.parks == 0 and runs(engine)
+        if asks:
+            p.errand_for = &e
+            p.errand = copy_part
             loop_wake(p)
-        # Not for a moment is the GIL waited for while it stands still.
         with nogil:
-            if parks:
+            if asks:
                 while sem_wait(&p.parked) != 0:
                     pass
-            since = clock_ns()
-            following = copy_part(p, first, kinds, rows, &count)
-            over = following >= p.used_flows
-            since = clock_ns() - since
-            if parks:
-                sem_post(&p.resume)
+            else:
+                copy_part(&e)
     found = []
-    for i in range(count):
-        r = &rows[i]
+    for i in range(e.count):
+        r = &e.rows[i]
         found.append(Listed(
             "tcp" if r.kind == FLOW_TCP else "udp" if r.kind == FLOW_UDP else "ping", STATES[<int>r.state],
             bool(r.from_guest), r.guest_addr[:16], r.guest_port, r.our_addr[:16], r.our_port, r.remote_addr[:16],
             r.remote_port, r.local_addr[:16], r.local_port, r.bytes_from_guest, r.bytes_to_guest, r.idle, r.in_flight,
             r.unsent, r.unread,
         ))
-    return found, None if over else following, since / 1e9
+    return found, None if e.over else e.following, e.took / 1e9
 
 
 def gauges(EngineBase engine not None):

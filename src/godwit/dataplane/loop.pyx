@@ -7,7 +7,8 @@ the used entries. Where the guest's network card is ours too (``card.pyx``), it 
 its turn within this one: it fills the one ring after the events, and empties the
 other at the end. The control thread's wish to change something is granted at
 the end of a turn, when nothing is half done: the thread is then *parked* until
-it is let go.
+it is let go. What the control thread wants to look at, and is looked at quickly,
+is an *errand*: the thread itself does it then, and waits for nobody.
 """
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
@@ -319,6 +320,10 @@ cdef int loop_run(Plane *p) noexcept nogil:
             continue
         if p.stop_wanted:
             return 0
+        if p.errand != NULL:
+            p.errand(p.errand_for)
+            p.errand = NULL
+            sem_post(&p.parked)
         if p.park_wanted:
             p.park_wanted = False
             sem_post(&p.parked)

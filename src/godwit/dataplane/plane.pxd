@@ -435,6 +435,8 @@ cdef struct Plane:
     uint64_t ahead              # of the system's clock, ms: not 0 in tests only
     bint park_wanted
     bint stop_wanted
+    void (*errand)(void *) noexcept nogil   # to be run once, at the end of a turn; `parked` tells that it was
+    void *errand_for
     bint again                  # work was left for the next turn, which begins at once
     bint tell_activity          # wake the control thread at the next frame
     uint64_t quiet_frames       # frames both ways when it asked for that
