@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,8 +15,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from godwit.cli import ctl
-from godwit.lab.crowd import Crowd
+from godwit.lab.crowd import Crowd, RefusedError
 from godwit.lab.guest import EmbeddedGuest
+from godwit.lab.memory import TX
 from godwit.lab.netns import HOST4, wait_until
 from godwit.lab.scenario import PORT, Load, Scenario
 
@@ -138,12 +141,8 @@ def test_the_guest_and_its_front_end(scenario: Scenario) -> None:
     assert now["repair_helper"]["connected"] is True
     assert now["health"] == {"state": "ok", "reasons": []}
     scenario.backends["a"].kill_helper()
-
-    def reasons() -> list[str]:
-        return [one["reason"] for one in status(scenario, "a")["health"]["reasons"]]
-
-    wait_until(lambda: reasons() == ["repair_helper"], "that the helper is missed")
-    assert metrics(scenario)["degraded", "repair_helper"] == 1
+    wait_until(lambda: reasons(scenario) == {"repair_helper"}, "that the helper is missed")
+    assert {labels[0] for (name, *labels) in metrics(scenario) if name == "degraded"} == {"repair_helper"}
 
 
 def test_what_is_said_of_a_migration(scenario: Scenario, load: Load) -> None:
@@ -257,3 +256,41 @@ def test_another_process_goes_on_counting(scenario: Scenario) -> None:
             scenario.backends["a"].hand_over()
             assert scenario.backends["a"].pid != pid
             assert status(scenario, "a")["pid"] == scenario.backends["a"].pid
+
+
+def reasons(scenario: Scenario) -> set[str]:
+    """What is amiss."""
+    return {one["reason"] for one in status(scenario, "a")["health"]["reasons"]}
+
+
+def test_a_guest_with_as_many_connections_as_there_may_be() -> None:
+    """It is refused more, and that is told until there are fewer."""
+    with Scenario(descriptors=400) as scenario:
+        assert isinstance(scenario.guest, EmbeddedGuest)
+        assert reasons(scenario) == set()
+        with Crowd(scenario.guest.space, scenario.network.server, scenario.server_address) as crowd:
+            with pytest.raises(RefusedError):
+                crowd.open(400, tickers=0)
+            assert reasons(scenario) == {"flows"}
+            found = metrics(scenario)
+            assert found["flow_sockets",] == found["flow_sockets_limit",] < 400
+            assert found["dropped_frames_total", "table_full"] > 0
+            assert found["process_max_fds",] == 400
+            crowd.drop()
+            wait_until(lambda: reasons(scenario) == set(), "that there are fewer")
+
+
+def test_a_guest_that_breaks_a_ring(scenario: Scenario) -> None:
+    """By an index that jumps. A ring that is broken is told, the other goes on."""
+    guest = scenario.guest
+    assert isinstance(guest, EmbeddedGuest)
+    assert guest.attachment is not None
+    guest.pause()
+    _, available, _ = guest.memory.ring_addresses(TX)
+    index = ctypes.c_uint16.from_address(available + 2)  # virtio 1.2, 2.7.6
+    index.value += 1000  # more than the ring has entries
+    os.eventfd_write(guest.attachment.kick(TX), 1)
+    wait_until(lambda: reasons(scenario) == {"ring_broken"}, "that it is told")
+    rings = status(scenario, "a")["front_end"]["rings"]
+    assert {name: ring["broken"] for name, ring in rings.items()} == {"to_guest": False, "from_guest": True}
+    assert metrics(scenario)["ring_broken", "from_guest"] == 1

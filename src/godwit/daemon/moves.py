@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import Final
 
 from godwit.migration import Direction, Outcome, State
@@ -30,23 +29,25 @@ _ENDS: Final = {
 }
 
 
-@dataclass
 class Move:
-    """One migration. Times are in seconds, ``began_at`` since the epoch; ``result`` is empty until it has ended."""
+    """One migration. Times are in seconds; ``result`` is empty until it has ended.
 
-    way: str
-    began_at: float
-    since: float  # CLOCK_MONOTONIC
-    stopped_at: float | None = None  # the same, of the guest's first ring
-    done_at: float | None = None
-    still: float = 0.0
-    version: str = ""
-    size: int = 0  # bytes
-    duration: float = 0.0
-    moved: int = 0  # connections
-    lost: int = 0
-    result: str = ""
-    error: str = ""
+    ``stopped_at`` is when the guest's first ring was stopped (CLOCK_MONOTONIC), None if none was.
+    """
+
+    def __init__(self, way: str, stopped_at: float | None) -> None:
+        self.way = way
+        self.began_at = time.time()
+        self.since = time.monotonic()
+        self.stopped_at = stopped_at
+        self.done_at: float | None = None
+        self.still = 0.0
+        self.version = ""
+        self.size = 0  # bytes
+        self.duration = 0.0
+        self.moved = self.lost = 0  # connections
+        self.result = ""
+        self.error = ""
 
     def done(self, outcome: Outcome | None) -> None:
         """It was written or read, or that has failed; None: it did not come to that. From any thread."""
@@ -101,8 +102,7 @@ class Moves:
     def begin(self, direction: Direction) -> Move:
         """The front-end asks for a transfer. One that has not ended was given up for it."""
         self.end(None, (0, 0))
-        made = Move(WAYS[direction], time.time(), time.monotonic(), self._stopped_at)
-        self._current = self.last = made
+        self._current = self.last = made = Move(WAYS[direction], self._stopped_at)
         return made
 
     def end(self, state: State | None, connections: tuple[int, int]) -> None:

@@ -630,6 +630,7 @@ def _cross_check(options: Options) -> None:
         if not on and getattr(options, f"{protocol}_ports"):
             raise OptionError(f"--{protocol}-ports and --no-{protocol} exclude each other")
     names = {"--log-file": options.log_file, "--pid": options.pid, "--pcap": options.pcap, "--socket": options.socket}
+    names["--ctl-path"] = options.ctl_path or None
     owners: dict[str, str] = {}
     for option, path in names.items():
         if path is not None and owners.setdefault(path, option) != option:
