@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -124,26 +125,31 @@ def test_one_that_cannot_be_is_no_reason_not_to_start(place: Place, tmp_path: Pa
     assert "--ctl-group: no such group: no-such-group" in refused.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-def test_who_may_ask(place: Place) -> None:
-    """With --ctl-group its members: as that daemon's user, and it is one that dropped root."""
-    place.socket.parent.chmod(0o755)
-    open_up(place.socket.parent)
-    process = place.start("--runas", "nobody", "--ctl-group", str(GROUP))
-    made = os.stat(f"{place.socket}.ctl")
-    assert (stat.S_IMODE(made.st_mode), made.st_gid) == (0o660, GROUP)
-    assert made.st_uid == os.stat(f"/proc/{process.pid}").st_uid != 0
-    assert connects(place, "--regid", str(GROUP), "--clear-groups") == "answered"
-    assert connects(place, "--regid", str(STRANGER), "--groups", str(GROUP)) == "answered"
-    assert connects(place, "--regid", str(STRANGER), "--clear-groups") == "PermissionError"
-    place.close()
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that everyone may look into."""
+    with tempfile.TemporaryDirectory(prefix="godwit-ctl.") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
-def open_up(folder: Path) -> None:
-    """Let everyone pass to a folder of pytest's, down to which only its owner may."""
-    for above in folder.parents:
-        if not os.stat(above).st_mode & 0o001:
-            above.chmod(os.stat(above).st_mode | 0o001)
+def test_who_may_ask(public: Path) -> None:
+    """With --ctl-group its members, and root; also where the daemon has become another user."""
+    place = Place(public)
+    try:
+        if os.geteuid() == 0:
+            process = place.start("--runas", "nobody", "--ctl-group", str(GROUP))
+            assert os.stat(f"{place.socket}.ctl").st_uid == os.stat(f"/proc/{process.pid}").st_uid != 0
+            assert connects(place, "--regid", str(GROUP), "--clear-groups") == "answered"
+            assert connects(place, "--regid", str(STRANGER), "--groups", str(GROUP)) == "answered"
+            assert connects(place, "--regid", str(STRANGER), "--clear-groups") == "PermissionError"
+        else:
+            place.start("--ctl-group", str(os.getgid()))
+        made = os.stat(f"{place.socket}.ctl")
+        assert (stat.S_IMODE(made.st_mode), made.st_gid) == (0o660, GROUP if os.geteuid() == 0 else os.getgid())
+        assert godwit_ctl("-s", place.socket, "status").returncode == 0
+    finally:
+        place.close()
 
 
 def connects(place: Place, *whose: str) -> str:
@@ -373,17 +379,18 @@ def test_something_else_listens_there(tmp_path: Path, answer: bytes) -> None:
         thread.join(10)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-def test_whose_permission_it_takes(tmp_path: Path) -> None:
+def test_whose_permission_it_takes(public: Path) -> None:
     """Which group may ask is said to who may not."""
-    open_up(tmp_path)
-    tmp_path.chmod(0o755)
-    path = tmp_path / "s.ctl"
+    path = public / "s.ctl"
+    root = os.geteuid() == 0
     with socket.create_server(str(path), family=socket.AF_UNIX):
-        for mode, words in ((0o600, "--ctl-group"), (0o660, f"not in group {GROUP}")):
-            os.chown(path, 0, GROUP)
+        for mode, words in (
+            ((0o600, "--ctl-group"), (0o660, f"not in group {GROUP}")) if root else ((0, "--ctl-group"),)
+        ):
+            os.chown(path, -1, GROUP if root else -1)
             path.chmod(mode)
-            assert words in as_stranger(functools.partial(why, str(path)))
+            ask = functools.partial(why, str(path))
+            assert words in (as_stranger(ask) if root else ask())
 
 
 def why(path: str) -> str:

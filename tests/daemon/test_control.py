@@ -161,16 +161,19 @@ def test_more_than_there_may_be(tmp_path: Path) -> None:
         before = len(os.listdir("/proc/self/fd"))
         async with listening(tmp_path / "c", answers):
             with contextlib.ExitStack() as held:
+                busy = held.enter_context(await connect(tmp_path / "c"))
+                await loop.sock_sendall(busy, b"much\n")
+                taken = 0
                 hung = []
                 for _ in range(3 * MOST_CLIENTS):
                     hung.append(held.enter_context(await connect(tmp_path / "c")))
-                    await asyncio.sleep(0.002)  # so that they have come one after the other
-                    # One whose answer is long, and taken, is not in anyone's way.
-                    if len(hung) == MOST_CLIENTS:
-                        busy = held.enter_context(await connect(tmp_path / "c"))
-                        await loop.sock_sendall(busy, b"much\n")
-                        taking = asyncio.ensure_future(rest(busy))
-                assert len(await taking) == MANY * len(PIECE)
+                    # One whose answer is long, and taken, is in nobody's way, though it came first.
+                    before_it = answers.made
+                    while answers.made == before_it:
+                        piece = await loop.sock_recv(busy, len(PIECE))
+                        assert piece, "it was hung up on"
+                        taken += len(piece)
+                assert taken + len(await rest(busy)) == MANY * len(PIECE)
                 assert await ask(tmp_path / "c", b"ping\n") == b"ping\n"
                 await until(lambda: len(os.listdir("/proc/self/fd")) - before < 3 * MOST_CLIENTS + MOST_CLIENTS + 5)
                 gone = [sock for sock in hung if await _hung_up(sock)]

@@ -182,6 +182,11 @@ def test_what_is_said_of_a_migration(scenario: Scenario, load: Load) -> None:
         assert found["repair_sockets_total",] >= count
     assert metrics(scenario)["lingering_sockets",] >= count
     assert {flow["state"] for flow in flows(scenario, "tcp", "b")} == {"established"}
+    before = metrics(scenario, "b")
+    scenario.backends["b"].hand_over()
+    for sample, value in metrics(scenario, "b").items():
+        if sample[0].startswith(("migrat", "front_end", "flows_opened")):
+            assert value == before[sample], sample
     works_on(scenario, load)
 
 
