@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 
-from godwit.lab.endurance import MORE_DESCRIPTORS, MORE_MEMORY, Size, growth, run
+from godwit.lab.endurance import run
+from godwit.lab.size import MORE_DESCRIPTORS, MORE_MEMORY, Size, growth
 
 
 def test_a_few_moves_under_load() -> None:

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a process has of memory and descriptors, and whether it grows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+MORE_MEMORY = 4 << 20  # bytes: of what Python and the C library keep to themselves
+MORE_DESCRIPTORS = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a process has: bytes of its own memory, open descriptors."""
+
+    memory: int
+    descriptors: int
+
+    @classmethod
+    def of(cls, pid: int) -> Size:
+        """Of a process, now. The guest's memory, which is shared, does not count."""
+        with open(f"/proc/{pid}/status") as status:
+            memory = next(int(line.split()[1]) for line in status if line.startswith("RssAnon:")) * 1024
+        return cls(memory, len(os.listdir(f"/proc/{pid}/fd")))
+
+    def __str__(self) -> str:
+        return f"{self.memory / 1024:.0f} KiB, {self.descriptors} descriptors"
+
+
+def growth(sizes: Mapping[str, Sequence[Size]]) -> list[str]:
+    """What has grown from the first look to the last, by its name; who was looked at once has not."""
+    found = []
+    for name, looks in sizes.items():
+        first, last = looks[0], looks[-1]
+        if last.memory > first.memory + MORE_MEMORY:
+            found.append(f"{name} has grown from {first.memory} to {last.memory} bytes")
+        if last.descriptors > first.descriptors + MORE_DESCRIPTORS:
+            found.append(f"{name} has {last.descriptors} descriptors open, and had {first.descriptors}")
+    return found
