@@ -106,6 +106,14 @@ def test_echoes(network: Network, server: Traffic, client: Traffic) -> None:
         client.check(job)
 
 
+def test_dropping_what_has_ended_leaves_others_alone(network: Network, server: Traffic, client: Traffic) -> None:
+    ended = client.get(network.server.addr4, PORT, 1, 1000)
+    assert client.wait(ended).ok
+    echoes = client.echo(network.server.addr4, PORT, 5)  # one of them has the descriptor's number by now
+    client.drop(ended)
+    assert client.check(echoes, 2.0).alive == 5
+
+
 def test_closed_connections_are_counted(network: Network, client: Traffic) -> None:
     with Traffic(network.server) as other:
         other.listen(5002)

@@ -88,8 +88,9 @@ class _Connection:
             self.loop.poll.modify(self.fd, events)
 
     def close(self) -> None:
-        """Close the socket."""
-        if self.loop.connections.pop(self.fd, None) is not None:
+        """Close the socket. May be repeated: by then the descriptor's number may be another one's."""
+        if self.loop.connections.get(self.fd) is self:
+            del self.loop.connections[self.fd]
             self.loop.poll.unregister(self.fd)
             self.sock.close()
 
