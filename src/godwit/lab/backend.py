@@ -31,6 +31,7 @@ from godwit.lab.errors import LabError
 from godwit.lab.netns import Namespace, wait_until
 
 KINDS = ("godwit", "passt")
+LOG_SIZE = 1 << 28  # bytes of a log with levels, after which it would be cut
 IDEAL = "ideal"  # godwit.lab.ideal, which is its own network: without ports, helper and migration
 # The command as it is installed: nothing here may import it.
 _GODWIT = [sys.executable, os.path.join(sysconfig.get_path("scripts"), "godwit")]
@@ -98,8 +99,8 @@ class Backend:
     where the gateway is the server too. With ``stream`` it speaks no vhost-user,
     but the protocol of QEMU's ``-netdev stream``; nothing migrates then, and there
     is no helper. ``breakpoints``: the socket of ``godwit.lab.breakpoints`` at which
-    a godwit asks what is to fail. ``patience``: seconds within which it has to listen;
-    how many it took is in ``start_seconds``.
+    a godwit asks what is to fail. ``levels``: a godwit's lines have time and level.
+    ``patience``: seconds within which it has to listen; how many it took is in ``start_seconds``.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Backend:
         map_gw: bool = False,
         stream: bool = False,
         breakpoints: str | None = None,
+        levels: bool = False,
         patience: float = 20.0,
     ) -> None:
         self.space = space
@@ -130,8 +132,10 @@ class Backend:
         self._listens_at = {self.socket}
         if not stream and (self.helper_kind or own_helper):
             self._listens_at.add(f"{self.socket}.repair")
-        common = ["-f", *(() if stream else ("--vhost-user",)), "-s", self.socket]
-        common += [*([] if map_gw else ["--no-map-gw"])]
+        self._common = ["-f", *(() if map_gw else ("--no-map-gw",))]
+        if levels:
+            self._common += ["--log-file", self.log, "--log-size", str(LOG_SIZE)]
+        common = [*self._common, *(() if stream else ("--vhost-user",)), "-s", self.socket]
         common += [] if ports is None else ["--tcp-ports", ports, "--udp-ports", ports]
         common += [*([] if mtu is None else ["--mtu", str(mtu)]), *arguments]
         if isinstance(kind, Program):
@@ -149,8 +153,7 @@ class Backend:
             words = [sys.executable, "-m", "godwit.lab.ideal", self.socket]
         else:
             raise LabError(f"no such back-end: {kind}")
-        self._common = ["-f", *(["--no-map-gw"] if not map_gw else [])]
-        self._arguments = list(arguments)
+        self.arguments = list(arguments)
         if descriptors is not None:
             words = ["prlimit", f"--nofile={descriptors}:{descriptors}", *words]
         with open(self.log, "wb"):
@@ -181,7 +184,7 @@ class Backend:
 
         ``arguments``: its own, instead of this one's; ``wrapper``: what runs its command line, in its own process.
         """
-        own = self._arguments if arguments is None else arguments
+        own = self.arguments if arguments is None else arguments
         words = [*_GODWIT, "serve", *self._common, "--takeover", f"{self.socket}.takeover", *own]
         with open(self.log, "ab") as log:
             return self.space.popen([*wrapper, *words], stdout=log, stderr=log)
@@ -204,7 +207,7 @@ class Backend:
             raise LabError(f"{self.name} ended with {self._process.returncode}: {self.messages()[-2000:]}")
         self._process = process
         if arguments is not None:
-            self._arguments = list(arguments)
+            self.arguments = list(arguments)
         return float(_STOOD_STILL.findall(self.messages())[-1]) / 1000
 
     def start_helper(self, *arguments: str) -> None:

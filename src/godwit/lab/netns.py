@@ -486,6 +486,7 @@ class Network:
     ``connected`` is the host whose port forwards, or None. The other's port is
     blocked with its carrier up: a port taken down would cost the next switch up
     to a second of carrier detection. Pass ``mtu`` for links that are not 1500.
+    ``bridge`` is the bridge's namespace, with a port ``p-NAME`` for each host.
     """
 
     def __init__(self, *, mtu: int = 1500, connected: str | None = "a") -> None:
@@ -493,12 +494,12 @@ class Network:
         self.connected: str | None = None
         self._cleanup = contextlib.ExitStack()
         try:
-            self._bridge = self._keep(Namespace("bridge"))
-            self._bridge.ip(
+            self.bridge = self._keep(Namespace("bridge"))
+            self.bridge.ip(
                 "link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
                 f"link set br0 mtu {mtu} up",
             )
-            self._ports = _Bridge(self._bridge)
+            self._ports = _Bridge(self.bridge)
             self._cleanup.callback(self._ports.close)
             self.server = self._keep(Host("server", SERVER_MAC, SERVER4, SERVER6))
             self.a = self._keep(Host("a", HOST_MAC, HOST4, HOST6))
@@ -512,10 +513,7 @@ class Network:
             )
             for host in self.hosts.values():
                 self._plug(host)
-                host.ip(
-                    f"route add default via {GATEWAY4} dev eth0",
-                    f"route add default via {GATEWAY6} dev eth0",
-                )
+                self._give_routes(host)
                 # Whoever sends while disconnected must not lose a second to
                 # neighbour discovery after the switch: it is not what is studied.
                 for host_side, other in ((host, self.server), (self.server, host)):
@@ -535,8 +533,24 @@ class Network:
         self._cleanup.callback(space.close)
         return space
 
+    def _give_routes(self, host: Host) -> None:
+        host.ip(
+            f"route replace default via {GATEWAY4} dev eth0",
+            f"route replace default via {GATEWAY6} dev eth0",
+        )
+
+    def take_address(self, host: Host, *, ipv6: bool) -> None:
+        """Take an address from a host, and with it what leads through it."""
+        host.ip(f"addr del {host.address(ipv6)}/{PREFIX6 if ipv6 else PREFIX4} dev eth0")
+
+    def give_address(self, host: Host, *, ipv6: bool) -> None:
+        """Give it back, with the routes."""
+        nodad = " nodad" if ipv6 else ""
+        host.ip(f"addr replace {host.address(ipv6)}/{PREFIX6 if ipv6 else PREFIX4} dev eth0{nodad}")
+        self._give_routes(host)
+
     def _plug(self, host: Host) -> None:
-        self._bridge.ip(
+        self.bridge.ip(
             f"link add p-{host.name} mtu {self.mtu} type veth"
             f" peer name eth0 mtu {self.mtu} address {host.mac} netns {host.path}",
             f"link set p-{host.name} master br0 up",

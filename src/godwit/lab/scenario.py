@@ -19,7 +19,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -148,6 +148,38 @@ class Load:
 
         wait_until(moved, "both streams to go on", timeout, 0.02)
 
+    def give_up(self, guest: Agent, timeout: float) -> Iterator[tuple[int, int]]:
+        """Close the streams, which may be gone; for each, the bytes that came, all right, and whether it was gone.
+
+        Whoever sends, or is on a host, has been told or gets on; who only receives in the ``guest`` cannot be told.
+
+        :raises LabError: an end is neither gone nor gets on, or a byte is wrong.
+        """
+        down, up = self._jobs["download"], self._jobs["upload"]
+        for name, sender, receiver in (
+            ("download", (self._server, served(down)), (self._agent, down)),
+            ("upload", (self._agent, up), (self._server, served(up))),
+        ):
+            began = [agent.status(job) for agent, job in (sender, receiver)]
+            gone = False
+            for (agent, job), before in zip((sender, receiver), began, strict=True):
+                if agent is guest and (agent, job) == receiver:
+                    continue
+
+                def ends_or_goes_on(agent: Agent = agent, job: int = job, before: Result = before) -> bool:
+                    now = agent.status(job)
+                    return now.state != "running" or now.bytes > before.bytes
+
+                wait_until(ends_or_goes_on, f"an end of the {name} to be told or to go on", timeout, 0.02)
+                gone |= agent.status(job).state != "running"
+            last = receiver[0].status(receiver[1])
+            if last.wrong_at is not None:
+                raise LabError(f"{name}: byte {last.wrong_at} is wrong")
+            for agent, job in (sender, receiver):
+                agent.drop(job)
+            yield last.bytes, gone
+        self._agent.drop(self._echo)
+
     def finish(self, timeout: float = 60.0) -> list[Outcome]:
         """End the streams, and compare both ends of everything."""
         down, up = self._jobs["download"], self._jobs["upload"]
@@ -193,9 +225,10 @@ class Scenario(Closing):
     ``passt``); ``helpers``: whose repair helper each of them has (``own``, the
     other program's name, or None). ``arguments``: more options for either program,
     ``godwit_arguments`` for ``godwit serve``. ``descriptors``: how many each back-end may have open;
-    may be changed for the next one. ``breakpoints``: see :class:`Backend`.
+    may be changed for the next one. ``breakpoints``, ``levels``: see :class:`Backend`.
     ``make_guest`` makes another guest than an
     embedded one, from the socket of its back-end. ``step`` is told what is done.
+    ``folder`` has the back-ends' sockets and logs.
     """
 
     def __init__(
@@ -207,6 +240,7 @@ class Scenario(Closing):
         godwit_arguments: Sequence[str] = (),
         descriptors: int | None = None,
         breakpoints: str | None = None,
+        levels: bool = False,
         make_guest: Callable[[str], Guest] | None = None,
         mtu: int = 1500,
         ipv6: bool = False,
@@ -223,12 +257,13 @@ class Scenario(Closing):
         self._arguments = {"godwit": (*arguments, *godwit_arguments), "passt": tuple(arguments)}
         self.descriptors = descriptors
         self._breakpoints = breakpoints
+        self._levels = levels
         self._mtu = mtu
         self._cleanup = contextlib.ExitStack()
         self.backends: dict[str, Backend] = {}
         try:
-            self._folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-lab."))
-            os.chmod(self._folder, 0o755)  # back-ends drop root, and look for their sockets still
+            self.folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="godwit-lab."))
+            os.chmod(self.folder, 0o755)  # back-ends drop root, and look for their sockets still
             step("building the network: host a, host b (the same address), server")
             self.network = self._cleanup.enter_context(Network(mtu=mtu))
             self.server = self._cleanup.enter_context(Traffic(self.network.server))
@@ -260,12 +295,13 @@ class Scenario(Closing):
         """Start the back-end of a host, again if it has run before; ``arguments``: more options for it."""
         backend = Backend(
             self.network.hosts[name],
-            self._folder,
+            self.folder,
             self._kinds[name],
             helper=self._helpers[name],
             arguments=(*self._arguments[self._kinds[name]], *arguments),
             descriptors=self.descriptors,
             breakpoints=self._breakpoints,
+            levels=self._levels,
         )
         # A godwit that has let connections go lingers for their sake: not for nobody's.
         self._cleanup.callback(backend.close, 0.5)

@@ -43,20 +43,39 @@ def version_of(addr: str) -> int:
     return 6 if ":" in addr else 4
 
 
+def _end(sock: socket.socket) -> None:
+    """Say that nothing more will be sent; `ConnectionError` if the connection is gone."""
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError as error:
+        raise ConnectionResetError(f"{error}") from error
+
+
 class Grace:
     """What connections may suffer just now.
 
-    ``life`` counts the guest's: those that were opened in an earlier one may be reset.
+    ``life`` counts the guest's: connections that were opened in an earlier one may be gone.
     """
 
     def __init__(self) -> None:
         self.life = 0
+        self._ending = 0
         self._under_way = 0
         self._ended = float("-inf")
 
     def is_over(self, life: int) -> bool:
         """Whether what was opened in this life may be gone."""
-        return life < self.life
+        return self._ending > 0 or life < self.life
+
+    @contextlib.contextmanager
+    def lives(self) -> Iterator[None]:
+        """For the length of the block, connections may be lost: also those that are opened in it."""
+        self._ending += 1
+        try:
+            yield
+        finally:
+            self.life += 1
+            self._ending -= 1
 
     @contextlib.contextmanager
     def handshakes(self) -> Iterator[None]:
@@ -181,7 +200,7 @@ class Asking:
     def finish(self) -> None:
         """End it from here, and see it end there; raises as :meth:`ask` does."""
         self._sock.settimeout(LIMIT)
-        self._sock.shutdown(socket.SHUT_WR)
+        _end(self._sock)
         if self._sock.recv(1):
             raise LabError("more comes back than was sent")
 
@@ -325,16 +344,18 @@ class Pair:
     def _accept(self, listening: socket.socket, token: bytes) -> socket.socket:
         """Take the other end, after those of connections that were given up."""
         while True:
-            far, _ = listening.accept()
-            far.settimeout(LIMIT)
-            try:
-                if far.recv(len(token), socket.MSG_WAITALL) == token:
-                    return self._ends.enter_context(far)
-            except OSError:
-                if not self.may_be_gone:
-                    far.close()
-                    raise
-            far.close()
+            ready = select.select([self.near, listening], [], [], LIMIT)[0]
+            if not ready:
+                raise TimeoutError(f"not accepted for {LIMIT:g} s")
+            if self.near in ready and not self.near.recv(1, socket.MSG_PEEK):
+                raise ConnectionResetError("it has ended")
+            if listening in ready:
+                far, _ = listening.accept()
+                far.settimeout(LIMIT)
+                with contextlib.suppress(OSError):
+                    if far.recv(len(token), socket.MSG_WAITALL) == token:
+                        return self._ends.enter_context(far)
+                far.close()
 
     @property
     def may_be_gone(self) -> bool:
@@ -349,12 +370,13 @@ class Pair:
     def send(self, count: int, *, wait: bool = True) -> None:
         """Send so many more bytes from the far end; without ``wait`` as many of them as there is room for."""
         data = stream.chunk(self._seed, self.sent, count)
+        self.far.settimeout(LIMIT if wait else 0.0)
         if wait:
             self.far.sendall(data)
             self.sent += len(data)
         else:
             with contextlib.suppress(BlockingIOError):
-                self.sent += self.far.send(data, socket.MSG_DONTWAIT)
+                self.sent += self.far.send(data)
 
     def receive(self, most: int) -> bool:
         """Take what has come to the near end, or will; whether there was anything, and not the end.
@@ -385,7 +407,7 @@ class Pair:
 
     def finish(self) -> None:
         """End it from the far end, and see that the near one has got everything, and the end."""
-        self.far.shutdown(socket.SHUT_WR)
+        _end(self.far)
         self.catch_up()
         if self.receive(1):
             raise LabError("more has come than was sent")
@@ -412,7 +434,7 @@ def trickle(pair: Pair, pause: Callable[[float], None]) -> None:
 def half_closed(pair: Pair, pause: Callable[[float], None]) -> None:
     """Say that nothing more is sent from the near end, and receive there for a long time."""
     if not pair.sent:
-        pair.near.shutdown(socket.SHUT_WR)
+        _end(pair.near)
         if pair.far.recv(1):
             raise LabError("more has come than was sent")
     trickle(pair, pause)
@@ -599,7 +621,7 @@ class Pings(User):
 class Leases(User):
     """Asks for the guest's lease by DHCP over and over (RFC 2131): ``addr`` it is to be."""
 
-    PAUSE: ClassVar = 1.0
+    PAUSE: ClassVar = 0.3
     _COOKIE: ClassVar = bytes((99, 130, 83, 99))
 
     def __init__(self, space: Namespace, mac: str, addr: str) -> None:
