@@ -17,7 +17,7 @@ from godwit.lab.soak_events import EVENTS, Cost, Event, Stage
 SMALL = Extent(idle=5, rate=300_000, pace=0.05, rest=0.1, rest_every=1000, once_each=True)
 NAMED = {event.name: event for event in EVENTS}
 TELLING = (
-    "migration, native",
+    "migration",
     "target killed in a migration",
     "helper killed in a migration",
     "front-end gone",

@@ -148,37 +148,29 @@ class Load:
 
         wait_until(moved, "both streams to go on", timeout, 0.02)
 
-    def give_up(self, guest: Agent, timeout: float) -> Iterator[tuple[int, int]]:
-        """Close the streams, which may be gone; for each, the bytes that came, all right, and whether it was gone.
+    def give_up(self, guest: Agent, timeout: float, *, gone: bool = False) -> Iterator[tuple[int, bool]]:
+        """Close the streams, which may have ended; for each, the bytes that came, all right, and whether it had.
 
         Whoever sends, or is on a host, has been told or gets on; who only receives in the ``guest`` cannot be told.
+        ``gone``: the guest is no more, nor is its agent.
 
-        :raises LabError: an end is neither gone nor gets on, or a byte is wrong.
+        :raises LabError: an end has neither ended nor gets on, or a byte is wrong.
         """
         down, up = self._jobs["download"], self._jobs["upload"]
         for name, sender, receiver in (
             ("download", (self._server, served(down)), (self._agent, down)),
             ("upload", (self._agent, up), (self._server, served(up))),
         ):
-            began = [agent.status(job) for agent, job in (sender, receiver)]
-            gone = False
-            for (agent, job), before in zip((sender, receiver), began, strict=True):
-                if agent is guest and (agent, job) == receiver:
-                    continue
-
-                def ends_or_goes_on(agent: Agent = agent, job: int = job, before: Result = before) -> bool:
-                    now = agent.status(job)
-                    return now.state != "running" or now.bytes > before.bytes
-
-                wait_until(ends_or_goes_on, f"an end of the {name} to be told or to go on", timeout, 0.02)
-                gone |= agent.status(job).state != "running"
-            last = receiver[0].status(receiver[1])
-            if last.wrong_at is not None:
+            there = [end for end in (sender, receiver) if not (gone and end[0] is guest)]
+            ended = [_ends_or_goes_on(*end, name, timeout) for end in there if end[0] is not guest or end is sender]
+            last = receiver[0].status(receiver[1]) if receiver in there else None
+            if last is not None and last.wrong_at is not None:
                 raise LabError(f"{name}: byte {last.wrong_at} is wrong")
-            for agent, job in (sender, receiver):
+            for agent, job in there:
                 agent.drop(job)
-            yield last.bytes, gone
-        self._agent.drop(self._echo)
+            yield 0 if last is None else last.bytes, any(ended)
+        if not (gone and self._agent is guest):
+            self._agent.drop(self._echo)
 
     def finish(self, timeout: float = 60.0) -> list[Outcome]:
         """End the streams, and compare both ends of everything."""
@@ -196,6 +188,19 @@ class Load:
             outcomes.append(_compare(name, sender[job], receiver[job]))
         outcomes.append(Outcome(f"idle ({self.idle})", 0, 0, 0, 0, self.check_idle()))
         return outcomes
+
+
+def _ends_or_goes_on(agent: Agent, job: int, name: str, timeout: float) -> bool:
+    """Wait until a stream's end has ended (true) or has got on (false)."""
+    before, now = agent.status(job), None
+
+    def either() -> bool:
+        nonlocal now
+        now = agent.status(job)
+        return now.state != "running" or now.bytes > before.bytes
+
+    wait_until(either, f"an end of the {name} to be told or to go on", timeout, 0.02)
+    return now is not None and now.state != "running"
 
 
 def _ended(agent: Agent, job: int, timeout: float) -> Result:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -62,7 +63,9 @@ IDLE = 500  # connections for each way and IP version
 RATE = 500_000  # bytes per second of each stream
 SETTLED = 30.0  # seconds
 REST = 12.0  # seconds after which sockets of what has moved away are closed
+WARM = 1  # looks at a process before those that are compared
 REST_EVERY = 12  # events
+LONG, SHORT = 60, 24  # events: processes stay through the former, so that what grows is seen, not through the latter
 LOGS = "build/soak"
 
 _ERROR = re.compile(r"^\S+ \S+ (?:ERROR|CRITICAL) (?P<text>.*)$|^Traceback .*$|^.*Sanitizer.*$", re.MULTILINE)
@@ -286,8 +289,9 @@ class Soak:
         if self._extent.once_each:
             yield from chance.sample(events, len(events))
             return
-        while True:
-            yield chance.choices(events, [event.weight for event in events])[0]
+        staying = [event for event in events if not event.ends] or events
+        for among, count in itertools.cycle(((staying, LONG), (events, SHORT))):
+            yield from chance.choices(among, [event.weight for event in among], k=count)
 
     def _happen(self, event: Event) -> None:
         self.report.events[event.name] += 1
@@ -314,16 +318,18 @@ class Soak:
 
     def _open_again(self) -> None:
         """Where connections may be gone, see that each goes on or is told of, and open others to another agent."""
+        inside = self._inside
+        gone = not isinstance(inside, Traffic)  # a QEMU is, with all that was in it
         for idle in self._idles:
-            self.report.reset += idle.check(all_alive=False)
-            with contextlib.suppress(LabError):
+            if not (gone and idle.agent is inside):
+                self.report.reset += idle.check(all_alive=False)
                 idle.agent.drop(idle.job)
         for load in self._loads:
-            for came, gone in load.give_up(self._inside, self._extent.settled):
+            for came, ended in load.give_up(inside, self._extent.settled, gone=gone):
                 self.report.bytes += came
-                self.report.reset += gone
-        if isinstance(self._inside, Traffic):
-            self._inside.close()
+                self.report.reset += ended
+        if isinstance(inside, Traffic):
+            inside.close()
         self._enter_guest()
         self._open()
 
@@ -378,11 +384,16 @@ class Soak:
         for name, backend in self._scenario.backends.items():
             role = "with the guest" if name == self._scenario.where else "without"
             sizes = self.report.sizes
-            sizes.setdefault(f"{backend.name}, process {backend.pid}, {role}", []).append(Size.of(backend.pid))
-            if backend.helper_pid is not None:
-                sizes.setdefault(f"helper {backend.helper_pid}", []).append(Size.of(backend.helper_pid))
+            for pid, what in (
+                (backend.pid, f"{backend.name}, process {backend.pid}, {role}"),
+                (backend.helper_pid, ""),
+            ):
+                if pid is not None:
+                    what = what or f"the helper of {backend.name}, process {pid}"
+                    sizes.setdefault(what, []).append(Size.of(pid, datagrams=False))
         self.report.rests += 1
-        if grown := growth(self.report.sizes):
+        # The first time that a process is seen it may have had little to do.
+        if grown := growth({name: looks[WARM:] or looks for name, looks in self.report.sizes.items()}):
             raise LabError("; ".join(grown))
         self._start_users()
         self._settle("")

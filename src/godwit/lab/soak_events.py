@@ -20,6 +20,7 @@ from godwit.lab.backend import Backend
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.migration import Migration, MigrationError
+from godwit.lab.qemu import QemuGuest
 from godwit.lab.scenario import Scenario, qemu_guest
 from godwit.lab.weather import Weather
 from godwit.repair.client import TIMEOUT as REPAIR_TIMEOUT
@@ -86,7 +87,7 @@ class Stage:
         time.sleep(seconds)
         return seconds
 
-    def dialects(self) -> str:
+    def any_dialect(self) -> str:
         """Any of the dialects."""
         return self.random.choice(DIALECTS)
 
@@ -115,11 +116,6 @@ class Stage:
         self._dialects[self.scenario.where] = dialect
         return f"taken over in {still * 1000:.0f} ms"
 
-    def speak(self, dialect: str) -> None:
-        """Have the guest's back-end speak that dialect."""
-        if self.dialect != dialect:
-            self.take_over(dialect)
-
     def new_helpers(self) -> None:
         """Replace both helpers, whatever has become of them."""
         for backend in self.scenario.backends.values():
@@ -132,7 +128,7 @@ class Event:
     """``happen`` does it, and returns in words what there was to choose. ``weight``: how often, beside the others.
 
     ``said``: a regular expression for what may be in the log of it as an error. ``qemu``: whether it can happen to a
-    QEMU guest.
+    QEMU guest; ``ends``: whether it ends a back-end's process.
     """
 
     name: str
@@ -141,28 +137,24 @@ class Event:
     happen: Callable[[Stage], str]
     said: str = ""
     qemu: bool = False
+    ends: bool = False
 
 
 # --- migrations -------------------------------------------------------------------
 
 
-def _migrate(dialect: str) -> Callable[[Stage], str]:
-    def happen(stage: Stage) -> str:
-        stage.speak(dialect)
-        spoken = stage.dialect
-        switch = stage.random.choice((None, None, 0.0, 0.2, 1.0))
-        move = stage.scenario.move(switch_delay=switch)
-        when = "meanwhile" if switch is None else f"{switch:g} s later"
-        return f"version {spoken} to {move.target}, {move.downtime * 1000:.0f} ms, the network {when}"
-
-    return happen
+def _migrate(stage: Stage) -> str:
+    spoken = stage.dialect
+    switch = stage.random.choice((None, None, 0.0, 0.2, 1.0))
+    move = stage.scenario.move(switch_delay=switch)
+    when = "meanwhile" if switch is None else f"{switch:g} s later"
+    return f"version {spoken} to {move.target}, {move.downtime * 1000:.0f} ms, the network {when}"
 
 
 STEPS = ("connect_target", "log_on", "suspend", "transfer")
 
 
 def _begin(stage: Stage, steps: int) -> Migration:
-    stage.speak(stage.dialects())
     migration = stage.guest.migration(stage.there.socket)
     for step in STEPS[:steps]:
         getattr(migration, step)()
@@ -170,6 +162,12 @@ def _begin(stage: Stage, steps: int) -> Migration:
 
 
 def _cancelled(stage: Stage) -> str:
+    if isinstance(stage.scenario.guest, QemuGuest):
+        attempt = stage.scenario.guest.attempt(stage.there.socket)
+        attempt.begin()
+        stage.wait(0.0, 0.5)
+        attempt.cancel()
+        return f"version {stage.dialect}, before the switch-over"
     steps = stage.random.randint(1, len(STEPS))
     migration = _begin(stage, steps)
     stage.wait(0.0, 0.5)
@@ -182,7 +180,7 @@ def _target_killed(stage: Stage) -> str:
     migration = _begin(stage, steps)
     stage.there.kill()
     migration.cancel()
-    stage.restart(stage.elsewhere, stage.dialects())
+    stage.restart(stage.elsewhere, stage.any_dialect())
     return f"version {stage.dialect}, after {STEPS[steps - 1]}"
 
 
@@ -204,7 +202,6 @@ def _helper_in_move(act: Callable[[Stage, Backend], None]) -> Callable[[Stage], 
     """Something happens to the helper of one side at any moment of a migration."""
 
     def happen(stage: Stage) -> str:
-        stage.speak(stage.dialects())
         side = stage.random.choice(("source", "target"))
         backend = stage.here if side == "source" else stage.there
         delay = stage.random.uniform(0.0, 0.15)
@@ -275,7 +272,7 @@ def _godwit_ends(end: Callable[[Backend], None]) -> Callable[[Stage], str]:
     def happen(stage: Stage) -> str:
         end(stage.here)
         stage.wait(0.0, 2.0)
-        dialect = stage.dialects()
+        dialect = stage.any_dialect()
         stage.guest.reconnect(stage.restart(stage.scenario.where, dialect).socket)
         return f"version {dialect} from now on"
 
@@ -290,13 +287,13 @@ def _terminate(backend: Backend) -> None:
 def _other_killed(stage: Stage) -> str:
     stage.there.kill()
     stage.wait(0.0, 1.0)
-    dialect = stage.dialects()
+    dialect = stage.any_dialect()
     stage.restart(stage.elsewhere, dialect)
     return f"version {dialect} from now on"
 
 
 def _taken_over(stage: Stage) -> str:
-    dialect = stage.dialects()
+    dialect = stage.any_dialect()
     return f"{stage.take_over(dialect)}, version {stage.dialect} from now on"
 
 
@@ -397,23 +394,25 @@ def _address_gone(stage: Stage) -> str:
 
 
 # What is said of a helper that does not do its part.
-_HELPER = r"repair helper|lost, .*: the source could not move it|device state not loaded: .* stream ended"
+_HELPER = (
+    r"repair helper|lost, .*: the source could not move it"
+    r"|device state not loaded: (.* stream ended|transfer cancelled: the front-end has hung up)"
+)
 
 EVENTS: Sequence[Event] = (
-    Event("migration, version 2", Cost.HANDSHAKES, 10, _migrate("2"), qemu=True),
-    Event("migration, native", Cost.HANDSHAKES, 10, _migrate("native"), qemu=True),
-    Event("migration cancelled", Cost.NOTHING, 5, _cancelled),
-    Event("target killed in a migration", Cost.NOTHING, 3, _target_killed),
+    Event("migration", Cost.HANDSHAKES, 20, _migrate, qemu=True),
+    Event("migration cancelled", Cost.NOTHING, 5, _cancelled, qemu=True),
+    Event("target killed in a migration", Cost.NOTHING, 3, _target_killed, ends=True),
     Event("stream cut", Cost.NOTHING, 3, _stream_cut, said="device state not loaded: .* stream ended"),
     Event("helper killed in a migration", Cost.CONNECTIONS, 2, _helper_in_move(_dies), _HELPER),
     Event("helper hangs in a migration", Cost.CONNECTIONS, 1, _helper_in_move(_hangs), _HELPER),
     Event("migration without a helper", Cost.CONNECTIONS, 1, _no_helper, _HELPER),
     Event("helper replaced", Cost.NOTHING, 3, _helper_replaced, qemu=True),
     Event("front-end gone", Cost.CONNECTIONS, 2, _front_end_gone, qemu=True),
-    Event("godwit killed", Cost.CONNECTIONS, 1, _godwit_ends(Backend.kill)),
-    Event("godwit terminated", Cost.CONNECTIONS, 1, _godwit_ends(_terminate)),
-    Event("the other godwit killed", Cost.NOTHING, 1, _other_killed, qemu=True),
-    Event("taken over", Cost.NOTHING, 4, _taken_over, qemu=True),
+    Event("godwit killed", Cost.CONNECTIONS, 1, _godwit_ends(Backend.kill), ends=True),
+    Event("godwit terminated", Cost.CONNECTIONS, 1, _godwit_ends(_terminate), ends=True),
+    Event("the other godwit killed", Cost.NOTHING, 1, _other_killed, qemu=True, ends=True),
+    Event("taken over", Cost.NOTHING, 4, _taken_over, qemu=True, ends=True),
     Event("godwit stopped", Cost.NOTHING, 2, _godwit_stopped, qemu=True),
     Event("guest paused", Cost.NOTHING, 2, _guest_paused),
     Event("loss", Cost.HANDSHAKES, 3, _weather(_lose), qemu=True),
