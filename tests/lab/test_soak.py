@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from godwit.lab.counters import Counters
 from godwit.lab.scenario import PORT
 from godwit.lab.soak import Extent, Log, Report, run
 from godwit.lab.soak_events import EVENTS, Cost, Event, Stage
@@ -73,9 +74,17 @@ def test_errors_in_the_log_are_found_once(tmp_path: Path) -> None:
     assert log.errors("") == ["2026-01-01 00:00:03,000 ERROR late"]
 
 
+def test_counting_backwards_is_found() -> None:
+    before = Counters(1, {"a": 5, "b": 1}, {})
+    assert before.backwards(before) == []
+    assert Counters(1, {"a": 4, "b": 2}, {}).backwards(before) == ["a is 4, and was 5"]
+    assert Counters(1, {"b": 1}, {}).backwards(before) == ["a is 0, and was 5"]
+    assert Counters(2, {}, {}).backwards(before) == []  # another process
+
+
 PLANTED = [
     (Event("a byte is changed on its way", Cost.NOTHING, 1, corrupt), "is wrong|came back for|differ|not the question"),
-    (Event("connections are never closed", Cost.NOTHING, 1, leak), "descriptors open, and had"),
+    (Event("connections are never closed", Cost.NOTHING, 1, leak), "counts 42 connections of 32"),
     (Event("nothing moves", Cost.NOTHING, 1, hang), "no more of"),
     (dataclasses.replace(NAMED["front-end gone"], cost=Cost.NOTHING), "Reset|ended|broken"),
 ]

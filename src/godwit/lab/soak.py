@@ -8,10 +8,11 @@ may cost, are in `godwit.lab.soak_events`; their sequence follows from the seed.
 
 * what must live does, byte by byte; what may be gone is, or goes on, and whoever uses it is told;
 * everybody gets on with what they do, with new connections too, within ``SETTLED`` seconds;
-* the log has no error but those that the event is known for.
+* the log has no error but those that the event is known for, and what is counted has not become less.
 
-After every few there is a rest. By its end the back-ends and their helpers have no more memory and descriptors than
-after earlier ones. It ends at the first failure, with status 1, and keeps the logs.
+After every few there is a rest. By its end the back-ends count as many connections as there are, and they and their
+helpers have no more memory and descriptors than after earlier rests. It ends at the first failure, with status 1, and
+keeps the logs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from godwit.lab.agent import Agent
+from godwit.lab.counters import Counters
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import Namespace, enter_user_namespace
@@ -184,6 +186,7 @@ class Soak:
         self._say = say
         self._began = time.monotonic()
         self._logs: dict[str, Log] = {}
+        self._counters: dict[str, Counters] = {}
         self._users: list[User] = []
         self._cleanup = contextlib.ExitStack()
         host, server = scenario.network.a, scenario.network.server
@@ -215,7 +218,7 @@ class Soak:
         self._idles += [_Idle(self._inside, there, extent.idle) for _, there in self._addresses]
         for idle in self._idles:
             idle.open()
-        self.report.opened += sum(idle.count for idle in self._idles) + 3 * len(self._loads)
+        self.report.opened += self._open_connections()
 
     def _start_users(self) -> None:
         server, guest, grace = self._scenario.network.server, self._scenario.guest, self.grace
@@ -355,6 +358,7 @@ class Soak:
         for name, backend in self._scenario.backends.items():
             if not backend.running or backend.helper_pid is None:
                 raise LabError(f"the back-end on host {name}, or its helper, has ended")
+            self._count(name)
         if isinstance(self._scenario.guest, EmbeddedGuest):
             self._scenario.guest.check()
 
@@ -363,6 +367,31 @@ class Soak:
         failures += [untold for user in self._users if isinstance(user, Churn | Exchange) for untold in user.untold]
         if failures:
             raise LabError("; ".join(failures[:5]))
+
+    def _count(self, name: str) -> Counters:
+        """Read what the back-end on a host counts, and compare with the last time."""
+        counters = Counters.of(self._scenario.backends[name])
+        before = self._counters.get(name)
+        self._counters[name] = counters
+        if before is not None and (less := counters.backwards(before)):
+            raise LabError(f"the back-end on host {name} counts backwards: {'; '.join(less[:5])}")
+        return counters
+
+    def _open_connections(self) -> int:
+        """How many the guest has, while nobody but the streams and the idle ones is there."""
+        return sum(idle.count for idle in self._idles) + 3 * len(self._loads)
+
+    def _expect_connections(self) -> None:
+        """See that the back-ends count as many connections as there are, and find nothing amiss."""
+        until = time.monotonic() + self._extent.settled
+        for name in self._scenario.backends:
+            there = self._open_connections() if name == self._scenario.where else 0
+            while (counters := self._count(name)).connections != there and time.monotonic() < until:
+                time.sleep(0.2)
+            if counters.connections != there:
+                raise LabError(f"the back-end on host {name} counts {counters.connections} connections of {there}")
+            if counters.amiss:
+                raise LabError(f"the back-end on host {name} finds something amiss: {', '.join(counters.amiss)}")
 
     def _watch_logs(self) -> None:
         for backend in self._scenario.backends.values():
@@ -380,6 +409,7 @@ class Soak:
         self._end_users()
         if self.report.failures:
             raise LabError(self.report.failures.pop(0))
+        self._expect_connections()
         time.sleep(self._extent.rest)
         for name, backend in self._scenario.backends.items():
             role = "with the guest" if name == self._scenario.where else "without"
