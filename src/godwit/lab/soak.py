@@ -65,9 +65,9 @@ IDLE = 500  # connections for each way and IP version
 RATE = 500_000  # bytes per second of each stream
 SETTLED = 30.0  # seconds
 REST = 12.0  # seconds after which sockets of what has moved away are closed
-WARM = 1  # looks at a process before those that are compared
+WARM = 4  # looks at a process before those that are compared: what it keeps to itself grows at first
 REST_EVERY = 12  # events
-LONG, SHORT = 60, 24  # events: processes stay through the former, so that what grows is seen, not through the latter
+LONG, SHORT = 160, 32  # events: processes stay through the former, so that what grows is seen, not through the latter
 LOGS = "build/soak"
 
 _ERROR = re.compile(r"^\S+ \S+ (?:ERROR|CRITICAL) (?P<text>.*)$|^Traceback .*$|^.*Sanitizer.*$", re.MULTILINE)
@@ -124,7 +124,8 @@ class Report:
         lines.append(f"after {self.rests} rests:")
         for name, looks in self.sizes.items():
             if len(looks) > 1:
-                lines.append(f"  {name}: {looks[0]} -> {looks[-1]} ({len(looks)} looks)")
+                warm = f"{looks[WARM]} -> " if len(looks) > WARM + 1 else ""
+                lines.append(f"  {name}: {looks[0]} -> {warm}{looks[-1]} ({len(looks)} looks)")
         return "\n".join([*lines, *(f"FAILED: {failure}" for failure in self.failures)])
 
 
@@ -422,8 +423,7 @@ class Soak:
                     what = what or f"the helper of {backend.name}, process {pid}"
                     sizes.setdefault(what, []).append(Size.of(pid, datagrams=False))
         self.report.rests += 1
-        # The first time that a process is seen it may have had little to do.
-        if grown := growth({name: looks[WARM:] or looks for name, looks in self.report.sizes.items()}):
+        if grown := growth({name: looks[WARM:] for name, looks in self.report.sizes.items() if looks[WARM:]}):
             raise LabError("; ".join(grown))
         self._start_users()
         self._settle("")

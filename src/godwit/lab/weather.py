@@ -12,7 +12,8 @@ which kernels have that have no netem. What is sent twice, or is overtaken, take
 
 from __future__ import annotations
 
-from godwit.lab.netns import Network
+from godwit.lab.errors import LabError
+from godwit.lab.netns import Network, wait_until
 
 _TABLE = "weather"
 _NARROW = "rate 20mbit burst 16k latency 100ms"  # of the detour: what goes there is overtaken
@@ -109,4 +110,12 @@ class Weather:
         if self._mtu != self._network.mtu:
             self.mtu(self._network.mtu)
         self._space.ip(*(f"link set {port} up" for port in self._ports))
-        self._network.switch(self._network.connected)  # a port that comes up forwards
+        # A port that comes up forwards; and it takes a moment until it is up.
+        wait_until(self._switched, "the bridge's ports to be up")
+
+    def _switched(self) -> bool:
+        try:
+            self._network.switch(self._network.connected)
+        except LabError:
+            return False
+        return True
