@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from godwit.lab.endurance import Size
 from godwit.lab.netns import SERVER4, wait_until
+from godwit.lab.size import Size
 
 from .conftest import Traffic, World
 

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 from godwit import __version__
@@ -21,7 +21,8 @@ from godwit.daemon.device import NetDevice
 from godwit.daemon.errors import StartError, reason
 from godwit.daemon.lifecycle import PidFile, User
 from godwit.daemon.options import SUN_PATH_MAX, Options
-from godwit.daemon.report import Report, Sandbox
+from godwit.daemon.report import Report
+from godwit.daemon.sandbox import Layer
 from godwit.daemon.stats import ProcessStats, Sessions
 from godwit.daemon.takeover import ENDING, GREETING, Predecessor, Successor, TakeoverError
 from godwit.net.forward import ForwardError
@@ -55,7 +56,7 @@ class House:
         self.sessions = Sessions()
         self.process = ProcessStats()
         self.no_ping = False  # the kernel does not let this process send any
-        self.sandbox: Sandbox = list
+        self.sandbox: Sequence[Layer] = ()
         self.successor = ""  # the version of who goes on with the guest
         self._bequeathed: set[str] = set()  # paths that are another process's now
         self._asked: set[asyncio.Task[None]] = set()
@@ -176,7 +177,6 @@ class House:
 
     def close(self) -> None:
         """Close the connections that nobody has served."""
-        self.process.close()
         for sock in (self.connection, self.waiting):
             if sock is not None:
                 sock.close()
@@ -431,17 +431,15 @@ async def _readable(sock: socket.socket | int, seconds: float) -> None:
 
 
 def take_over(
+    house: House,
     before: Predecessor,
-    options: Options,
     pid: PidFile | None,
-    names: AsyncExitStack,
     make_device: Callable[[RepairListener | None], NetDevice],
-) -> tuple[House, NetDevice]:
+) -> NetDevice:
     """Go on with the guest of another process. Blocks, for as long as the guest's network stands still.
 
     Until it is this process's, nothing of the guest's is touched; raises `StartError` if it does not come to be.
     """
-    house = House(options, pid, names)
     try:
         handed = before.take()
         try:
@@ -470,4 +468,4 @@ def take_over(
         handed.summary(),
         still * 1000,
     )
-    return house, device
+    return device

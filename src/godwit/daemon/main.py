@@ -89,8 +89,8 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             names.callback(pid.close)
         watch = HostWatch(options.net)
         sandbox = Sandbox(options)
+        house = House(options, pid, names)
         if options.takeover is None:
-            house = House(options, pid, names)
             house.open()
             stack.callback(house.close)
             config = watch.read()
@@ -109,15 +109,20 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             config = watch.read()
             before = Predecessor(options.takeover)
             # Where it is the other one's sockets are, if nothing is said.
-            named = (options.takeover, options.socket, options.repair_path, options.takeover_path)
+            named = (
+                options.takeover,
+                options.socket,
+                options.repair_path,
+                options.takeover_path,
+                options.ctl_path,
+            )
             sandbox.sockets(path for path in named if path)
             sandbox.enter(user, lambda user: None, log.last_words())
-            house, device = take_over(
-                before, options, pid, names, lambda repair: NetDevice(config, options, repair, watch.glance)
-            )
+            device = take_over(house, before, pid, lambda repair: NetDevice(config, options, repair, watch.glance))
             stack.callback(house.close)
             stack.push_async_callback(device.close)
         house.device = device
+        house.sandbox = sandbox.layers
         stack.callback(watch.close)
         watch.start(device.follow)
         if options.icmp and (why := lifecycle.no_ping()) is not None:

@@ -11,7 +11,7 @@ import asyncio
 import ipaddress
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from godwit import __version__
@@ -134,7 +134,10 @@ class Report:
                 "connected": house.repair is not None and house.repair.connected(),
                 "ever_connected": house.repair is not None and house.repair.ever_connected,
             },
-            "sandbox": list(house.sandbox()),
+            "sandbox": [
+                {"layer": layer.name, "in_force": layer.holds, "what" if layer.holds else "reason": layer.what}
+                for layer in house.sandbox
+            ],
         }
 
     def _migration(self) -> dict[str, object]:
@@ -441,7 +444,3 @@ def _line(row: Listed) -> str:
 
 def _or_null(number: int) -> str:
     return "null" if number < 0 else str(number)
-
-
-#: Layers of the sandbox: each a mapping with its name (``layer``), ``in_force``, and ``reason`` where it is not.
-Sandbox = Callable[[], Sequence[Mapping[str, object]]]

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from godwit.confine import procfs
 from godwit.dataplane import Engine
 from godwit.vhost_user import Server
 
@@ -124,13 +125,11 @@ def _requests(server: Server | None) -> dict[str, int]:
 
 
 class ProcessStats:
-    """What the kernel says of this process. Opened at the start: later /proc may be out of reach."""
+    """What the kernel says of this process."""
 
     def __init__(self) -> None:
         self.began_at = time.time()
         self._since = time.monotonic()
-        self._statm = _open("/proc/self/statm", os.O_RDONLY)
-        self._descriptors = _open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
 
     @property
     def uptime(self) -> float:
@@ -145,10 +144,8 @@ class ProcessStats:
 
     def memory(self) -> tuple[int, int] | None:
         """(mapped, resident) bytes; None where that cannot be known. Of the guest's memory what was touched counts."""
-        if self._statm < 0:
-            return None
         try:
-            mapped, resident = os.pread(self._statm, 100, 0).split()[:2]
+            mapped, resident = procfs.read(procfs.MEMORY).split()[:2]
         except (OSError, ValueError):
             return None
         page = os.sysconf("SC_PAGE_SIZE")
@@ -156,11 +153,8 @@ class ProcessStats:
 
     def descriptors(self) -> int | None:
         """How many are open; None where that cannot be known."""
-        if self._descriptors < 0:
-            return None
         try:
-            # Since Linux 6.2 the size of the directory is their number: a process may have a hundred thousand.
-            return os.fstat(self._descriptors).st_size or len(os.listdir(self._descriptors)) - 1
+            return procfs.count_descriptors()
         except OSError:
             return None
 
@@ -169,17 +163,3 @@ class ProcessStats:
         """How many there may be; None for any number."""
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return None if limit == resource.RLIM_INFINITY else limit
-
-    def close(self) -> None:
-        """Close what was opened."""
-        for fd in (self._statm, self._descriptors):
-            if fd >= 0:
-                os.close(fd)
-        self._statm = self._descriptors = -1
-
-
-def _open(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags | os.O_CLOEXEC)
-    except OSError:
-        return -1

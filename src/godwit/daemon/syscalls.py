@@ -98,6 +98,11 @@ ALTERNATIVES: Final = (
     "accept",
     "clock_gettime",  # where the kernel maps no such function into the process, or its clock is not to be read there
     "clock_getres",
+    "chmod",  # of sockets whose paths or group are others than those of the process that was taken over
+    "chown",
+    "fchmod",
+    "fchmodat",
+    "fchownat",
     "dup3",
     "epoll_pwait",
     "epoll_pwait2",

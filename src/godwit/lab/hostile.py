@@ -30,11 +30,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
-from godwit.lab.endurance import Size
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import HOST4, SERVER4, Namespace, enter_user_namespace
 from godwit.lab.scenario import Load, Scenario
+from godwit.lab.size import Size
 
 RATE = 5_000_000  # bytes per second of either stream
 RATE_OF_FRAMES = 5_000  # that any machine can do, with others at work on it
