@@ -72,6 +72,9 @@ class Engine:
         taken, self.rare = self.rare, []
         return taken
 
+    def take_shortages(self) -> list[str]:
+        return []
+
     def take_faults(self) -> list[tuple[int, str]]:
         taken, self.faults = self.faults, []
         return taken

@@ -66,6 +66,8 @@ class Device(BaseDevice):
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Device]]:
     monkeypatch.setattr(main, "NetDevice", Device)
+    # It would be that of all the tests. `test_sandbox` has it, with processes of their own.
+    monkeypatch.setattr("godwit.daemon.sandbox.Sandbox.enter", lambda *_: None)
     monkeypatch.setattr(lifecycle, "raise_descriptor_limit", lambda: None)
     yield Device
     Device.seconds = 0.0
@@ -110,7 +112,6 @@ def _options(folder: Path) -> Options:
         runas=f"{os.getuid()}:{os.getgid()}",
         foreground=True,
         one_off=True,
-        sandbox=False,  # which would be that of the tests
     )
 
 

@@ -103,6 +103,7 @@ ALTERNATIVES: Final = (
     "fchmod",
     "fchmodat",
     "fchownat",
+    "lchown",
     "dup3",
     "epoll_pwait",
     "epoll_pwait2",
