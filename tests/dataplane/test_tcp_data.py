@@ -731,6 +731,29 @@ def test_no_time_passes_while_there_are_no_buffers(short: Guest, family: Family)
         assert conn.read(5) == b"after"
 
 
+def test_what_the_guest_was_told_of_its_window_is_kept(short: Guest, family: Family) -> None:
+    """It would have been told of a larger one, and there was no buffer; then the first to go is a probe."""
+    conn, sock = open_pair(short, family)
+    with sock:
+        empty(short)
+        short.engine.advance(7_300_000)
+        short.barrier()
+        data = pattern(1 << 20)
+        for at in range(0, 40_000, 1000):
+            conn.push(data[at : at + 1000])
+        short.barrier()
+        fill(short)
+        probe = conn.next(ACK)
+        assert probe.tcp.seq == (conn.ack - 1) & MASK
+        assert probe.tcp.ack == conn.seq
+        more = min(conn.peer_window, 400_000)
+        pieces = [data[at : min(at + 8000, 40_000 + more)] for at in range(40_000, 40_000 + more, 8000)]
+        short.send_all([conn.build(ACK, piece, seq=conn.seq + number * 8000) for number, piece in enumerate(pieces)])
+        conn.seq = (conn.seq + more) & MASK
+        conn.wait_acked()
+        assert read_exactly(sock, 40_000 + more) == data[: 40_000 + more]
+
+
 def test_no_time_passes_in_a_handshake_while_there_are_no_buffers(short: Guest, family: Family) -> None:
     """Of either direction: what could not be said was not said in vain."""
     with contextlib.closing(Server(family)) as server, contextlib.closing(Server(family)) as outside:

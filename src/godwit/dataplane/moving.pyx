@@ -162,7 +162,6 @@ cdef int moved_in(Plane *p, const Moved *m, Flow **made) noexcept nogil:
     f.seq_ack_to_guest = m.ack_to_guest
     f.seq_init_from_guest = m.init_from_guest
     f.edge = m.ack_to_guest + (<uint32_t>m.wnd_to_guest << m.ws_to_guest)
-    f.wnd_sent = m.wnd_to_guest
     f.bytes_from_guest = m.bytes_from_guest
     f.bytes_to_guest = m.bytes_to_guest
     f.last_active = p.now - m.idle if p.now > m.idle else 0

@@ -319,7 +319,6 @@ cdef void tcp_send_syn(Plane *p, Flow *f) noexcept nogil:
     f.flags &= ~FF_SYN_DUE
     f.seq_to_guest = f.seq_max_to_guest = f.seq_ack_from_guest + 1
     f.edge = f.seq_from_guest + 0xFFFF
-    f.wnd_sent = 0xFFFF
     arm_retransmit(p, f)
 
 
@@ -451,7 +450,6 @@ cdef void tcp_establish(Plane *p, Flow *f) noexcept nogil:
     f.flags |= FF_MORE
     f.retries = 0
     f.granted = 0
-    f.wnd_sent = <uint16_t>((f.edge - f.seq_from_guest) >> f.ws_to_guest)   # the SYN's own was not scaled
     flow_deadline(p, f, p.now + KEEPALIVE_IDLE)
 
 

@@ -91,6 +91,15 @@ cdef uint16_t own_mss(Plane *p, bint v6) noexcept nogil:
     return <uint16_t>(mtu - TCP_HLEN - (IPV6_HLEN if v6 else IPV4_HLEN))
 
 
+cdef uint16_t window_left(Flow *f) noexcept nogil:
+    """The field of a segment's window: what is left up to the edge, which only moves on."""
+    cdef uint32_t left = f.edge - f.seq_from_guest
+    if <int>left < 0:
+        return 0
+    left >>= f.ws_to_guest
+    return <uint16_t>left if left < 0xFFFF else 0xFFFF
+
+
 cdef void put_tcp(uint8_t *t, Flow *f, uint32_t seq, uint8_t flags, uint32_t size) noexcept nogil:
     memset(t, 0, TCP_HLEN)
     put16(t, f.our_port)
@@ -102,6 +111,7 @@ cdef void put_tcp(uint8_t *t, Flow *f, uint32_t seq, uint8_t flags, uint32_t siz
         put32(t + 8, f.seq_from_guest)
         f.seq_ack_to_guest = f.seq_from_guest
         f.flags &= ~FF_ACK_DUE
+    f.wnd_sent = window_left(f)
     put16(t + 14, f.wnd_sent)
 
 
@@ -186,8 +196,6 @@ cdef void update_window(Plane *p, Flow *f) noexcept nogil:
         left = 0
     if f.carry_to_sock != NULL:
         f.granted = 0           # no more than was promised, until it is sent
-        left >>= f.ws_to_guest
-        f.wnd_sent = <uint16_t>left if left < 0xFFFF else 0xFFFF
         return
     # Most of what was granted is still there: no need to ask the kernel again.
     if left < f.granted - (f.granted >> 2) or f.granted == 0:
@@ -215,8 +223,6 @@ cdef void update_window(Plane *p, Flow *f) noexcept nogil:
                 f.edge = f.seq_from_guest + room
                 left = room
         f.granted = room if room > left else left
-    left >>= f.ws_to_guest
-    f.wnd_sent = <uint16_t>left if left < 0xFFFF else 0xFFFF
 
 
 cdef bint send_window(Plane *p, Flow *f, uint32_t seq, uint8_t flags) noexcept nogil:
