@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 import random
 import select
 import socket
@@ -142,6 +143,7 @@ class Link:
         self.flying = 0
         self.again = False
         self.base = self.game.rig.now()
+        self.base_before = math.inf  # as it was at the beginning of a turn in which it changed
         self.called_at = self.base
         self.dups = 0
         self.tries = 0
@@ -249,7 +251,7 @@ class Link:
 
     def _acceptable(self, place: int, end: int) -> bool | None:
         """Whether anything that a segment says counts (3.10.7.4); None: it is not known what the receiver has."""
-        if end < self.must_next or place > self.told_most + self.slack + 1:
+        if end < self.must_next or place > self.told_most + self.slack + (1 << self.ws_theirs):
             return False
         return True if end >= self.cover and place <= self.told - self.slack else None
 
@@ -346,7 +348,7 @@ class Link:
             self.una = ack
             self.fast_turn = self.fast_turn or self.dups >= 3
             self.dups = self.tries = 0
-            self.base = now
+            self.base, self.base_before = now, min(self.base, self.base_before)
             self._fade()
         else:
             if bare and window == self.edge - self.una:
@@ -436,7 +438,9 @@ class Link:
             else self.tries >= SYN_RETRIES or self.game.rig.now() - self.called_at >= CALL_PATIENCE
         )
         require(self.phase not in (Phase.NEW, Phase.GONE), "a reset of what is no more")
-        require(self.may_reset or timed_out or self.phase is Phase.FADING, "a reset without reason")
+        # A window that is shut is tried for ever (RFC 1122, 4.2.2.17).
+        shut = self.edge <= self.una == self.seen < self.wrote
+        require(self.may_reset or (timed_out and not shut) or self.phase is Phase.FADING, "a reset without reason")
         if self.irs is not None:
             place = relative(s.seq - self.irs - 1)
             require(place == self.seen, f"a reset at {place}, where the guest expects {self.seen} (RFC 5961, 3.2)")
@@ -539,7 +543,8 @@ class Link:
         if place == self.una:
             self.again = True
         wait = min(FIRST_WAIT << min(self.silent, 6), LONGEST_WAIT) - LAG
-        waited = self.game.rig.now() - self.base
+        # What comes now may be older than what the guest has said in this turn.
+        waited = self.game.rig.now() - min(self.base, self.base_before)
         if place == self.una and waited >= wait:
             self.tries += 1
             self.silent += 1
@@ -568,6 +573,7 @@ class Link:
             self.recover = None
         self.emitted = 0
         self.opened = self.fast_turn = False
+        self.base_before = math.inf
         self.heard_last = self.heard
         self.overtaken.clear()
 
@@ -745,10 +751,25 @@ class Link:
                 places = [place - number * (size // 2) for number, place in enumerate(places)]
             case 6:
                 random.Random(c).shuffle(places)
+            case 7:
+                self._fill_window(1 + c % 2, end=bool(c & 4))
+                return
             case _:
                 pass
         for place in places:
             self.emit(ACK | PSH, place, size)
+
+    def _fill_window(self, beyond: int, *, end: bool) -> None:
+        """All that the guest was told of, and a little more; with an ``end`` that is surely beyond it."""
+        place, last = self.must_next, self.told + beyond
+        if end:
+            last = self.told_most + 2 * self.slack + 10
+        if not 0 < last - place < 300_000:
+            return
+        while place < last:
+            size = min(16_000, last - place)
+            self.emit(ACK | (FIN if end and place + size == last else 0), place, size)
+            place += size
 
     def do_ack(self, a: int, b: int, c: int) -> None:
         """Of anything."""
@@ -946,6 +967,7 @@ class Link:
         self.tries = self.silent = 0
         if not abort:
             self.recover = None
+            self.told = self.acked + (max(0, self.told - self.acked) >> self.ws_theirs << self.ws_theirs)
         self.base = self.game.rig.now()
 
     # ---- the end

@@ -36,7 +36,7 @@ HEAD: Final = 16
 STEP: Final = 6
 LONGEST: Final = HEAD + STEP * 120
 PLAIN: Final = FULL & ~(0x1983 | 1 << 29)  # no offloads, no event index
-PATIENCE: Final = 5.0  # seconds of the real clock in which a well-behaved end must have come
+PATIENCE: Final = 20.0  # seconds of the real clock in which a well-behaved end must have come
 HOURS: Final = 7_300_000  # ms, more than an idle connection is left alone
 MTUS: Final = (1500, 1500, 1500, 576, 1280, 9000, 65520)
 TIMES: Final = (1, 40, 500, 999, 1001, 2050, 4100, 30_000, 61_000, 61_000, 131_000, 600_000, HOURS)
@@ -155,8 +155,10 @@ class Game:
     def advance(self, ms: int) -> None:
         """Have time pass."""
         self.note(f"    {ms} ms pass")
-        self.started = self.rig.now()
-        self.rig.advance(ms)
+        with self.rig.here.engine.parked():
+            self.look()  # what the real clock has brought since the last turn
+            self.started = self.rig.now()
+            self.rig.advance(ms)
         self.advanced = ms
 
     def silence(self) -> None:
@@ -212,6 +214,7 @@ class Game:
         if self.paused is not None:
             self.pause()
         self.withhold(RECEIVE)
+        self.settle()
         for link in self.links:
             link.behave()
         deadline = time.monotonic() + PATIENCE
@@ -232,6 +235,7 @@ class Game:
                         link.give_up()
                 elif idle > 4:
                     self.advance(500 << min(idle - 4, 7))
+                    self.settle()  # before anybody says more
             require(time.monotonic() < deadline, "the end does not come: " + "; ".join(map(str, self.links)))
         self.leave()
 

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 from godwit.daemon.mover import Mover
 from godwit.dataplane import Engine
+from godwit.lab.errors import LabError
 from godwit.lab.netns import SERVER4, SERVER6, Host, Network
 from godwit.migration import Direction, Migration
 from godwit.net.native import NATIVE
@@ -269,7 +270,7 @@ class Rig:
             self.cleanup.callback(machine.close)
         self.listeners = {v6: [self._listener(v6) for _ in range(SLOTS)] for v6 in (False, True)}
         self.here, self.there = self.machines
-        self.network.switch("a")
+        self._switch(self.here)
         self.guest = PlayedGuest(FULL, rx=((BUFFER,),) * RECEIVE, engine=self.here.engine)
         self.guest.kept = []
         self.features = FULL
@@ -382,7 +383,7 @@ class Rig:
             self.start_rings(bases)
             return
         if early:
-            self.network.switch(self._name(target))
+            self._switch(target)
         self.here, self.there = target, source
         self.guest.engine = target.engine
         self.start_rings(bases)
@@ -390,15 +391,25 @@ class Rig:
         load.close()
         target.mover.thaw_listeners()
         if not early:
-            self.network.switch(self._name(target))
+            self._switch(target)
         save.close()
         left = source.mover.leave()
         source.mover.close_flows()
         for fd in (*left.connections, *left.ports):
             os.close(fd)
 
-    def _name(self, machine: Machine) -> str:
-        return "a" if machine.space is self.network.a else "b"
+    def _switch(self, to: Machine) -> None:
+        """The network leads there; a port may still be coming up on a machine that is busy."""
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                self.network.switch("a" if to.space is self.network.a else "b")
+            except LabError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
 
     def descriptors(self) -> int:
         """How many this process has."""

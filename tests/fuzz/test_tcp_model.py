@@ -12,7 +12,7 @@ import pytest
 
 from . import tcp_model
 
-KEPT = sorted((Path(__file__).parent / "corpus" / "tcp").glob("*"))
+KEPT = sorted((Path(__file__).parent / "games").glob("*"))
 
 
 @pytest.fixture(scope="module", autouse=True)
