@@ -545,7 +545,7 @@ class Link:
         wait = min(FIRST_WAIT << min(self.silent, 6), LONGEST_WAIT) - LAG
         # What comes now may be older than what the guest has said in this turn.
         waited = self.game.rig.now() - min(self.base, self.base_before)
-        if place == self.una and waited >= wait:
+        if waited >= wait and (place == self.una or self.base_before < self.base):
             self.tries += 1
             self.silent += 1
         elif self.recover is None:

@@ -36,7 +36,7 @@ HEAD: Final = 16
 STEP: Final = 6
 LONGEST: Final = HEAD + STEP * 120
 PLAIN: Final = FULL & ~(0x1983 | 1 << 29)  # no offloads, no event index
-PATIENCE: Final = 20.0  # seconds of the real clock in which a well-behaved end must have come
+PATIENCE: Final = 10.0  # seconds of the real clock in which something must have come on, once all are well-behaved
 HOURS: Final = 7_300_000  # ms, more than an idle connection is left alone
 MTUS: Final = (1500, 1500, 1500, 576, 1280, 9000, 65520)
 TIMES: Final = (1, 40, 500, 999, 1001, 2050, 4100, 30_000, 61_000, 61_000, 131_000, 600_000, HOURS)
@@ -226,7 +226,10 @@ class Game:
             self.settle()
             if all(link.is_over() for link in self.links):
                 break
-            idle = 0 if before != [link.progress() for link in self.links] else idle + 1
+            if before != [link.progress() for link in self.links]:
+                idle, deadline = 0, time.monotonic() + PATIENCE
+            else:
+                idle += 1
             if idle > 2:
                 # Something of the kernel's may be on its way; then it is the turn of the data plane's timers.
                 select.select([self.rig.guest.rx.call_fd], [], [], 0.002 * min(idle, 10))
