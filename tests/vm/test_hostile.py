@@ -42,7 +42,7 @@ def test_connections_beside_a_spray(world: World, tmp_path: Path, kind: str) -> 
         server.kill()
     guest.agent.run("chmod +x /tmp/spray")
     traffic = Traffic(world)
-    guest.agent.run(f"/tmp/spray {kind} {RATE} {SECONDS} >/tmp/said 2>&1 &")
+    guest.agent.run(f"(/tmp/spray {kind} {RATE} {SECONDS} >/tmp/said 2>&1 &)")
     for _ in range(3):
         traffic.flowing()
         job = guest.agent.get(SERVER4, world.peer.port, 7, 100_000)
