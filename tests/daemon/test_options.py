@@ -87,7 +87,7 @@ CASES: list[tuple[str, str, object]] = [
     ("--max-udp-flows 300", "max_udp_flows", 300),
     ("-f", "max_udp_flows", None),
     ("--max-half-open 10", "max_half_open", 10),
-    ("-f", "max_half_open", 4096),
+    ("-f", "max_half_open", 1024),
     ("-e --chroot-fallback", "freebind", False),
     ("-m 1500", "net.mtu", 1500),
     ("-m1280", "net.mtu", 1280),

@@ -42,7 +42,7 @@ from godwit.net.versions import versions
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 LOG_SIZE_DEFAULT = 1 << 20
-MAX_HALF_OPEN = 4096
+MAX_HALF_OPEN = 1024
 LOG_SIZE_MIN = 4096
 IFNAMSIZ = 16  # with its NUL
 SUN_PATH_MAX = 107  # unix(7), less the final NUL

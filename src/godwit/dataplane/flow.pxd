@@ -64,7 +64,7 @@ cdef void flow_deadline(Plane *p, Flow *f, uint64_t when) noexcept nogil
 cdef Flow *flow_due(Plane *p) noexcept nogil
 cdef int timeout_ms(Plane *p) noexcept nogil
 
-cdef uint64_t keyed_hash(Plane *p, const void *data, size_t n) noexcept nogil
+cdef uint64_t keyed_hash(const uint64_t *secret, const void *data, size_t n) noexcept nogil
 
 cdef inline uint32_t flow_index(Plane *p, Flow *f) noexcept nogil:
     return <uint32_t>(f - p.flows)

@@ -74,16 +74,16 @@ cdef struct Key:
     uint32_t kind
 
 
-cdef uint64_t keyed_hash(Plane *p, const void *data, size_t n) noexcept nogil:
-    """A hash of n bytes (a multiple of 8) under the plane's random key."""
-    cdef uint64_t h = p.hash_key[0], w
+cdef uint64_t keyed_hash(const uint64_t *secret, const void *data, size_t n) noexcept nogil:
+    """A hash of n bytes (a multiple of 8) under a random key of two words."""
+    cdef uint64_t h = secret[0], w
     cdef const uint8_t *at = <const uint8_t *>data
     while n >= 8:
         memcpy(&w, at, 8)
-        h = fold_multiply(h ^ w, p.hash_key[1] | 1)
+        h = fold_multiply(h ^ w, secret[1] | 1)
         at += 8
         n -= 8
-    return fold_multiply(h, p.hash_key[0] | 1)
+    return fold_multiply(h, secret[0] | 1)
 
 
 cdef uint32_t bucket(Plane *p, int kind, const uint8_t *guest_addr, uint16_t guest_port,
@@ -94,7 +94,7 @@ cdef uint32_t bucket(Plane *p, int kind, const uint8_t *guest_addr, uint16_t gue
     key.guest_port = guest_port
     key.our_port = our_port
     key.kind = kind
-    return <uint32_t>keyed_hash(p, &key, sizeof(Key)) & p.bucket_mask
+    return <uint32_t>keyed_hash(p.table_key, &key, sizeof(Key)) & p.bucket_mask
 
 
 cdef void *reserve(size_t n) noexcept nogil:
@@ -109,7 +109,8 @@ cdef int flows_init(Plane *p, uint32_t max_flows) noexcept nogil:
     cdef int i
     while buckets < max_flows:
         buckets <<= 1
-    if getrandom(p.hash_key, sizeof(p.hash_key), 0) != sizeof(p.hash_key):
+    if (getrandom(p.hash_key, sizeof(p.hash_key), 0) != sizeof(p.hash_key)
+            or getrandom(p.table_key, sizeof(p.table_key), 0) != sizeof(p.table_key)):
         return -errno
     p.flows = <Flow *>reserve(max_flows * sizeof(Flow))
     p.buckets = <uint32_t *>reserve(buckets * sizeof(uint32_t))

@@ -284,7 +284,7 @@ def flush_capture(EngineBase engine not None):
 def set_hash_key(EngineBase engine not None, bytes key):
     """Before there is any flow."""
     if engine.p.used_flows:
-        raise ValueError("there are flows already, and they are found by that key")
+        raise ValueError("there are flows already, whose numbers come from another key")
     copy_bytes(<uint8_t *>engine.p.hash_key, key, 16, "hash key")
 
 

@@ -414,7 +414,8 @@ cdef struct Plane:
     uint32_t *buckets           # of all flows and ports, by the ends as the guest knows them
     uint32_t *remotes           # of UDP flows, by port and peer
     uint32_t bucket_mask
-    uint64_t hash_key[2]
+    uint64_t table_key[2]       # of the buckets
+    uint64_t hash_key[2]        # of initial sequence numbers: the guest is told these, and shall not learn the other
     uint32_t *heap
     uint32_t heap_size
     uint32_t touched            # lists of flows

@@ -121,7 +121,7 @@ cdef enum:
 
 cdef uint32_t initial_seq(Plane *p, Flow *f) noexcept nogil:
     """RFC 6528: a keyed hash of the connection, plus a clock of 4 us."""
-    return <uint32_t>keyed_hash(p, f.guest_addr, 72) + <uint32_t>(p.now * 250)
+    return <uint32_t>keyed_hash(p.hash_key, f.guest_addr, 72) + <uint32_t>(p.now * 250)
 
 
 cdef void tcp_close_with_reset(int s) noexcept nogil:
