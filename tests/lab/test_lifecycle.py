@@ -12,6 +12,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from subprocess import TimeoutExpired
 
 import pytest
 
@@ -148,12 +149,13 @@ class States:
         return attempt
 
     def _full(self) -> None:
-        """More state than a pipe holds: in both queues of a connection."""
-        ours, peer = self.stack.enter_context(connection(self.scenario))
-        for sock in (ours, peer):
-            sock.settimeout(5.0)
-            for _ in range(20):
-                sock.sendall(bytes(10_000))
+        """More state than a pipe holds: the guest does not read, and its kernel takes next to nothing."""
+        for number in range(12):
+            _, peer = self.stack.enter_context(connection(self.scenario, guest_room=2304, port=OWN_PORT + number))
+            peer.settimeout(0.1)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    peer.send(bytes(65536))
 
     def _connect(self) -> socket.socket:
         sock = self.stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -215,6 +217,49 @@ def test_interrupted(place: Scenario) -> None:
     assert told_to_end(place, "with_traffic", signal.SIGINT) < SECONDS
 
 
+def told_during_a_takeover(place: Scenario, who: str, delay: float) -> str:
+    """Tell one of the two to end, so long after the new one was started; the guest is with the other, or with none.
+
+    Returns with whom.
+    """
+    assert isinstance(place.guest, EmbeddedGuest)
+    old = place.start_backend("a")
+    os.chmod(os.path.dirname(old.socket), 0o777)
+    place.guest.connect(old.socket)
+    with connection(place) as (ours, peer):
+        new = old.successor()
+        try:
+            time.sleep(delay)
+            told = old.pid if who == "old" else new.pid
+            os.kill(told, signal.SIGTERM)
+            if who == "new":
+                # Before it has handlers it ends like any other program; and it may be the guest's back-end already.
+                assert new.wait(SECONDS) in (0, 1, -signal.SIGTERM), old.messages()
+            else:
+                assert old.wait(SECONDS) == 0, old.messages()
+            # The other one is alone from here on, and knows it.
+            with contextlib.suppress(TimeoutExpired):
+                (old.wait if who == "new" else new.wait)(1.0)
+            assert "Traceback" not in old.messages(), old.messages()
+            runs = [name for name, running in (("old", old.running), ("new", new.poll() is None)) if running]
+            assert len(runs) <= 1
+            if runs:
+                ours.sendall(b"is anybody there?")
+                assert peer.recv(100) == b"is anybody there?"
+            return runs[0] if runs else "nobody"
+        finally:
+            for process in (new.pid, old.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
+            new.wait(SECONDS)
+
+
+@pytest.mark.parametrize("who", ["old", "new"])
+def test_told_to_end_during_a_takeover(place: Scenario, who: str) -> None:
+    for delay in (0.05, 0.3):
+        told_during_a_takeover(place, who, delay)
+
+
 # ---- killed
 
 
@@ -258,6 +303,15 @@ def main() -> None:
             with Scenario() as place:
                 os.chmod(os.path.dirname(place.backends["a"].socket), 0o777)
                 sys.stdout.write(f"{state}, {number.name}: {told_to_end(place, state, number):.2f} s\n")
+                sys.stdout.flush()
+
+    with Scenario() as place:
+        for delay in [0.02 * number for number in range(40)]:
+            for who in ("old", "new"):
+                sys.stdout.write(
+                    f"{who} told {delay:.2f} s on: the guest is with {told_during_a_takeover(place, who, delay)}\n"
+                )
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":

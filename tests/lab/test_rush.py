@@ -7,6 +7,7 @@ By hand, with as many as there is time for: ``python -m tests.lab.test_rush 1000
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from godwit.lab.netns import GATEWAY4, Namespace, wait_until
 from godwit.lab.rush import Rushed, rush_command
@@ -181,7 +183,7 @@ def test_calls_that_nobody_means() -> None:
     with crowded() as world:
         before = descriptors(world.backend.pid)
         with contextlib.closing(Watch(world)) as watch:
-            rush(world, 20_000, flood=True)
+            rush(world, 5_000, flood=True)
         assert max(watch.echoes) < 2.0, watch.echoes
         settled(world, before)
         service = Service(world)
@@ -191,8 +193,53 @@ def test_calls_that_nobody_means() -> None:
             service.close()
 
 
+class Trickled(NamedTuple):
+    """What a trickle has cost: bytes that came, in how many seconds, and the back-end's processor time."""
+
+    bytes: int
+    seconds: float
+    cpu: float
+
+
+def trickle(world: World, service: Service, count: int, rounds: int) -> Trickled:
+    """Have so many peers send one byte each, again and again; each byte has to come."""
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(world.server, world.net.a.addr4, PORT)) for _ in range(count)]
+        for peer in peers:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        wait_until(lambda: len(service.kept) == count, "the guest to take all", 30.0)
+        began, cpu = time.monotonic(), cpu_seconds(world.backend.pid)
+        for number in range(rounds):
+            for peer in peers:
+                peer.send(b"%c" % (number % 256))
+        expected = bytes(number % 256 for number in range(rounds))
+        for sock in service.kept:
+            sock.settimeout(30.0)
+            came = b""
+            while len(came) < rounds and (piece := sock.recv(rounds)):
+                came += piece
+            assert came == expected
+        return Trickled(count * rounds, time.monotonic() - began, cpu_seconds(world.backend.pid) - cpu)
+
+
+def test_a_trickle_on_many_connections() -> None:
+    """A byte costs what a packet costs, however many they are; other connections are not the slower for it."""
+    with crowded() as world, contextlib.closing(Service(world, keep=True)) as service:
+        with contextlib.closing(Watch(world)) as watch:
+            made = trickle(world, service, 250, 20)
+        assert made.cpu / made.bytes < 500e-6, made
+        assert max(watch.echoes) < 2.0, watch.echoes
+
+
+def tell(name: str, times: list[float]) -> None:
+    """Say how long something took."""
+    sys.stdout.write(f"  {name}: median {1000 * statistics.median(times):.1f} ms, most {1000 * max(times):.0f} ms\n")
+
+
 def main() -> None:
     """Say what a rush costs: of connections that come and go, that stay, and of bare SYNs."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
     say = sys.stdout.write
     with crowded(20_000) as world, contextlib.closing(Service(world)) as service:
@@ -205,13 +252,19 @@ def main() -> None:
         say(f"come and go: {made}, {made.opened / made.seconds:.0f}/s; the guest has taken {service.taken}\n")
         say(f"  the back-end's processor time: {cpu_seconds(pid) - cpu:.1f} s\n")
         for name, times in (("an echo", watch.echoes), ("an open", watch.opens), ("ARP", watch.answers)):
-            say(f"  {name}: median {1000 * statistics.median(times):.1f} ms, most {1000 * max(times):.0f} ms\n")
+            tell(name, times)
         settled(world, before)
         say(f"  descriptors {before} -> {descriptors(pid)}, memory {memory >> 10} -> {resident(pid) >> 10} KiB\n")
         with contextlib.closing(Watch(world)) as watch:
             made = rush(world, count, flood=True)
         say(f"bare SYNs: {count / made.seconds:.0f}/s, an echo: most {1000 * max(watch.echoes):.0f} ms\n")
         settled(world, before)
+    for number in (10, 4_000):
+        with crowded(20_000) as world, contextlib.closing(Service(world, keep=True)) as service:
+            with contextlib.closing(Watch(world)) as watch:
+                slow = trickle(world, service, number, 200_000 // number)
+            say(f"{number} that trickle: {slow}, {1e6 * slow.cpu / slow.bytes:.1f} us of processor time for a byte\n")
+            tell("an echo", watch.echoes)
     with crowded(20_000) as world, contextlib.closing(Service(world, keep=True)) as service:
         with contextlib.closing(Watch(world)) as watch:
             made = rush(world, 19_900, hold=5.0)
