@@ -167,6 +167,20 @@ def test_one_off_ends_with_its_front_end(place: Place) -> None:
     assert not place.pid.exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_while_it_starts(place: Place, number: signal.Signals) -> None:
+    """As soon as there is something that would stay."""
+    for delay in (0.0, 0.003, 0.006, 0.01):
+        process = subprocess.Popen(
+            [*SERVE, "-f", "-s", str(place.socket), "-P", str(place.pid), *STAY], stderr=subprocess.DEVNULL
+        )
+        eventually(place.socket.exists, "the socket", 60)
+        time.sleep(delay)
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert not any(path.exists() for path in (place.socket, place.repair, place.pid))
+
+
 def test_otherwise_it_serves_the_next_one(place: Place) -> None:
     process = place.start()
     for _ in range(3):

@@ -88,9 +88,11 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         if pid is not None:
             names.callback(pid.close)
         watch = HostWatch(options.net)
+        stop = asyncio.Event()
         sandbox = Sandbox(options)
         house = House(options, pid, names)
         if options.takeover is None:
+            _stop_on_signals(stop)  # from here on there is something that would stay
             house.open()
             stack.callback(house.close)
             config = watch.read()
@@ -121,6 +123,7 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             device = take_over(house, before, pid, lambda repair: NetDevice(config, options, repair, watch.glance))
             stack.callback(house.close)
             stack.push_async_callback(device.close)
+            _stop_on_signals(stop)  # ended before that, it would have left the guest to the one that goes on
         house.device = device
         house.sandbox = sandbox.layers
         stack.callback(watch.close)
@@ -130,11 +133,6 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             house.no_ping = True
         if pid is not None:
             pid.write()
-
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
 
         logger.info(
             "godwit %s is ready on %s, repair helper on %s, takeover on %s, control on %s",
@@ -168,6 +166,12 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
                 if stopped:
                     stop.clear()  # the next signal is another one
                 await _until(stop, asyncio.sleep(device.lingering))
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
 
 
 async def _until(stop: asyncio.Event, work: Coroutine[object, object, None]) -> None:
