@@ -27,7 +27,7 @@ from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import wait_until
 from godwit.lab.scenario import PORT, Load, Scenario
 
-from .moves import IDLE, OWN_PORT, RATE, connection, datagrams, receive_all, saved, works_on
+from .moves import IDLE, OWN_PORT, RATE, connection, datagrams, receive_all, receive_exactly, saved, works_on
 from .successor import STEPS
 
 FORWARD = ("--tcp-ports", str(PORT), "--udp-ports", str(PORT))
@@ -86,7 +86,7 @@ def ask(ours: socket.socket, peer: socket.socket, stop: threading.Event) -> int:
         for one, other in ((ours, peer), (peer, ours)):
             data = random.randbytes(1 + count % 3000)
             one.sendall(data)
-            assert other.recv(len(data), socket.MSG_WAITALL) == data
+            assert receive_exactly(other, len(data)) == data
         count += 1
     return count
 
