@@ -181,6 +181,15 @@ def test_told_to_end_while_it_starts(place: Place, number: signal.Signals) -> No
         assert not any(path.exists() for path in (place.socket, place.repair, place.pid))
 
 
+def test_told_to_end_again_and_again(place: Place) -> None:
+    """Also when it is all but over."""
+    process = place.start()
+    while process.poll() is None:
+        process.terminate()
+        time.sleep(0.0005)
+    assert process.returncode == 0
+
+
 def test_otherwise_it_serves_the_next_one(place: Place) -> None:
     process = place.start()
     for _ in range(3):

@@ -64,7 +64,7 @@ def run(options: Options) -> int:
         print(f"{options.dialect.value}: {error}", file=sys.stderr)  # noqa: T201  # there is no log to write it to
         return 1
     try:
-        asyncio.run(_run(options, readiness, log))
+        asyncio.run(_run_to_the_end(options, readiness, log))
     except (DaemonError, NetConfigError, ForwardError) as error:
         logger.error("%s", error)
         return 1
@@ -76,6 +76,14 @@ def run(options: Options) -> int:
     finally:
         log.close()
     return 0
+
+
+async def _run_to_the_end(options: Options, readiness: Readiness, log: Log) -> None:
+    try:
+        await _run(options, readiness, log)
+    finally:
+        # What is left is the interpreter's own end. It has no handlers, and a signal would spoil the exit status.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
 
 
 async def _run(options: Options, readiness: Readiness, log: Log) -> None:
