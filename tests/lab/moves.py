@@ -99,6 +99,14 @@ def datagrams(scenario: Scenario, *, ipv6: bool = False) -> Iterator[Datagrams]:
         yield sockets
 
 
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    """So many bytes, or fewer and then the end. (MSG_WAITALL does not wait where the socket has a timeout.)"""
+    data = b""
+    while len(data) < size and (piece := sock.recv(size - len(data))):
+        data += piece
+    return data
+
+
 def receive_all(sock: socket.socket) -> bytes:
     """Everything up to the end."""
     data = b""
