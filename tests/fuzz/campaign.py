@@ -94,7 +94,9 @@ def fuzz(name: str, seconds: int) -> Result:
     found = [str(path.relative_to(ROOT)) for path in sorted(set(WORK.glob(f"{name}-*")) - before)]
     if status and not found:
         found = [f"status {status}"]
-    return result(name, text, found)
+    done = result(name, text, found)
+    remember(done)
+    return done
 
 
 def result(name: str, text: str, found: list[str]) -> Result:
@@ -115,11 +117,10 @@ def result(name: str, text: str, found: list[str]) -> Result:
     )
 
 
-def remember(results: Sequence[Result]) -> None:
-    """Add them to those of before: a line of JSON each."""
+def remember(done: Result) -> None:
+    """Add it to those of before: a line of JSON each."""
     with RUNS.open("a") as file:
-        for each in results:
-            file.write(json.dumps(each._replace(tail="")._asdict() | {"seconds": each.seconds}) + "\n")
+        file.write(json.dumps(done._replace(tail="")._asdict() | {"seconds": done.seconds}) + "\n")
 
 
 def totals() -> str:
@@ -157,7 +158,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"\n=== {each.name}: {', '.join(each.found)}\n{each.tail}\n")
     sys.stdout.write(f"\n{share} seconds each, {jobs} at a time\n{HEAD}\n")
     sys.stdout.writelines(f"{each.row}\n" for each in results)
-    remember(results)
     return 1 if any(each.found for each in results) else 0
 
 

@@ -24,27 +24,27 @@ _COMMANDS = (
     "route add default via 2001:db8:1::1",
 )
 
-_here = False
+_here = ""  # the network that this process is in
 
 
 @cache
-def nowhere() -> Namespace:
-    """The network, one for the process."""
-    space = Namespace("fuzz")
+def nowhere(name: str) -> Namespace:
+    """The network of that name, one for the process."""
+    space = Namespace(name)
     space.ip(*_COMMANDS)
     return space
 
 
 @contextlib.contextmanager
-def inside() -> Iterator[None]:
+def inside(name: str = "fuzz") -> Iterator[None]:
     """This thread, within it. Cheap when it is there already."""
     global _here
-    if _here:
+    if _here == name:
         yield
         return
-    with nowhere().enter():
-        _here = True
+    with nowhere(name).enter():
+        before, _here = _here, name
         try:
             yield
         finally:
-            _here = False
+            _here = before
