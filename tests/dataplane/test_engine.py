@@ -231,3 +231,14 @@ def test_a_descriptor_that_is_but_a_name_is_refused_and_closed(guest: Guest, nam
         getattr(guest.engine, name)(0, fd)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+def test_a_step_is_for_an_engine_without_a_thread(guest: Guest) -> None:
+    """Two threads in one plane would be one too many."""
+    with pytest.raises(RuntimeError, match="thread of its own"):
+        guest.engine.step()
+    guest.engine.close()
+    assert guest.engine.inject(other_frame(60))
+    before = guest.engine.counters()["frames_to_guest"]
+    guest.engine.step()
+    assert guest.engine.counters()["frames_to_guest"] == before + 1

@@ -48,11 +48,11 @@ class Still(Rig):
         self.helped = self.restored = 0
         self.help = 1 << 30
         self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, socket.htons(3))
-        self.before = self.content()
-        self.heard()
 
     def run(self, data: bytes) -> bool:
         """An execution. Whether it could be loaded."""
+        before = self.content()
+        self.heard()
         transfer: Migration[FlowMover] = Migration(versions(), self.mover)
         transfer.request(io.BytesIO(data), Direction.TARGET)
         outcome = transfer.run()
@@ -67,7 +67,7 @@ class Still(Rig):
         self.mover.close_flows()
         self.engine.step()
         self.heard()
-        require(self.content() == self.before, f"something is left: {self.content()}, before {self.before}")
+        require(self.content() == before, f"something is left: {self.content()}, before {before}")
         return loaded
 
     def _goes_on(self, transfer: Migration[FlowMover]) -> None:
