@@ -67,7 +67,7 @@ def environment() -> dict[str, str]:
         "LD_PRELOAD": str(Path(atheris.path()) / "asan_with_fuzzer.so"),
         "ASAN_OPTIONS": options,
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        # Python's own objects come from its own allocator: twice as fast. make asan has all of what was kept without it.
+        # Python's objects come from its own allocator: twice as fast. make asan runs what was kept without that.
         "PYTHONMALLOC": "pymalloc",
         "PYTHONPATH": os.pathsep.join([str(BUILD), str(ROOT)]),
     }
