@@ -19,7 +19,7 @@ from godwit.dataplane import StreamCard
 
 from . import frames, wire
 from .devices import require
-from .frames import FEATURES, FRAME, NUM, Link, link
+from .frames import FEATURES, FRAME, NUM, Link, link, nothing_left
 from .nowhere import inside
 from .script import Script, Writer
 from .target import Target
@@ -100,6 +100,7 @@ class Run(frames.Run):
     def close(self) -> None:
         """The other side is gone."""
         self.engine.detach()
+        del self.card  # and its memory with it
         self.ours.close()
         self.theirs.close()
 
@@ -108,6 +109,7 @@ def run(data: bytes) -> bool:
     """The target. Whether the guest was sent something."""
     with inside():
         there = link()
+    with inside(), nothing_left():
         one = Run(there, Script(data))
         try:
             return one.all()

@@ -153,6 +153,17 @@ class Host:
         self.peers.clear()
 
 
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """Whatever is opened within is closed again."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    more = set(os.listdir("/proc/self/fd")) - before
+    # What was listed is gone by now: the descriptor of the list itself.
+    names = [os.readlink(f"/proc/self/fd/{fd}") for fd in more if os.path.exists(f"/proc/self/fd/{fd}")]
+    require(not names, f"descriptors are left: {names}")
+
+
 class Link:
     """The engine, the guest's memory, and both ends."""
 
@@ -181,11 +192,10 @@ class Link:
         self.ram = Ram()
         self.ram.attach(self.engine, FEATURES[0], NUM)
         self.unseen = self.engine.observed()
-        self.descriptors = len(os.listdir("/proc/self/fd"))
 
     def run(self, data: bytes) -> bool:
         """An execution. Whether the guest was sent something."""
-        with inside():
+        with inside(), nothing_left():
             try:
                 return Run(self, Script(data)).all()
             finally:
