@@ -16,9 +16,10 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from godwit.daemon.device import NetDevice
 from godwit.daemon.options import Options
@@ -67,6 +68,18 @@ KINDS: Final = 15  # of descriptors
 QUIET, KICKED, RAM, SMALL, FROM, TO, NAME, NULL, FOLDER, EPOLL, PEERLESS, READ_ONLY, STATE, PROC, PLAIN = range(KINDS)
 
 
+class AtOnce(ThreadPoolExecutor):
+    """In place of a thread: another one each time would take longer than all the rest."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except BaseException as error:
+            done.set_exception(error)
+        return done
+
+
 class Desk:
     """The device, and what a front-end has at hand."""
 
@@ -92,7 +105,7 @@ class Desk:
         self.small = memfd(bytes(4096))
         self.state = memfd(next(iter(sorted(STREAM.parent.glob("*.bin")))).read_bytes())
         self.epoll = select.epoll()
-        self.loop.run_until_complete(asyncio.to_thread(int))  # the thread that the device uses is there from here on
+        self.loop.set_default_executor(AtOnce(1))
 
     def run(self, data: bytes) -> bool:
         """An execution. Whether a request was carried out that a device has a part in."""
@@ -247,6 +260,8 @@ class Run:
         row = TABLE.get(request)
         ack = bool(flags & NEED_REPLY) and self.session.state.reply_ack
         data = encode(request, flags, payload)
+        if request == Request.SET_DEVICE_STATE_FD:
+            kinds = [max(kind, RAM) for kind in kinds]  # nothing that has a reader wait: there is no thread for it
         fds = [self.desk.descriptor(kind) for kind in kinds]
         if 0 < cut < len(data):
             self.session.receive(data[:cut], fds)
