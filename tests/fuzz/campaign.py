@@ -24,7 +24,7 @@ from .registry import BY_NAME, WORK
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 BUILD: Final = ROOT / "build" / "libfuzzer" / "lib"
 RUNS: Final = WORK / "runs.jsonl"
-SPARE: Final = 120  # seconds beyond its share, after which a target is ended: it hangs
+SPARE: Final = 300  # seconds beyond its share, after which a target is ended: it hangs
 TAIL: Final = 60  # lines of a target's output that are shown where it found something
 
 
