@@ -262,6 +262,7 @@ class Soak:
                     report.leases += user.done
             if isinstance(user, Exchange):
                 report.latencies += user.latencies
+                report.bytes += user.bytes
 
     # --- events -------------------------------------------------------------------
 

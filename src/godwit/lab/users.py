@@ -282,7 +282,7 @@ class Churn(_Client):
 class Exchange(_Client):
     """Asks over one connection for as long as it lives, which is until its life is over.
 
-    ``latencies``: seconds from question to answer.
+    ``latencies``: seconds from question to answer. ``bytes``: of answers, compared.
     """
 
     SIZES: ClassVar = (1, 64, 700, 1460, 3000, 20000)
@@ -291,6 +291,7 @@ class Exchange(_Client):
     def __init__(self, space: Namespace, addr: str, grace: Grace) -> None:
         self._connection: Asking | None = None
         self.latencies = array("d")
+        self.bytes = 0
         super().__init__(space, addr, grace)
 
     def _once(self) -> None:
@@ -304,8 +305,10 @@ class Exchange(_Client):
         try:
             with self._lost_if_it_may(connection):
                 began = time.monotonic()
-                connection.ask(os.urandom(random.choice(self.SIZES)))
+                question = os.urandom(random.choice(self.SIZES))
+                connection.ask(question)
                 self.latencies.append(time.monotonic() - began)
+                self.bytes += len(question)
                 self.done += 1
         finally:
             if self.done == good:
