@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -150,7 +151,23 @@ def test_a_stranger_is_told_nothing(connections: list[Ends]) -> None:
         os.close(ends.fd)
 
 
-def test_who_does_not_answer_is_not_asked_again(connections: list[Ends]) -> None:
+def test_who_is_busy_for_a_while_is_waited_for(connections: list[Ends]) -> None:
+    async def run() -> None:
+        lingering = Linger([ends.fd for ends in connections], lambda: None)
+        await lingering.listen()
+        names = lingerers()
+        asking = asyncio.create_task(asyncio.to_thread(reclaim, [ends.side for ends in connections], names))
+        await asyncio.sleep(0)
+        time.sleep(1.0)  # noqa: ASYNC251  # as on a host with too much to do
+        assert await asking == names
+        assert not any(ends.open for ends in connections)
+        lingering.close()
+
+    asyncio.run(run())
+
+
+def test_who_does_not_answer_is_not_asked_again(connections: list[Ends], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linger, "_ANSWER", 0.2)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind("\0godwit-linger-silent")
         silent.listen()

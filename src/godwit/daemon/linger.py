@@ -42,7 +42,9 @@ _PREFIX = "godwit-linger-"
 _ENDS = struct.Struct("!16sH16sH")
 _COUNT = struct.Struct("!I")
 _PATIENCE = 2.0  # seconds for the whole of a request to come
-_ANSWER = 0.5  # seconds for the answer; the guest stands still
+#: Seconds for the answer. The guest stands still, but who does not answer has sockets that it cannot come back without:
+#: a busy host is no reason to lose them, and who has ended is not waited for.
+_ANSWER = 5.0
 
 _numbers = itertools.count()
 
