@@ -115,14 +115,6 @@ def receive_all(sock: socket.socket) -> bytes:
     return data
 
 
-def receive_exactly(sock: socket.socket, count: int) -> bytes:
-    """So many bytes; fewer at the end. MSG_WAITALL does not wait for them where the socket has a timeout."""
-    data = b""
-    while len(data) < count and (piece := sock.recv(count - len(data))):
-        data += piece
-    return data
-
-
 def close_with_reset(sock: socket.socket) -> None:
     """Close with a reset (socket(7), SO_LINGER)."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

@@ -47,6 +47,7 @@ from godwit.dataplane.plane cimport (
     Listener,
     Plane,
     RareFrame,
+    flows_opened,
     frames_both_ways,
 )
 from godwit.dataplane.reassembly cimport reassembly_free, reassembly_init
@@ -819,7 +820,7 @@ cdef class EngineBase:
             "opened_tcp": c.opened[<int>FLOW_TCP],
             "opened_udp": c.opened[<int>FLOW_UDP],
             "opened_ping": c.opened[<int>FLOW_PING],
-            "flows_opened": c.opened[<int>FLOW_TCP] + c.opened[<int>FLOW_UDP] + c.opened[<int>FLOW_PING],
+            "flows_opened": flows_opened(self.p),
             "flows_reset": c.flows_reset,
             "flows_recycled": c.flows_recycled,
             "flows": self.p.open_flows,

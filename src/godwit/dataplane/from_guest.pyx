@@ -24,6 +24,7 @@ from godwit.dataplane.plane cimport (
     Plane,
     RareFrame,
     drop,
+    flows_opened,
 )
 from godwit.dataplane.reassembly cimport fragment_in
 from godwit.dataplane.sys cimport (
@@ -425,13 +426,13 @@ cdef void frames_from_guest(Plane *p) noexcept nogil:
             c.count = n
             q.last_avail += 1
             p.counters.frames_from_guest += 1
-            opened = p.counters.flows_opened
+            opened = flows_opened(p)
             if chain_to_packet(p, c, &k):
                 if p.pcap.fd >= 0:
                     pcap_frame(p, k.iov, k.count, k.skip, k.size)
                 frame(p, &k)
             queue_used(q, c.head, 0)
-            done += 1 if p.counters.flows_opened == opened else OPENING
+            done += 1 if flows_opened(p) == opened else OPENING
             if done >= TX_BATCH:
                 break
         if q.broken:

@@ -484,5 +484,8 @@ cdef inline void count_to_guest(Datagrams *all, Flow *f, uint64_t number, uint64
     if f != NULL:
         f.bytes_to_guest += size
 
+cdef inline uint64_t flows_opened(Plane *p) noexcept nogil:
+    return p.counters.opened[<int>FLOW_TCP] + p.counters.opened[<int>FLOW_UDP] + p.counters.opened[<int>FLOW_PING]
+
 cdef inline uint64_t frames_both_ways(Plane *p) noexcept nogil:
     return p.counters.frames_from_guest + p.counters.frames_to_guest
