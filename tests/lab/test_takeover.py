@@ -79,6 +79,14 @@ class Numbered:
             self.got.append(int.from_bytes(data, "big"))
 
 
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    """So many bytes. MSG_WAITALL does not wait for all where the socket has a timeout."""
+    data = b""
+    while len(data) < size and (more := sock.recv(size - len(data))):
+        data += more
+    return data
+
+
 def ask(ours: socket.socket, peer: socket.socket, stop: threading.Event) -> int:
     """Question and answer over a connection, one after the other; how many."""
     count = 0
@@ -115,7 +123,7 @@ def connect_often(scenario: Scenario, stop: threading.Event) -> int:
                     sock.sendall(b"hello")
                     with listening.accept()[0] as accepted:
                         accepted.settimeout(10)
-                        assert accepted.recv(5, socket.MSG_WAITALL) == b"hello"
+                        assert receive_exactly(accepted, 5) == b"hello"
                         accepted.sendall(b"good bye")
                         accepted.shutdown(socket.SHUT_WR)
                         assert receive_all(sock) == b"good bye"
