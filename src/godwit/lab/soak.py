@@ -112,7 +112,7 @@ class Report:
             f"{self.seconds / 3600:.2f} hours, {self.events.total()} events, seed {self.seed}",
             *(f"  {count:4} {name}" for name, count in self.events.most_common()),
             f"{self.opened} connections opened; {self.reset} were reset, {self.refused} refused, as events may cost",
-            f"{self.bytes / 1e6:.0f} MB compared byte by byte, 0 lost" if not self.failures else "bytes: see below",
+            f"{self.bytes / 1e6:.0f} MB compared byte by byte, {'see below' if self.failures else '0 lost'}",
             f"{self.datagrams} datagrams and pings sent, {self.answered} answered; {self.leases} DHCP leases",
         ]
         if len(self.latencies) > 1:
