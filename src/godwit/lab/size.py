@@ -46,12 +46,12 @@ def _datagram_sockets(pid: int) -> int:
     return count
 
 
-def growth(sizes: Mapping[str, Sequence[Size]]) -> list[str]:
+def growth(sizes: Mapping[str, Sequence[Size]], more_memory: int = MORE_MEMORY) -> list[str]:
     """What has grown from the first look to the last, by its name; who was looked at once has not."""
     found = []
     for name, looks in sizes.items():
         first, last = looks[0], looks[-1]
-        if last.memory > first.memory + MORE_MEMORY:
+        if last.memory > first.memory + more_memory:
             found.append(f"{name} has grown from {first.memory} to {last.memory} bytes")
         if last.descriptors > first.descriptors + MORE_DESCRIPTORS:
             found.append(f"{name} has {last.descriptors} descriptors open, and had {first.descriptors}")

@@ -67,6 +67,7 @@ SETTLED = 30.0  # seconds
 REST = 12.0  # seconds after which sockets of what has moved away are closed
 WARM = 4  # looks at a process before those that are compared: what it keeps to itself grows at first
 REST_EVERY = 12  # events
+MORE_MEMORY = 16 << 20  # bytes: with thousands of connections that move, holes in the heap come and go
 LONG, SHORT = 160, 32  # events: processes stay through the former, so that what grows is seen, not through the latter
 LOGS = "build/soak"
 
@@ -424,7 +425,9 @@ class Soak:
                     what = what or f"the helper of {backend.name}, process {pid}"
                     sizes.setdefault(what, []).append(Size.of(pid, datagrams=False))
         self.report.rests += 1
-        if grown := growth({name: looks[WARM:] for name, looks in self.report.sizes.items() if looks[WARM:]}):
+        if grown := growth(
+            {name: looks[WARM:] for name, looks in self.report.sizes.items() if looks[WARM:]}, MORE_MEMORY
+        ):
             raise LabError("; ".join(grown))
         self._start_users()
         self._settle("")
