@@ -216,6 +216,7 @@ cdef void update_window(Plane *p, Flow *f) noexcept nogil:
                     pfd.revents = 0
                     poll(&pfd, 1, 0)
                 room -= room >> 3   # the kernel's own book-keeping takes room too
+                room = min(room, <uint32_t>0xFFFF << f.ws_to_guest)     # more cannot be told, so it is not granted
         if room > left:
             # RFC 9293, 3.8.6.2.2: the right edge moves by a segment or by half
             # of the buffer, or not at all.
