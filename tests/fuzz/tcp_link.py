@@ -114,7 +114,7 @@ class Link:
         self.got = 0
         self.got_fin = False
         self.seen = 0
-        self.una = 0
+        self.una = self.una_before = 0  # what the guest has acknowledged, and had when this turn began
         self.edge = 0
         self.edges: list[int] = [0]
         # The peer
@@ -439,7 +439,7 @@ class Link:
         )
         require(self.phase not in (Phase.NEW, Phase.GONE), "a reset of what is no more")
         # A window that is shut is tried for ever (RFC 1122, 4.2.2.17).
-        shut = self.edge <= self.una == self.seen < self.wrote
+        shut = self.phase is Phase.OPEN and self.edge <= self.una == self.seen < self.wrote
         require(self.may_reset or (timed_out and not shut) or self.phase is Phase.FADING, "a reset without reason")
         if self.irs is not None:
             place = relative(s.seq - self.irs - 1)
@@ -513,7 +513,8 @@ class Link:
         end = place + len(s.payload)
         fin = s.flags & FIN
         if not s.payload and not fin:
-            require(self.una - 1 <= place <= self.seen, f"at {place}, where {self.una} to {self.seen} is in flight")
+            known = f"{self.una_before} to {self.seen}"
+            require(self.una_before - 1 <= place <= self.seen, f"at {place}, where {known} is in flight")
             if place < self.got_next and not self.emitted:
                 self.tries += 1
         else:
@@ -565,6 +566,7 @@ class Link:
     def end_turn(self) -> None:
         """What the next one begins with."""
         self.edges = [self.edge]
+        self.una_before = self.una
         require(
             self.unknown or self.phase is Phase.NEW or self.heard <= 8 + 2 * self.emitted + self._frames(),
             f"{self.heard} segments for {self.emitted}",
@@ -931,6 +933,7 @@ class Link:
                 if (flow["guest"][1], flow["our"][1]) == ends:
                     (engine.hold_flow if on else engine.resume_flow)(flow["index"])
                     self.held = on
+                    self.silent = 0
                     self.note("held" if on else "resumed")
                     return
         self.held = False
@@ -964,10 +967,12 @@ class Link:
     def after_move(self, *, abort: bool) -> None:
         """Nothing that was due is."""
         self.due = ""
-        self.tries = self.silent = 0
-        if not abort:
-            self.recover = None
-            self.told = self.acked + (max(0, self.told - self.acked) >> self.ws_theirs << self.ws_theirs)
+        self.silent = 0
+        if abort:
+            return
+        self.tries = 0
+        self.recover = None
+        self.told = self.acked + (max(0, self.told - self.acked) >> self.ws_theirs << self.ws_theirs)
         self.base = self.game.rig.now()
 
     # ---- the end
