@@ -149,7 +149,6 @@ class Link:
         self.tries = 0
         self.silent = 0
         self.recover: int | None = None
-        self.turn = self.base
         self.fast = False  # what is due is something sent again
         self.last_sent: object = None
 
@@ -399,7 +398,6 @@ class Link:
 
     def begin_turn(self) -> None:
         """What counts for each turn."""
-        self.turn = self.game.started
         self.heard = 0
         self.flying = self.seen - self.una if self.phase is Phase.OPEN else 0
         self.again = False
@@ -473,16 +471,16 @@ class Link:
         self.ws_theirs = s.options[3][0] if scaled else 0
         require(self.ws_theirs <= 14, "a window scale beyond 14")
         if first:
-            self.base = self.turn
+            self.base = self.game.since
             self.tries = 0
             if self.incoming:
                 self.phase = Phase.RINGING
-                self.called_at = self.turn
+                self.called_at = self.game.since
         else:
             # Sent again: when its time has come, or since the guest asked.
             if not self.emitted and self.game.rig.now() - self.base >= FIRST_WAIT - LAG:
                 self.tries += 1
-            self.base = self.turn
+            self.base = self.game.since
         # In a call from outside it binds to nothing: before the next segment from here the guest has nobody to send to.
         self.told = self.told_most = 0 if self.incoming else s.window
 
@@ -539,7 +537,7 @@ class Link:
         require(end <= allowed, f"data up to {end}, and the window is up to {allowed}")
         if place >= self.seen:
             if self.seen == self.una:
-                self.base = self.turn
+                self.base = self.game.since
             return
         if place == self.una:
             self.again = True
@@ -557,7 +555,7 @@ class Link:
             )
         if self.recover is None or waited >= wait:
             self.dups = 0
-            self.base = self.turn + self.game.advanced
+            self.base = self.game.since
             self.recover = self.seen
             self.counts["retransmissions"] += 1
         if end + (1 if s.flags & FIN else 0) >= self.recover:

@@ -67,7 +67,7 @@ class Game:
         self.cooperative = bool(head[0] & 2)  # at the end the guest says by itself that its window is open
         self.out: list[bytes] = []  # the guest's frames of this turn
         self.paused: list[int] | None = None  # where the rings are, while the guest stands still
-        self.started = rig.now()  # of this turn
+        self.since = self.looked = rig.now()  # what comes out now has come since then; and when that was looked at last
         self.advanced = 0  # ms in it that its clock was moved
         self.passed = 0  # the same of the last turn
         self.moves = 0
@@ -104,8 +104,6 @@ class Game:
 
     def settle(self) -> None:
         """Give the data plane what there is, see what it makes of it, and let the peers read."""
-        if not self.advanced:
-            self.started = self.rig.now()
         for link in self.links:
             link.begin_turn()
         self.flush()
@@ -137,6 +135,7 @@ class Game:
 
     def look(self) -> None:
         """Everything that has come out."""
+        self.since, self.looked = self.looked, self.rig.now()
         for segment in self.rig.guest.segments():
             for link in self.links:
                 if link.is_mine(segment):
@@ -157,8 +156,8 @@ class Game:
         self.note(f"    {ms} ms pass")
         with self.rig.here.engine.parked():
             self.look()  # what the real clock has brought since the last turn
-            self.started = self.rig.now()
             self.rig.advance(ms)
+            self.looked = self.rig.now()
         self.advanced = ms
 
     def silence(self) -> None:
