@@ -546,7 +546,8 @@ class Link:
         waited = self.game.rig.now() - min(self.base, self.base_before)
         if waited >= wait and (place == self.una or self.base_before < self.base):
             self.tries += 1
-            self.silent += 1
+            if self.dups < 3 and not self.fast_turn:  # else it may be for these, and late for want of a buffer
+                self.silent += 1
         elif self.recover is None:
             about = f"at {place} of {self.una} to {self.seen}, {self.dups} duplicates"
             require(
@@ -659,7 +660,9 @@ class Link:
     def _peer_ended(self, error: OSError) -> None:
         """Its socket has broken."""
         self.note(f"peer: {error}")
-        if not self.unknown:
+        # A call from a port that the host remembers another connection of (FIN-WAIT-2) is refused by its kernel.
+        again = self.incoming and self.phase is Phase.NEW and isinstance(error, ConnectionRefusedError)
+        if not self.unknown and not again:
             require(
                 self.reset_by_guest or self.was_reset or self.may_reset or self.phase is Phase.GONE,
                 f"the peer is told {error}",
