@@ -250,6 +250,8 @@ class Link:
 
     def _acceptable(self, place: int, end: int) -> bool | None:
         """Whether anything that a segment says counts (3.10.7.4); None: it is not known what the receiver has."""
+        if place == self.must_next == self.acked:
+            return True
         if end < self.must_next or place > self.told_most + self.slack + (1 << self.ws_theirs):
             return False
         return True if end >= self.cover and place <= self.told - self.slack else None
