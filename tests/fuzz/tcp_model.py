@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from .target import Target
 from .tcp_link import Link, Phase
 from .tcp_rig import FULL, NATIVE, RECEIVE, SLOTS, BreachError, Rig, require
 
@@ -313,11 +314,13 @@ def close() -> None:
     """Take down what games are played on; the next one makes it anew."""
     while _rig:
         _rig.pop().close()
+        logging.getLogger("godwit").setLevel(logging.NOTSET)
 
 
-def run(data: bytes) -> None:
-    """One game. `BreachError`: the data plane has done what no TCP may do, or left undone what it must."""
+def run(data: bytes) -> bool:
+    """One game; whether it had a move in it. `BreachError`: the data plane did what no TCP may, or not what it must."""
     played(data[:LONGEST])
+    return any(True for _ in actions(data[:LONGEST]))
 
 
 def played(data: bytes) -> Game | None:
@@ -420,6 +423,17 @@ def search(seconds: float, seed: int, *, keep_going: bool = False) -> int:
     say(", ".join(f"{name} {count}" for name, count in sorted(done.items())))
     close()
     return found
+
+
+def seeds() -> Iterator[bytes]:
+    """A head alone, and games."""
+    rng = random.Random(793)
+    yield made(rng)[:HEAD]
+    for _ in range(20):
+        yield made(rng)
+
+
+TARGETS: Final = {"tcp": Target(run, seeds, LONGEST)}
 
 
 def main() -> None:

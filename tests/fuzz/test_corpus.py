@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 
-from . import targets
+from . import targets, tcp_model
 from .campaign import result
 from .devices import BrokenError
 from .keep import MOST, within
@@ -14,6 +17,14 @@ from .registry import BY_NAME, CORPUS, kept, target
 from .script import Script, Writer
 from .wire import check, with_lengths
 from .worst import WORST
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hosts() -> Iterator[None]:
+    """Those of the model of TCP are for this module."""
+    yield
+    tcp_model.close()
+    gc.collect()  # what counts descriptors later is not to see these go
 
 
 @pytest.mark.parametrize("name", BY_NAME)

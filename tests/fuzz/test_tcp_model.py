@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -11,15 +12,17 @@ from pathlib import Path
 import pytest
 
 from . import tcp_model
+from .registry import CORPUS
 from .tcp_rig import BreachError
 
-KEPT = sorted((Path(__file__).parent / "games").glob("*"))
+KEPT = sorted((CORPUS / "tcp").glob("*"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def rig() -> Iterator[None]:
     yield
     tcp_model.close()
+    gc.collect()  # what counts descriptors later is not to see these go
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)

@@ -79,14 +79,6 @@ class Numbered:
             self.got.append(int.from_bytes(data, "big"))
 
 
-def receive_exactly(sock: socket.socket, size: int) -> bytes:
-    """So many bytes. MSG_WAITALL does not wait for all where the socket has a timeout."""
-    data = b""
-    while len(data) < size and (more := sock.recv(size - len(data))):
-        data += more
-    return data
-
-
 def ask(ours: socket.socket, peer: socket.socket, stop: threading.Event) -> int:
     """Question and answer over a connection, one after the other; how many."""
     count = 0
