@@ -548,7 +548,8 @@ class Link:
         waited = self.game.rig.now() - min(self.base, self.base_before)
         if waited >= wait and (place == self.una or self.base_before < self.base):
             self.tries += 1
-            if self.dups < 3 and not self.fast_turn:  # else it may be for these, and late for want of a buffer
+            # Else it may be for these, and late for want of a buffer; or the rest of what was sent again before.
+            if self.dups < 3 and not self.fast_turn and place == self.una:
                 self.silent += 1
         elif self.recover is None:
             about = f"at {place} of {self.una} to {self.seen}, {self.dups} duplicates"
