@@ -24,6 +24,7 @@ cdef extern from *:
     #include <sys/prctl.h>
     #include <sys/syscall.h>
     #include <sys/wait.h>
+    #include <ucontext.h>
     #include <unistd.h>
 
     #if defined(__x86_64__)
@@ -38,6 +39,14 @@ cdef extern from *:
     #define GW_ARCH AUDIT_ARCH_PPC64LE
     #else
     #define GW_ARCH 0                       /* no filter there, and the log says so */
+    #endif
+
+    /* The arguments of a system call, as a signal's handler finds them. */
+    #if defined(__x86_64__)
+    static const int gw_registers[] = { REG_RDI, REG_RSI, REG_RDX };
+    #define GW_ARGUMENT(context, i) (((ucontext_t *)(context))->uc_mcontext.gregs[gw_registers[i]])
+    #elif defined(__aarch64__)
+    #define GW_ARGUMENT(context, i) (((ucontext_t *)(context))->uc_mcontext.regs[i])
     #endif
 
     /* Made by setup.py from the headers of this system: CALL(name, number) for each. */
@@ -85,12 +94,18 @@ cdef extern from *:
         size_t at = 0, most = sizeof(line) - 1;
         sigset_t those;
         struct sigaction usual;
-        (void)context;
+        (void)context;  /* not looked at everywhere */
         at = gw_append(line, at, most, gw_before);
         at = gw_append(line, at, most, "system call ");
         at = gw_append(line, at, most, gw_call_name(info->si_syscall));
         at = gw_append(line, at, most, " (");
         at = gw_append_number(line, at, most, (unsigned long)info->si_syscall);
+    #ifdef GW_ARGUMENT
+        for (int i = 0; i < 3; i++) {
+            at = gw_append(line, at, most, i ? ", " : ": ");
+            at = gw_append_number(line, at, most, (unsigned long)GW_ARGUMENT(context, i));
+        }
+    #endif
         at = gw_append(line, at, most, ") is not among those that this process needs: it ends");
         line[at++] = 10;
         if (write(gw_log, line, at) < 0)

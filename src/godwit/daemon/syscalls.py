@@ -126,8 +126,10 @@ ALTERNATIVES: Final = (
 
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _PROT_EXEC: Final = 4
-_TCGETS: Final = 0x5401  # Python asks each file that it opens whether it is a terminal
-_SIOCOUTQNSD: Final = 0x894B
+#: Lengths of queues, and the number of an interface that an option names.
+_OF_SOCKETS: Final = (termios.FIONREAD, termios.TIOCOUTQ, 0x894B, 0x8933)  # SIOCOUTQNSD, SIOCGIFINDEX
+#: Python asks each file that it opens whether it is a terminal.
+_OF_FILES: Final = (termios.FIONBIO, termios.FIOCLEX, termios.TCGETS)
 _CLONE_NEW: Final = 0x7E020080  # all kinds of namespaces
 _WORD: Final = 0xFFFFFFFF
 
@@ -138,7 +140,7 @@ CONDITIONAL: Final = (
     Call("mmap", 2, _PROT_EXEC, (0,)),  # nothing that is written can be run
     Call("mprotect", 2, _PROT_EXEC, (0,)),
     Call("clone", 0, _CLONE_NEW, (0,)),  # threads, and one that keeps sockets in silence: `Linger.leave_keeper`
-    Call("ioctl", 1, _WORD, (termios.FIONREAD, termios.TIOCOUTQ, _SIOCOUTQNSD, termios.FIONBIO, termios.FIOCLEX)),
+    Call("ioctl", 1, _WORD, (*_OF_SOCKETS, *_OF_FILES)),
 )
 
 #: What is answered as by a kernel that does not have it: the C library then makes the call whose arguments can be seen.
