@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,29 +30,26 @@ BEGIN = """
 """
 
 
-@pytest.fixture(params=["root", "user"])
-def uid(request: pytest.FixtureRequest, tmp_path: Path) -> int:
-    found = 0 if request.param == "root" else 65534
-    if os.geteuid() != 0 and found != os.geteuid():
-        found = os.geteuid()
-    path = tmp_path
-    while path != path.parent:  # pytest's folders are for their user alone
-        if path.stat().st_uid == os.geteuid() and path != Path("/tmp"):
-            path.chmod(0o755)
-        path = path.parent
-    for name in ("read", "write"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name).chmod(0o777)
-        (tmp_path / name / "there").write_text(name)
-    return found
+@pytest.fixture
+def top() -> Iterator[Path]:
+    """A folder with two others, which everybody can reach; pytest's own are for their user."""
+    with tempfile.TemporaryDirectory(prefix="godwit-test-") as folder:
+        top = Path(folder).resolve()
+        top.chmod(0o755)
+        for name in ("read", "write"):
+            (top / name).mkdir()
+            (top / name).chmod(0o777)
+            (top / name / "there").write_text(name)
+        yield top
 
 
-def test_only_what_is_named_is_left(run: Run, tmp_path: Path, uid: int) -> None:
-    directories = f"{{'{tmp_path}/read': False, '{tmp_path}/write': True, '/nowhere/at/all': True}}"
-    links = f"[('/etc/resolv.conf', '{tmp_path}/read/there')]"
+@pytest.mark.parametrize("uid", [0, 65534])
+def test_only_what_is_named_is_left(run: Run, top: Path, uid: int) -> None:
+    directories = f"{{'{top}/read': False, '{top}/write': True, '/nowhere/at/all': True}}"
+    links = f"[('/etc/resolv.conf', '{top}/read/there')]"
     text = BEGIN.format(uid=uid, gid=uid, directories=directories, links=links)
     text += f"""
-    top = {str(tmp_path)!r}
+    top = {str(top)!r}
     print(sorted(os.listdir("/")), sorted(os.listdir(top)))
     print(open(top + "/read/there").read(), open("/etc/resolv.conf").read())
     print(tried(lambda: open(top + "/read/there", "w")), tried(lambda: os.unlink(top + "/read/there")))
@@ -61,18 +60,17 @@ def test_only_what_is_named_is_left(run: Run, tmp_path: Path, uid: int) -> None:
     done = run(text)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    top = tmp_path.parts[1]
-    assert lines[0] == f"{sorted(['etc', top])} ['read', 'write']"
+    assert lines[0] == f"{sorted(['etc', top.parts[1]])} ['read', 'write']"
     assert lines[1] == "read read"
     assert lines[2] == "30 30"  # EROFS
     assert lines[3] == "None None"
     assert lines[4].startswith("30 [")
     assert lines[4].endswith("/")
     assert lines[5] == ("net user" if uid == 0 else "net")
-    assert sorted(os.listdir(tmp_path / "write")) == ["new"]  # outside too: it is the same directory
+    assert sorted(os.listdir(top / "write")) == ["new"]  # outside too: it is the same directory
 
 
-def test_where_the_system_refuses_nothing_has_changed(run: Run, tmp_path: Path) -> None:
+def test_where_the_system_refuses_nothing_has_changed(run: Run) -> None:
     """As in a container without further rights."""
     text = """
     import os
