@@ -31,13 +31,13 @@ venv: $(STAMP) ## the virtual environment, .venv, with all tools
 $(STAMP): pyproject.toml | prerequisites-build
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check 'Cython>=3.3,<3.4' 'setuptools>=77'
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[lab,test,dev]'
+	GODWIT_BARE=1 $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[lab,test,dev]'
 	@touch $@
 
 # The byte code as well, as an installation has it: where Python may not write it, by an environment or for want of
 # permission, each start would compile everything anew, which takes longer than all the rest of it.
 build: venv ## the Cython modules and the byte code, in place
-	$(PY) setup.py -q build_ext --inplace
+	$(PY) setup.py -q build_ext --inplace --parallel $$(nproc)
 	$(PY) -m compileall -q src/godwit
 
 demo: build prerequisites-lab ## a guest with open connections migrates there and back

@@ -77,10 +77,11 @@ def write_system_calls() -> None:
     """Write the system calls that the C library's headers know, for `godwit.confine`: CALL(name, number) for each."""
     asked = [*shlex.split(os.environ.get("CC", "cc")), "-E", "-dM", "-include", "sys/syscall.h", "-x", "c", os.devnull]
     macros = subprocess.run(asked, check=True, capture_output=True, text=True).stdout
-    calls = re.findall(r"^#define __NR_(\w+) (\d+)$", macros, re.MULTILINE)
+    # Their values are for the compiler to find: some are other macros. Two of them are no calls but numbers of such.
+    calls = set(re.findall(r"^#define __NR_(\w+) ", macros, re.MULTILINE)) - {"syscalls", "arch_specific_syscall"}
     if not calls:
         raise SystemExit("setup.py: sys/syscall.h has no system calls")
-    text = "".join(f"CALL({name}, {number})\n" for name, number in sorted(calls))
+    text = "".join(f"CALL({name}, __NR_{name})\n" for name in sorted(calls))
     path = ROOT / SOURCE / "godwit" / "confine" / "_syscalls.h"
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
@@ -128,6 +129,11 @@ def no_hints(c_files: Path) -> Iterator[None]:
 
 def main() -> None:
     os.chdir(ROOT)
+    if (
+        os.environ.get("GODWIT_BARE") == "1"
+    ):  # the package as it lies there, whose modules are compiled in place after that
+        setup()
+        return
     write_system_calls()
     chosen = variant()
     compile_args, link_args = VARIANTS[chosen]

@@ -55,6 +55,19 @@ def look(folder: Path) -> tuple[Counter[str], Counter[str]]:
     return calls, arguments
 
 
+IOCTLS = {"FIONREAD", "TIOCOUTQ", "SIOCOUTQNSD", "SIOCGIFINDEX", "FIONBIO", "FIOCLEX", "TCGETS"}
+FAMILIES = {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"}
+
+
+def _is_allowed(call: str, argument: str) -> bool:
+    """Whether an argument is one that the filter lets through."""
+    if call in CHECKED:
+        return argument != EXECUTABLE
+    if call == "clone":
+        return "CLONE_NEW" not in argument
+    return argument in (IOCTLS if call == "ioctl" else FAMILIES)
+
+
 def main(words: list[str]) -> int:
     """Run the tests, and compare; returns the exit status."""
     with tempfile.TemporaryDirectory(prefix="godwit-calls-", dir="/tmp") as name:
@@ -72,13 +85,14 @@ def main(words: list[str]) -> int:
     for what, counts in (("call", calls), ("argument", arguments)):
         say(f"by {what}: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
     beyond = sorted(set(calls) - allowed)
+    beyond += sorted(name for name in arguments if not _is_allowed(*name.split()))
     unseen = sorted(set(syscalls.OBSERVED) - set(calls))
     unknown = sorted({*syscalls.OBSERVED, *(call.name for call in syscalls.CONDITIONAL)} - set(_kernel.calls()))
     say(f"not in the list: {', '.join(beyond) or 'none'}")
     say(f"in the list as observed, and not seen: {', '.join(unseen) or 'none'}")
     if unknown:
         say(f"no system calls here: {', '.join(unknown)}")
-    return 1 if beyond or f"mmap {EXECUTABLE}" in arguments else 0
+    return 1 if beyond else 0
 
 
 if __name__ == "__main__":

@@ -27,3 +27,24 @@ def test_the_same_with_and_without_a_file_system(run: Run) -> None:
 """
     done = run(text)
     assert done.stdout.splitlines() == ["True 103 (True, 7) (True, 7) []", "False"], done.stderr
+
+
+def test_what_is_kept_leads_nowhere(run: Run) -> None:
+    """Without Landlock, too: from the folder of descriptors there is no way up."""
+    text = """
+    import os
+    from godwit.confine import namespaces, procfs
+    procfs.keep()
+    namespaces.enter()
+    procfs.detach()
+    namespaces.leave_root({})
+    kept = procfs._kept[procfs.DESCRIPTORS]
+    print(procfs.count_descriptors() == len(os.listdir(kept)) - 1)
+    for path in ("../environ", "../maps", "../../1/cmdline", "../../../etc/passwd"):
+        try:
+            os.open(path, os.O_RDONLY, dir_fd=kept)
+        except (FileNotFoundError, NotADirectoryError):
+            print("nothing there")
+    """
+    done = run(text)
+    assert done.stdout.split("\n") == ["True", *["nothing there"] * 4, ""], done.stderr

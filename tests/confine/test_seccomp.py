@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from godwit.confine import _kernel
+from godwit.daemon.syscalls import CONDITIONAL, PLAIN
 
 from .conftest import Run
 
@@ -17,7 +18,7 @@ BEGIN = """
     import os, socket, threading
     from godwit.confine import _kernel, capabilities, seccomp
     from godwit.daemon.syscalls import CONDITIONAL, MISSING, PLAIN
-    import ctypes, fcntl, mmap
+    import ctypes, fcntl, mmap, resource
     libc = ctypes.CDLL(None, use_errno=True)
     capabilities.keep_only(())
     seccomp.restrict(seccomp.program(PLAIN, CONDITIONAL, MISSING), 2, b"told: ")
@@ -42,7 +43,10 @@ FORBIDDEN = {
     "socket": "socket.socket(17, socket.SOCK_RAW)",  # AF_PACKET
     "mmap": "mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC)",
     "clone": "libc.syscall(_kernel.calls()['clone'], 0x10000000 | 17, None)",  # CLONE_NEWUSER
-    "ioctl": "fcntl.ioctl(0, 0x5412, b'x')",  # TIOCSTI
+    "fcntl": "fcntl.fcntl(0, fcntl.F_SETOWN, 1)",  # and F_SETSIG: a signal to others
+    "prlimit64": "resource.prlimit(1, resource.RLIMIT_CPU, (1, 1))",
+    "tgkill": "libc.syscall(_kernel.calls()['tgkill'], 1, 1, 0)",
+    "prctl": "libc.prctl(4, 1, 0, 0, 0)",  # PR_SET_DUMPABLE
 }
 
 
@@ -54,6 +58,24 @@ def test_anything_else_ends_the_process_and_says_what_it_was(run: Run, name: str
     told = rf"told: system call {name} \({number}(: \d+, \d+, \d+)?\) is not among those that this process needs"
     assert re.fullmatch(f"{told}: it ends\n", done.stderr)
     assert done.stdout == ""
+
+
+def test_what_terminals_and_others_are_asked_is_answered(run: Run) -> None:
+    """A C library asks each new file in its own way whether it is a terminal."""
+    text = """
+    try:
+        fcntl.ioctl(0, 0x5412, b"x")  # TIOCSTI
+    except OSError as error:
+        print(error.errno)
+"""
+    assert run(BEGIN + text).stdout == "25\n"
+
+
+def test_what_is_newer_than_this_is_missing(run: Run) -> None:
+    text = """
+    print(libc.syscall(max(_kernel.calls().values()) + 1), ctypes.get_errno())
+"""
+    assert run(BEGIN + text).stdout == "-1 38\n"
 
 
 def test_in_any_thread(run: Run) -> None:
@@ -99,6 +121,16 @@ def test_threads_can_still_be_ended(run: Run) -> None:
     os._exit(7)
 """
     assert run(BEGIN + text).returncode == 7
+
+
+def test_what_is_listed_is_there() -> None:
+    """On every architecture, but for what only the first of them have."""
+    numbers = _kernel.calls()
+    assert [call.name for call in CONDITIONAL if call.name not in numbers] == []
+    old = {"dup2", "epoll_wait", "open", "poll", "readlink", "stat", "time", "unlink", "chmod", "chown", "lchown"}
+    new = {"futex_wait", "futex_wake"}  # Linux 6.7
+    assert [name for name in PLAIN if name not in numbers and name not in old | new] == []
+    assert {"newfstatat", "ppoll", "epoll_pwait", "unlinkat", "lseek", "mmap"} <= numbers.keys()
 
 
 def test_names_are_those_of_the_kernel() -> None:

@@ -38,7 +38,8 @@ def start(folder: Path) -> Iterator[Start]:
     running: list[Daemon] = []
 
     def start(*command: str) -> tuple[Daemon, list[str]]:
-        words = [*command, "-f", "-s", str(folder / "s"), "--pid", str(folder / "pid")]
+        paths = () if "-s" in command else ("-s", str(folder / "s"), "--pid", str(folder / "pid"))
+        words = [*command, "-f", *paths]
         daemon = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         running.append(daemon)
         assert daemon.stderr is not None
@@ -125,12 +126,50 @@ def test_started_by_an_ordinary_user(start: Start, folder: Path) -> None:
     ends(daemon, folder)
 
 
+def test_started_by_root_that_may_not_do_everything(start: Start, folder: Path) -> None:
+    """As in a container without a profile: no CAP_SYS_ADMIN, and user namespaces for everybody."""
+    few = "-sys_admin,-net_admin,-sys_ptrace"
+    prefix = ("setpriv", f"--bounding-set={few}", f"--inh-caps={few}")
+    daemon, _ = start(*prefix, *SERVE, "--runas", "12345:12345")
+    assert_locked_in(daemon.pid, 12345)
+    assert serves(folder)
+    ends(daemon, folder)
+
+
+@pytest.mark.parametrize("how", [(*SERVE, "--runas", "65534:65534"), (*LAUNCH, "user")], ids=["root", "user"])
+def test_paths_through_a_link(start: Start, folder: Path, how: Sequence[str]) -> None:
+    """/var/run is one, everywhere. In the end nothing is left."""
+    (folder / "there").mkdir()
+    (folder / "there").chmod(0o777)
+    (folder / "link").symlink_to("there")
+    daemon, _ = start(*how, "-s", str(folder / "link" / "s"), "--pid", str(folder / "link" / "pid"))
+    assert serves(folder / "there")
+    ends(daemon, folder / "there")
+
+
+@pytest.mark.parametrize("how", [(*SERVE, "--runas", "65534:65534"), (*LAUNCH, "user")], ids=["root", "user"])
+def test_it_follows_the_hosts_network(start: Start, folder: Path, how: Sequence[str]) -> None:
+    """Behind its walls it reads again what it read in its start: the network, and resolv.conf."""
+    resolv = folder / "resolv"
+    resolv.mkdir()
+    (resolv / "resolv.conf").write_text("nameserver 192.0.2.53\n")
+    mounted = f'mount --bind {resolv} /run && mount --bind /run/resolv.conf /etc/resolv.conf && exec "$@"'
+    daemon, said = start("unshare", "--net", "--mount", "sh", "-c", mounted, "sh", *how, "-s", str(folder / "s"))
+    assert any("192.0.2.53" in line for line in said)
+    (resolv / "resolv.conf").write_text("nameserver 192.0.2.54\n")  # the same file, as container engines do it
+    for words in ("link add far type veth", "addr add 192.0.2.7/24 dev far", "link set far up"):
+        subprocess.run(["nsenter", f"--net=/proc/{daemon.pid}/ns/net", "ip", *words.split()], check=True)
+    assert daemon.stderr is not None
+    assert any("192.0.2.54 (was 192.0.2.53)" in line for line in daemon.stderr)
+    assert daemon.poll() is None
+
+
 def test_in_a_container(start: Start, folder: Path) -> None:
     """What is refused is named once, and the rest holds."""
     daemon, said = start(*LAUNCH, "container")
     assert_locked_in(daemon.pid, 107, bounding=False)
     assert [line for line in said if "does not allow" in line] == [
-        "the system does not allow to give up namespaces: unshare: Operation not permitted"
+        "the system does not allow to give up namespaces: Operation not permitted"
     ]
     assert any("given up: capabilities (none left); Landlock (" in line for line in said)
     assert serves(folder)
@@ -141,7 +180,7 @@ def test_on_an_old_kernel(start: Start, folder: Path) -> None:
     daemon, said = start(*LAUNCH, "old")
     assert_locked_in(daemon.pid, 107, bounding=False)
     assert [line for line in said if "does not allow" in line] == [
-        "the system does not allow to give up namespaces: unshare: Function not implemented",
+        "the system does not allow to give up namespaces: Function not implemented",
         "the system does not allow to give up Landlock: landlock_create_ruleset: Function not implemented",
     ]
     assert serves(folder)

@@ -150,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(totals())
         return 0
     chosen = asked.targets or list(BY_NAME)
+    if unknown := [name for name in chosen if name not in BY_NAME]:
+        parser.error(f"no such target: {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
     jobs = min(len(os.sched_getaffinity(0)), len(chosen))
     share = max(1, asked.time * jobs // len(chosen))
     with ThreadPoolExecutor(jobs) as pool:

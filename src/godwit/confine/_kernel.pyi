@@ -16,10 +16,11 @@ def get_capabilities() -> tuple[int, int]:
 def set_capabilities(both: int) -> None:
     """Make both sets these, and the inheritable one empty (capset(2))."""
 
-def try_namespaces(flags: int, uid_map: bytes, gid_map: bytes) -> None:
-    """Whether this process could go into these namespaces, one of users among them, and mount something there.
+def try_namespaces(flags: int, uid_map: bytes, gid_map: bytes, somewhere: bytes) -> None:
+    """Whether this process could go into these namespaces, and change its root there to a file system of its own.
 
-    A child tries. The maps are those of the user namespace, as in /proc/self/uid_map and gid_map.
+    A child tries. The maps are those of the user namespace, as in /proc/self/uid_map and gid_map; empty for none.
+    ``somewhere`` is a directory for the new root to be mounted at first.
     """
 
 def unshare(flags: int) -> None:

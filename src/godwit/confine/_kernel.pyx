@@ -22,6 +22,7 @@ cdef extern from *:
     #include <string.h>
     #include <sys/mount.h>
     #include <sys/prctl.h>
+    #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <sys/wait.h>
     #include <ucontext.h>
@@ -33,12 +34,8 @@ cdef extern from *:
     #define GW_ARCH AUDIT_ARCH_AARCH64
     #elif defined(__riscv) && __riscv_xlen == 64
     #define GW_ARCH AUDIT_ARCH_RISCV64
-    #elif defined(__s390x__)
-    #define GW_ARCH AUDIT_ARCH_S390X
-    #elif defined(__powerpc64__) && defined(__LITTLE_ENDIAN__)
-    #define GW_ARCH AUDIT_ARCH_PPC64LE
     #else
-    #define GW_ARCH 0                       /* no filter there, and the log says so */
+    #define GW_ARCH 0                       /* no filter there, where arguments have other places; the log says so */
     #endif
 
     /* The arguments of a system call, as a signal's handler finds them. */
@@ -123,6 +120,10 @@ cdef extern from *:
     static int gw_catch(void)
     {
         struct sigaction action;
+        sigset_t those;
+        sigemptyset(&those);
+        sigaddset(&those, SIGSYS);
+        sigprocmask(SIG_UNBLOCK, &those, NULL);     /* whoever started us may have blocked it */
         memset(&action, 0, sizeof(action));
         action.sa_sigaction = gw_on_violation;
         action.sa_flags = SA_SIGINFO | SA_NODEFER;
@@ -143,9 +144,30 @@ cdef extern from *:
         close(fd);
     }
 
-    /* Whether a process like this one can go into these namespaces and mount something there: 0, or an error number.
-       In a child, since who has got half of the way cannot come back. */
-    static int gw_try_namespaces(int flags, const char *uid_map, const char *gid_map)
+    static int gw_open_tree(const char *path)
+    {
+        return (int)syscall(SYS_open_tree, AT_FDCWD, path, 1u /* OPEN_TREE_CLONE */ | O_CLOEXEC | AT_RECURSIVE);
+    }
+
+    static int gw_move_mount(int fd, const char *path)
+    {
+        return (int)syscall(SYS_move_mount, fd, "", AT_FDCWD, path, 4u /* MOVE_MOUNT_F_EMPTY_PATH */);
+    }
+
+    static int gw_mount_setattr(int fd, const char *path, unsigned flags, uint64_t set)
+    {
+        struct { uint64_t set, clear, propagation, userns; } attributes = { set, 0, 0, 0 };
+        return (int)syscall(SYS_mount_setattr, fd, path, flags, &attributes, sizeof(attributes));
+    }
+
+    static int gw_pivot_root(const char *to, const char *old)
+    {
+        return (int)syscall(SYS_pivot_root, to, old);
+    }
+
+    /* Whether a process like this one can go into these namespaces and do there what is to be done: 0, or an error
+       number. In a child, since who has got half of the way cannot come back. Without maps no user namespace is made. */
+    static int gw_try_namespaces(int flags, const char *uid_map, const char *gid_map, const char *somewhere)
     {
         int status;
         pid_t child = fork();
@@ -154,10 +176,19 @@ cdef extern from *:
         if (child == 0) {
             if (unshare(flags) != 0)
                 _exit(errno & 0xff);
-            gw_write_or_exit("/proc/self/setgroups", "deny");
-            gw_write_or_exit("/proc/self/uid_map", uid_map);
-            gw_write_or_exit("/proc/self/gid_map", gid_map);
-            _exit(mount("none", "/", "", MS_REC | MS_PRIVATE, NULL) != 0 ? errno & 0xff : 0);
+            if (*uid_map) {
+                gw_write_or_exit("/proc/self/setgroups", "deny");
+                gw_write_or_exit("/proc/self/uid_map", uid_map);
+                gw_write_or_exit("/proc/self/gid_map", gid_map);
+            }
+            if (mount("none", "/", "", MS_REC | MS_PRIVATE, NULL) != 0)
+                _exit(errno & 0xff);
+            int tree = gw_open_tree(somewhere);
+            if (tree < 0 || gw_mount_setattr(tree, "", AT_EMPTY_PATH | AT_RECURSIVE, 1 /* MOUNT_ATTR_RDONLY */) != 0
+                    || mount("none", somewhere, "tmpfs", 0, NULL) != 0 || chdir(somewhere) != 0
+                    || mkdir("there", 0755) != 0 || gw_move_mount(tree, "there") != 0 || gw_pivot_root(".", ".") != 0)
+                _exit(errno & 0xff);
+            _exit(0);
         }
         while (waitpid(child, &status, 0) < 0)
             if (errno != EINTR)
@@ -207,27 +238,6 @@ cdef extern from *:
     {
         return (int)syscall(SYS_landlock_restrict_self, ruleset, 0);
     }
-
-    static int gw_open_tree(const char *path)
-    {
-        return (int)syscall(SYS_open_tree, AT_FDCWD, path, 1u /* OPEN_TREE_CLONE */ | O_CLOEXEC | AT_RECURSIVE);
-    }
-
-    static int gw_move_mount(int fd, const char *path)
-    {
-        return (int)syscall(SYS_move_mount, fd, "", AT_FDCWD, path, 4u /* MOVE_MOUNT_F_EMPTY_PATH */);
-    }
-
-    static int gw_mount_setattr(int fd, const char *path, unsigned flags, uint64_t set)
-    {
-        struct { uint64_t set, clear, propagation, userns; } attributes = { set, 0, 0, 0 };
-        return (int)syscall(SYS_mount_setattr, fd, path, flags, &attributes, sizeof(attributes));
-    }
-
-    static int gw_pivot_root(const char *to, const char *old)
-    {
-        return (int)syscall(SYS_pivot_root, to, old);
-    }
     """
     enum:
         GW_ARCH
@@ -243,7 +253,7 @@ cdef extern from *:
     char gw_before[128]
     int gw_catch() nogil
     int gw_filter(const void *instructions, unsigned short count) nogil
-    int gw_try_namespaces(int flags, const char *uid_map, const char *gid_map) nogil
+    int gw_try_namespaces(int flags, const char *uid_map, const char *gid_map, const char *somewhere) nogil
     int gw_capabilities(int set, uint32_t *permitted, uint32_t *effective) nogil
     int gw_landlock_create(const void *attributes, size_t size, uint32_t flags) nogil
     int gw_landlock_add(int ruleset, uint64_t access, int fd) nogil
@@ -293,10 +303,10 @@ def set_capabilities(uint64_t both):
     check(gw_capabilities(1, permitted, effective), "capset")
 
 
-def try_namespaces(int flags, bytes uid_map, bytes gid_map):
-    cdef int error = gw_try_namespaces(flags, uid_map, gid_map)
+def try_namespaces(int flags, bytes uid_map, bytes gid_map, bytes somewhere):
+    cdef int error = gw_try_namespaces(flags, uid_map, gid_map, somewhere)
     if error != 0:
-        raise OSError(error, f"unshare: {os.strerror(error)}")
+        raise OSError(error, os.strerror(error))
 
 
 def unshare(int flags):

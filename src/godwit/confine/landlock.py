@@ -20,6 +20,7 @@ class Access(IntFlag):
     REMOVE_FILE = 1 << 5
     MAKE_REG = 1 << 8
     MAKE_SOCK = 1 << 9
+    TRUNCATE = 1 << 14
 
 
 # How many kinds of access each version of the interface knows; later ones know those of the last.
@@ -47,7 +48,7 @@ def restrict(allowed: Mapping[str, Access]) -> int:
             except OSError:
                 continue
             try:
-                _kernel.landlock_add(ruleset, access, fd)
+                _kernel.landlock_add(ruleset, access & handled, fd)
             finally:
                 os.close(fd)
         _kernel.landlock_restrict(ruleset)

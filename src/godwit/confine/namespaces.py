@@ -7,6 +7,7 @@ with all that is mounted in it.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Mapping
 from typing import Final
@@ -24,24 +25,35 @@ _READ_ONLY, _NO_SUID, _NO_DEV, _NO_EXEC = 1, 2, 4, 8  # MOUNT_ATTR_*
 _MNT_DETACH: Final = 2
 # Where the new root is mounted first; any directory does.
 _SOMEWHERE: Final = ("/tmp", "/run", "/usr")
+#: What users look like that a user namespace does not have; the kernel's default.
+OVERFLOW: Final = 65534
+
+#: This process is in a user namespace of its own.
+in_user_namespace = False
 _SIZE: Final = b"size=64k,nr_inodes=1k,mode=755"
 
 
 def enter() -> None:
     """Go into new mount, IPC and UTS namespaces; without the privilege that takes, into a new user namespace first.
 
-    That one has this user and this group and no other. The process has all capabilities there, which are none
-    elsewhere. OSError where the system does not allow it; nothing has changed then.
+    That one has this user and this group and no other: all others look like the overflow user
+    (/proc/sys/kernel/overflowuid). The process has all capabilities there, which are none elsewhere. OSError where the
+    system does not allow it, or for the overflow user; nothing has changed then.
     """
+    global in_user_namespace
     flags = _NEW_NS | _NEW_IPC | _NEW_UTS
-    if has(CAP_SYS_ADMIN):
-        _kernel.unshare(flags)
-        return
-    flags |= _NEW_USER
-    uid_map, gid_map = (b"%d %d 1" % (own, own) for own in (os.geteuid(), os.getegid()))
+    uid_map = gid_map = b""
+    if not has(CAP_SYS_ADMIN):
+        if os.geteuid() == OVERFLOW:
+            raise OSError(errno.EUSERS, f"in a user namespace user {OVERFLOW} could not be told from all others")
+        flags |= _NEW_USER
+        uid_map, gid_map = (b"%d %d 1" % (own, own) for own in (os.geteuid(), os.getegid()))
     # Some systems let a process in and then have it do nothing there, not even be its own user (AppArmor, in Ubuntu).
-    _kernel.try_namespaces(flags, uid_map, gid_map)
+    _kernel.try_namespaces(flags, uid_map, gid_map, os.fsencode(_somewhere()))
     _kernel.unshare(flags)
+    if not uid_map:
+        return
+    in_user_namespace = True
     for name, text in (("setgroups", b"deny"), ("uid_map", uid_map), ("gid_map", gid_map)):
         fd = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -58,6 +70,8 @@ def leave_root(directories: Mapping[str, bool], links: Iterable[tuple[str, str]]
     """
     _kernel.mount(b"none", b"/", b"", _MS_REC | _MS_PRIVATE)
     kept = [path for path in _outermost(directories) if os.path.isdir(path)]
+    if "/" in kept:
+        raise OSError(errno.EBUSY, "a socket or a file of it lies in /: give it a directory of its own")
     trees: dict[str, int] = {}
     try:
         for path in kept:
@@ -66,7 +80,7 @@ def leave_root(directories: Mapping[str, bool], links: Iterable[tuple[str, str]]
             _kernel.set_mount_attributes(
                 tree, _NO_SUID | _NO_DEV | _NO_EXEC | (0 if writable else _READ_ONLY), recursive=True
             )
-        root = next(path for path in _SOMEWHERE if os.path.isdir(path))
+        root = _somewhere()
         _kernel.mount(b"none", os.fsencode(root), b"tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, _SIZE)
         os.chdir(root)
         try:
@@ -86,6 +100,10 @@ def leave_root(directories: Mapping[str, bool], links: Iterable[tuple[str, str]]
         _kernel.set_mount_attributes(fd, _READ_ONLY, recursive=False)
     finally:
         os.close(fd)
+
+
+def _somewhere() -> str:
+    return next(path for path in _SOMEWHERE if os.path.isdir(path))
 
 
 def _furnish(trees: Mapping[str, int], links: Iterable[tuple[str, str]]) -> None:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Final
+
+from godwit.confine import _kernel
 
 DESCRIPTORS: Final = "/proc/self/fd"
 MEMORY: Final = "/proc/self/statm"
@@ -17,11 +20,33 @@ _network: int | None = None
 
 
 def keep() -> None:
-    """Open all of them now. For the process that reads them: each shows who has opened it."""
+    """Open all of them now. For the process that reads them: each shows who has opened it.
+
+    Where there is no procfs, they are missed when they are read.
+    """
     global _network
-    _network = network_namespace()
+    with contextlib.suppress(OSError):
+        _network = network_namespace()
     for path in (DESCRIPTORS, MEMORY, UNIX_SOCKETS):
-        _kept[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):
+            _kept[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def detach() -> None:
+    """Have no way from the folder that was kept to the rest of procfs and beyond.
+
+    In a mount namespace of one's own, while it still has procfs: the folder becomes the root of a mount that is
+    attached nowhere, whose parent is itself.
+    """
+    if DESCRIPTORS not in _kept:
+        return
+    tree = _kernel.open_tree(os.fsencode(DESCRIPTORS))
+    try:
+        inside = os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=tree)
+    finally:
+        os.close(tree)
+    os.close(_kept[DESCRIPTORS])
+    _kept[DESCRIPTORS] = inside
 
 
 def read(path: str) -> bytes:
@@ -46,3 +71,8 @@ def count_descriptors() -> int:
 def network_namespace() -> int:
     """Which network namespace this process is in, by its number."""
     return os.stat(_NETWORK).st_ino if _network is None else _network
+
+
+def is_kept(fd: int) -> bool:
+    """Whether a descriptor is one of these."""
+    return fd in _kept.values()

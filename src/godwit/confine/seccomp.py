@@ -26,13 +26,15 @@ _ENOSYS: Final = 38
 class Call(NamedTuple):
     """A system call, and what must hold for one argument of it (counted from 0), of which the lower half counts.
 
-    After ``mask`` it is one of ``values``.
+    After ``mask`` it is one of ``values``. Else the call is answered with ``error``, or it is a violation like a call
+    that is not listed.
     """
 
     name: str
     argument: int
     mask: int
     values: tuple[int, ...]
+    error: int = 0
 
 
 def program(plain: Iterable[str], conditional: Iterable[Call] = (), missing: Iterable[str] = ()) -> bytes:
@@ -48,6 +50,9 @@ def program(plain: Iterable[str], conditional: Iterable[Call] = (), missing: Ite
         (_LOAD, 0, 0, _NUMBER_AT),
         (_AT_LEAST, 0, 1, _X32),
         (_RETURN, 0, 0, _KILL),
+        # What came after this was built: a newer C library asks for it first, and falls back on what there was.
+        (_AT_LEAST, 0, 1, max(numbers.values()) + 1),
+        (_RETURN, 0, 0, _ERROR | _ENOSYS),
     ]
 
     def when(name: str, then: Sequence[tuple[int, int, int, int]]) -> None:
@@ -69,7 +74,7 @@ def _condition(call: Call) -> list[tuple[int, int, int, int]]:
     found = [(_LOAD, 0, 0, _ARGUMENTS_AT + 8 * call.argument + lower_half), (_AND, 0, 0, call.mask)]
     for value in call.values:
         found += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
-    return [*found, (_RETURN, 0, 0, _TRAP)]
+    return [*found, (_RETURN, 0, 0, _ERROR | call.error if call.error else _TRAP)]
 
 
 def restrict(filter_program: bytes, log: int, before: bytes) -> None:

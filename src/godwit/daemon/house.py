@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 from godwit import __version__
+from godwit.confine import namespaces
 from godwit.daemon import lifecycle
 from godwit.daemon.control import Control
 from godwit.daemon.device import NetDevice
@@ -98,7 +99,7 @@ class House:
         try:
             self.control = Control(lifecycle.listen(path, mode=0o600, group=self._ctl_group), path)
         except StartError as error:
-            if self._options.ctl_path or self._ctl_group is not None:
+            if self._options.takeover is None and (self._options.ctl_path or self._ctl_group is not None):
                 raise
             # Nobody has asked for it, and the guest shall not be without a network for want of it.
             logger.warning("nobody can ask how things stand (--ctl-path): %s", error)
@@ -389,7 +390,8 @@ class House:
             return
         try:
             there = os.lstat(path)
-            if (there.st_gid, there.st_mode & 0o777) != (self._ctl_group, 0o660):
+            unknown = namespaces.in_user_namespace and there.st_gid == namespaces.OVERFLOW
+            if there.st_mode & 0o777 != 0o660 or (there.st_gid != self._ctl_group and not unknown):
                 lifecycle.open_to_group(path, self._ctl_group)
         except OSError as error:
             logger.warning("--ctl-group: %s stays as it was: %s", path, error.strerror)

@@ -16,6 +16,7 @@ anything again: the daemon may have given up the right to do either.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import socket
@@ -202,11 +203,17 @@ class Log:
         """Where a line goes that is not written by Python: the descriptor, -1 for none, and what it begins with."""
         lasting = self._handlers[0]
         if isinstance(lasting, BoundedFileHandler):
-            return lasting.fileno(), b"CRITICAL "
-        if isinstance(lasting, logging.StreamHandler):
-            return lasting.stream.fileno(), b""
-        sock = getattr(lasting, "socket", None)  # of a SysLogHandler: facility daemon, and critical
-        return (-1, b"") if sock is None else (sock.fileno(), b"<26>godwit[%d]: " % os.getpid())
+            fd, before = lasting.fileno(), b"CRITICAL "
+        elif isinstance(lasting, logging.StreamHandler):
+            fd, before = lasting.stream.fileno(), b""
+        elif (
+            sock := getattr(lasting, "socket", None)
+        ) is not None:  # of a SysLogHandler: facility daemon, and critical
+            fd, before = sock.fileno(), b"<26>godwit[%d]: " % os.getpid()
+        else:
+            return -1, b""
+        # One of its own: that of the log may be closed when its other end goes, and its number be another file's.
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3), before
 
     def close(self) -> None:
         """Take the handlers away again, and close them."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -129,6 +130,9 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             sandbox.sockets(path for path in named if path)
             sandbox.enter(user, lambda user: None, log.last_words())
             device = take_over(house, before, pid, lambda repair: NetDevice(config, options, repair, watch.glance))
+            for path in house.paths():
+                if not os.path.lexists(path):
+                    logger.warning("%s is out of reach, and stays when this process ends: name it in the start", path)
             stack.callback(house.close)
             stack.push_async_callback(device.close)
             _stop_on_signals(stop)  # ended before that, it would have left the guest to the one that goes on

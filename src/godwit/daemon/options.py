@@ -149,7 +149,9 @@ def _mtu(text: str) -> int:
 def _path(text: str) -> str:
     if not text:
         _wrong("the path is empty")
-    return os.path.abspath(text)
+    # Where it is now: links that lead there are not in reach later.
+    folder, name = os.path.split(os.path.abspath(text))
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _socket_path(text: str) -> str:

@@ -17,14 +17,17 @@ has the rest.
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401  # asyncio would import it with the first use, when nothing can be imported
+import contextlib
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from godwit.confine import capabilities, landlock, namespaces, procfs, seccomp
 from godwit.confine._kernel import prctl
 from godwit.confine.landlock import Access
+from godwit.confine.seccomp import Call
 from godwit.daemon.lifecycle import User
 from godwit.daemon.options import Options
 from godwit.daemon.syscalls import CONDITIONAL, MISSING, PLAIN
@@ -55,7 +58,7 @@ class Sandbox:
         if options.record is not None:
             self._see(options.record, Access.MAKE_REG | Access.WRITE_FILE | Access.REMOVE_FILE)
         if options.pcap is not None and options.takeover is not None:  # opened when the guest is this process's
-            self._see(options.pcap, Access.MAKE_REG | Access.WRITE_FILE)
+            self._see(options.pcap, Access.MAKE_REG | Access.WRITE_FILE | Access.TRUNCATE)
         if options.pid is not None:
             self._see(options.pid, Access.REMOVE_FILE)
 
@@ -77,12 +80,21 @@ class Sandbox:
         """
         procfs.keep()
         keep_limits()
-        if self._options.sandbox:
+        _close_directories()
+        if user is not None:
+            own(user)
+        # Root that may not do it becomes the user first, who may have a user namespace of its own.
+        as_root = capabilities.has(capabilities.CAP_SYS_ADMIN)
+        if self._options.sandbox and as_root:
             self._layer("namespaces", self._leave_the_file_system)
         capabilities.empty_bounding_set()  # while this may be root's process still
         if user is not None:
-            own(user)
             user.assume()
+            prctl(_PR_SET_DUMPABLE, 1)  # for a moment: the files below /proc/self are this user's then
+        if self._options.sandbox and not as_root:
+            self._layer("namespaces", self._leave_the_file_system)
+        if os.geteuid() == 0:
+            log.warning("runs as root, with --runas: root's files are in reach of whoever takes this process over")
         self._layer("capabilities", _keep_no_capability)
         if self._options.sandbox:
             self._layer("Landlock", self._restrict_files)
@@ -102,6 +114,7 @@ class Sandbox:
     def _leave_the_file_system(self) -> str:
         resolv = os.path.realpath(RESOLV)
         namespaces.enter()
+        procfs.detach()
         namespaces.leave_root(
             {path: bool(access & ~Access.READ_FILE) for path, access in self._directories.items()},
             [(RESOLV, resolv)] if resolv != RESOLV else [],
@@ -122,5 +135,16 @@ def _keep_no_capability() -> str:
 
 
 def _restrict_calls(last_words: tuple[int, bytes]) -> str:
-    seccomp.restrict(seccomp.program(PLAIN, CONDITIONAL, MISSING), *last_words)
-    return f"{len(PLAIN) + len(CONDITIONAL)} left"
+    own = Call("tgkill", 0, 0xFFFFFFFF, (os.getpid(),))  # what abort() does, and a violation
+    seccomp.restrict(seccomp.program(PLAIN, (*CONDITIONAL, own), MISSING), *last_words)
+    return f"{len(PLAIN) + len(CONDITIONAL) + 1} left"
+
+
+def _close_directories() -> None:
+    """Close those that whoever started this has left open: each is a way into the file system."""
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        fd = int(name)
+        if fd > 2 and not procfs.is_kept(fd):
+            with contextlib.suppress(OSError):
+                if stat.S_ISDIR(os.fstat(fd).st_mode):
+                    os.close(fd)

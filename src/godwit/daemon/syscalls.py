@@ -7,6 +7,8 @@ library, kernel, architecture or Python does in place of those.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import termios
 from typing import Final
 
@@ -55,7 +57,6 @@ OBSERVED: Final = (
     "dup2",
     "epoll_create1",
     "eventfd2",
-    "fcntl",
     "fstat",
     "fstatfs",
     "getcwd",
@@ -88,8 +89,6 @@ OBSERVED: Final = (
     "setitimer",
     "setsid",
     "sigaltstack",
-    "tgkill",
-    "prlimit64",
     "uname",
 )
 
@@ -130,6 +129,10 @@ _PROT_EXEC: Final = 4
 _OF_SOCKETS: Final = (termios.FIONREAD, termios.TIOCOUTQ, 0x894B, 0x8933)  # SIOCOUTQNSD, SIOCGIFINDEX
 #: Python asks each file that it opens whether it is a terminal.
 _OF_FILES: Final = (termios.FIONBIO, termios.FIOCLEX, termios.TCGETS)
+_OF_DESCRIPTORS: Final = (
+    *(fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL),
+    *(fcntl.F_ADD_SEALS, fcntl.F_GET_SEALS),
+)
 _CLONE_NEW: Final = 0x7E020080  # all kinds of namespaces
 _WORD: Final = 0xFFFFFFFF
 
@@ -140,7 +143,10 @@ CONDITIONAL: Final = (
     Call("mmap", 2, _PROT_EXEC, (0,)),  # nothing that is written can be run
     Call("mprotect", 2, _PROT_EXEC, (0,)),
     Call("clone", 0, _CLONE_NEW, (0,)),  # threads, and one that keeps sockets in silence: `Linger.leave_keeper`
-    Call("ioctl", 1, _WORD, (*_OF_SOCKETS, *_OF_FILES)),
+    Call("ioctl", 1, _WORD, (*_OF_SOCKETS, *_OF_FILES), error=errno.ENOTTY),
+    Call("fcntl", 1, _WORD, _OF_DESCRIPTORS),  # nobody is sent a signal when a descriptor becomes readable
+    Call("prlimit64", 0, _WORD, (0,)),  # of itself
+    Call("prctl", 0, _WORD, (15,)),  # PR_SET_NAME: newer Pythons name their threads
 )
 
 #: What is answered as by a kernel that does not have it: the C library then makes the call whose arguments can be seen.

@@ -39,6 +39,7 @@ from enum import IntEnum
 from typing import Final, NamedTuple
 
 from godwit import __version__
+from godwit.confine import namespaces
 from godwit.daemon.errors import StartError
 from godwit.migration.errors import MigrationError
 from godwit.migration.layout import printable
@@ -205,8 +206,11 @@ class Successor:
 
     @property
     def allowed(self) -> bool:
-        """Whether it is of this user, or of root."""
-        return self.uid in (os.geteuid(), 0)
+        """Whether it is of this user, or of root, who is not known by name in a user namespace of one's own.
+
+        Nobody else can connect there: the socket is this user's alone.
+        """
+        return self.uid in (os.geteuid(), 0) or (namespaces.in_user_namespace and self.uid == namespaces.OVERFLOW)
 
     def greet(self) -> None:
         """Take its first word. Raises `TakeoverError` if it is none that is understood."""

@@ -51,7 +51,7 @@ from godwit.dataplane.plane cimport (
     frames_both_ways,
 )
 from godwit.dataplane.reassembly cimport reassembly_free, reassembly_init
-from godwit.dataplane.sockstate cimport kernel_limit
+from godwit.dataplane.sockstate cimport kernel_limit, kernel_limits
 from godwit.dataplane.sys cimport (
     AF_INET,
     EFD_CLOEXEC,
@@ -858,12 +858,8 @@ cdef class EngineBase:
 
 cdef uint32_t ephemeral_ports():
     """How many ports the kernel chooses from. One of UDP is taken by one socket, whoever that talks to (ip(7))."""
-    try:
-        with open("/proc/sys/net/ipv4/ip_local_port_range") as limits:
-            first, last = map(int, limits.read().split())
-        return last - first + 1
-    except (OSError, ValueError):
-        return 28232    # as it is where nobody has changed it
+    found = kernel_limits("ipv4/ip_local_port_range")
+    return found[1] - found[0] + 1 if len(found) == 2 else 28232    # as it is where nobody has changed it
 
 
 cdef bint kernel_has_peek_offset():

@@ -632,28 +632,33 @@ cdef socklen_t fill(sockaddr_storage *out, bytes addr, uint16_t port, uint32_t s
     return sock_end(out, addr, port, scope)
 
 
-LIMITS = ("core/wmem_max", "ipv4/tcp_rmem")
-kept_limits = {}    # what was read, by name; None where there is no such file
+LIMITS = ("core/wmem_max", "ipv4/tcp_rmem", "ipv4/ip_local_port_range")
+kept_limits = {}    # what was read, by name
 
 
 def keep_limits():
     """Read the kernel's limits now, for a process that will see no /proc. See the .pyi."""
     for name in LIMITS:
-        kept_limits[name] = read_limit(name)
+        kept_limits[name] = read_limits(name)
 
 
-cdef object read_limit(str name):
+cdef object read_limits(str name):
     try:
         with open(f"/proc/sys/net/{name}") as limits:
-            return int(limits.read().split()[-1])
-    except (OSError, ValueError, IndexError):
-        return None
+            return [int(word) for word in limits.read().split()]
+    except (OSError, ValueError):
+        return []
+
+
+cdef object kernel_limits(str name):
+    """The numbers in a file below /proc/sys/net, of which a namespace need not show all; an empty list then."""
+    return kept_limits[name] if name in kept_limits else read_limits(name)
 
 
 cdef object kernel_limit(str name, default):
-    """The last number of a file below /proc/sys/net, of which a namespace need not show all."""
-    found = kept_limits[name] if name in kept_limits else read_limit(name)
-    return default if found is None else found
+    """The last of them."""
+    found = kernel_limits(name)
+    return found[-1] if found else default
 
 
 cdef uint32_t receive_room():

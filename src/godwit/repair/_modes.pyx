@@ -39,7 +39,12 @@ cdef extern from *:
         pass
     enum:
         SOL_SOCKET
+        SO_DOMAIN
         SO_PROTOCOL
+        SO_TYPE
+        SOCK_STREAM
+        AF_INET
+        AF_INET6
         SO_ATTACH_FILTER
         SO_ATTACH_BPF
         SO_DETACH_FILTER
@@ -80,16 +85,21 @@ cdef int set_one(int fd, int mode, int program) noexcept nogil:
 def first_not_tcp(const int[::1] fds):
     """The place of the first that is no TCP socket; -1 for none."""
     cdef Py_ssize_t i, odd = -1
-    cdef int protocol
-    cdef socklen_t n
+    cdef int family
     with nogil:
         for i in range(fds.shape[0]):
-            protocol = 0
-            n = sizeof(protocol)
-            if getsockopt(fds[i], SOL_SOCKET, SO_PROTOCOL, &protocol, &n) != 0 or protocol != IPPROTO_TCP:
+            family = of_socket(fds[i], SO_DOMAIN)
+            if (of_socket(fds[i], SO_PROTOCOL) != IPPROTO_TCP or of_socket(fds[i], SO_TYPE) != SOCK_STREAM
+                    or (family != AF_INET and family != AF_INET6)):
                 odd = i
                 break
     return odd
+
+
+cdef int of_socket(int fd, int option) noexcept nogil:
+    cdef int value = -1
+    cdef socklen_t n = sizeof(value)
+    return value if getsockopt(fd, SOL_SOCKET, option, &value, &n) == 0 else -1
 
 
 def set_mode(const int[::1] fds, int mode, program):

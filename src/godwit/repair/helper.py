@@ -35,7 +35,7 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
@@ -116,13 +116,12 @@ def run(
         sock, where = _connect(path, name)
         with sock, contextlib.ExitStack() as stack:
             keep_only({CAP_NET_ADMIN})
-            senders = _senders(where, uid)
             log.info("serving %s", where)
             guard = stack.enter_context(contextlib.closing(Guard(guarded))) if guarded else None
             if guard is not None:
                 log.info("keeping back resets from %s for %g s at most", ", ".join(map(str, guard.addresses)), seconds)
             _confine()
-            serve(sock, guard, seconds, program, senders)
+            serve(sock, guard, seconds, program, _Senders(where, uid))
     except (HelperError, GuardError) as error:
         log.error("%s", error)
         return 1
@@ -131,13 +130,23 @@ def run(
     return 0
 
 
-def _senders(path: str, uid: int | None) -> Collection[int] | None:
+class _Senders:
     """Whose requests are carried out; None for anybody's."""
-    if uid is None:
-        uid = os.stat(path, follow_symlinks=False).st_uid
-        if uid == 0:
-            return None
-    return {uid, 0}
+
+    def __init__(self, path: str, uid: int | None) -> None:
+        self._path, self._given, self._owner = path, uid, 0
+        self._look()
+
+    def _look(self) -> None:
+        with contextlib.suppress(OSError):  # removed, or out of reach by now
+            self._owner = os.stat(self._path, follow_symlinks=False).st_uid
+
+    def __call__(self) -> Collection[int] | None:
+        if self._given is not None:
+            return {self._given, 0}
+        if self._owner == 0:
+            self._look()  # a daemon hands its socket over after it has begun to listen, and before it asks for anything
+        return {self._owner, 0} if self._owner else None
 
 
 def _confine() -> None:
@@ -157,13 +166,13 @@ def serve(
     guard: Guard | None = None,
     seconds: float = GUARD_SECONDS,
     program: int | None = None,
-    senders: Collection[int] | None = None,
+    senders: Callable[[], Collection[int] | None] = lambda: None,
 ) -> None:
     """Do what a back-end asks until it closes the connection.
 
     ``program`` is the filter that sockets in repair mode get (`_modes.drop_all`).
     ``guard`` is closed with the first request that ends a repair mode, or after
-    ``seconds``. ``senders``: whose requests are carried out, None for anybody's.
+    ``seconds``. ``senders`` gives whose requests are carried out, None for anybody's; it is asked when one has come.
 
     :raises HelperError: a request that is none, or one that failed. What was
         done is not undone; closing the connection is the answer.
@@ -175,7 +184,9 @@ def serve(
             guard = None
             log.warning("resets are kept back no longer: no connection has come within %g s", seconds)
         try:
-            request = receive_request(sock, senders)
+            if guard is None:
+                _readable(sock)
+            request = receive_request(sock, senders())
         except (MessageError, OSError) as error:
             raise HelperError(f"bad request: {error}") from error
         if request is None:
@@ -200,11 +211,11 @@ def serve(
             raise HelperError(f"the back-end takes no answer: {error.strerror}") from error
 
 
-def _readable(sock: socket.socket, until: float) -> bool:
+def _readable(sock: socket.socket, until: float | None = None) -> bool:
     """Wait until something has come, or that time of the monotonic clock."""
     waiting = select.poll()
     waiting.register(sock, select.POLLIN)
-    return bool(waiting.poll(max(0.0, until - time.monotonic()) * 1000))
+    return bool(waiting.poll(None if until is None else max(0.0, until - time.monotonic()) * 1000))
 
 
 def _why_not(fd: int, number: int) -> str:
