@@ -21,7 +21,7 @@ SOURCES := $(shell find src -name '*.py' -o -name '*.py[ix]' -o -name '*.px[di]'
 export CC PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo bench probes test test-vm vm-tools fuzz fuzz-keep outcomes faults syscalls endurance endurance-vm soak soak-vm lint debug asan annotate check clean
+.PHONY: help venv build demo bench probes test test-vm vm-tools fuzz fuzz-keep outcomes faults syscalls endurance endurance-vm leaks soak soak-vm lint debug asan annotate check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,6 +99,9 @@ endurance: build prerequisites-lab ## one guest moves MOVES times under load: no
 endurance-vm: build prerequisites-lab vm-tools ## the same with a QEMU guest
 	$(PY) -m godwit.lab.endurance --moves $(MOVES) --qemu
 
+leaks: build prerequisites-lab ## whether the daemon keeps memory: each kind of event alone, again and again
+	$(PY) -m godwit.lab.leaks
+
 # Without SEED by chance; the first line says which.
 soak: build prerequisites-lab ## for TIME seconds everything happens to a guest under load that may: make soak TIME=7200
 	$(PY) -m godwit.lab.soak --seconds $(TIME) $(if $(SEED),--seed $(SEED))
@@ -118,7 +121,7 @@ debug: venv ## an unoptimised build with debug information, in build/debug/lib
 # Python itself is not built with the sanitizers, so their libraries are loaded first. It frees little at
 # its end, which is no leak; and its own allocator would hide overruns inside its arenas.
 # Not what takes long and has the data plane do what others do, too, or is about the laboratory itself.
-ASAN_LEAVES := $(patsubst %,tests/lab/test_%.py,outcomes fault_matrix endurance soak addresses guard failures going_on \
+ASAN_LEAVES := $(patsubst %,tests/lab/test_%.py,outcomes fault_matrix endurance leaks soak addresses guard failures going_on \
 	clients services hosts options agent debian image netns qmp traffic \
 	bench bench_report move_bench rest_bench tcp_bench)
 

@@ -12,7 +12,8 @@ import pytest
 
 from godwit.lab.counters import Counters
 from godwit.lab.scenario import PORT
-from godwit.lab.soak import Extent, Log, Report, run
+from godwit.lab.size import Size, growth
+from godwit.lab.soak import MORE_MEMORY, WARM, Extent, Log, Report, later, run
 from godwit.lab.soak_events import EVENTS, Cost, Event, Stage
 
 SMALL = Extent(idle=5, rate=300_000, pace=0.05, rest=0.1, rest_every=1000, once_each=True)
@@ -72,6 +73,15 @@ def test_errors_in_the_log_are_found_once(tmp_path: Path) -> None:
         assert log.errors("known") == []
         file.write("OR late\n")
     assert log.errors("") == ["2026-01-01 00:00:03,000 ERROR late"]
+
+
+def test_what_grows_on_and_on_is_told_from_what_comes_to_an_end() -> None:
+    levels_off = [Size((20 << 20) - (8 << 20 >> look), 100) for look in range(14)]
+    grows_on = [Size((20 << 20) + look * MORE_MEMORY // 6, 100) for look in range(14)]
+    assert growth({"it": later(levels_off)}, MORE_MEMORY) == []
+    assert growth({"it": later(grows_on[: WARM + 2])}, MORE_MEMORY) == []
+    assert len(growth({"it": later([*grows_on, Size(23 << 20, 100)])}, MORE_MEMORY)) == 1
+    assert len(growth({"it": later([Size(look * MORE_MEMORY, 100) for look in range(WARM + 3)])}, MORE_MEMORY)) == 1
 
 
 def test_counting_backwards_is_found() -> None:

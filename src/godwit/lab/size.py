@@ -5,11 +5,33 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 MORE_MEMORY = 4 << 20  # bytes: of what Python and the C library keep to themselves
 MORE_DESCRIPTORS = 4
+
+# One heap, not one for each few threads; no cache of freed blocks for each thread, which count as in use; and large
+# blocks go back to the system when they are freed, which the C library gives up after the first (mallopt(3)).
+_LEAN = "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0:glibc.malloc.mmap_threshold=131072"
+
+
+@contextlib.contextmanager
+def lean() -> Iterator[None]:
+    """Have the programs that are started in the block keep as little as they can of what they have freed.
+
+    What they have then is what they use, and holes between it; otherwise the C library's stores fill for hours.
+    """
+    name = "GLIBC_TUNABLES"
+    before = os.environ.get(name)
+    os.environ[name] = _LEAN
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import Namespace, enter_user_namespace
 from godwit.lab.scenario import PORT, Load, Scenario, qemu_guest
-from godwit.lab.size import Size, growth
+from godwit.lab.size import Size, growth, lean
 from godwit.lab.soak_events import EVENTS, REFUSED, Cost, Event, Stage
 from godwit.lab.traffic import Traffic
 from godwit.lab.users import (
@@ -67,7 +67,7 @@ SETTLED = 30.0  # seconds
 REST = 12.0  # seconds after which sockets of what has moved away are closed
 WARM = 4  # looks at a process before those that are compared: what it keeps to itself grows at first
 REST_EVERY = 12  # events
-MORE_MEMORY = 16 << 20  # bytes: with thousands of connections that move, holes in the heap come and go
+MORE_MEMORY = 1 << 20  # bytes, in the second half of a process's looks: holes in the heap, pages of tables
 LONG, SHORT = 160, 32  # events: processes stay through the former, so that what grows is seen, not through the latter
 LOGS = "build/soak"
 
@@ -128,6 +128,14 @@ class Report:
                 warm = f"{looks[WARM]} -> " if len(looks) > WARM + 1 else ""
                 lines.append(f"  {name}: {looks[0]} -> {warm}{looks[-1]} ({len(looks)} looks)")
         return "\n".join([*lines, *(f"FAILED: {failure}" for failure in self.failures)])
+
+
+def later(looks: Sequence[Size]) -> Sequence[Size]:
+    """Those of a process that are compared: the second half of them, and none of the first `WARM`.
+
+    What is to come to an end has by then, and what is lost bit by bit goes on.
+    """
+    return looks[max(WARM, len(looks) // 2) :]
 
 
 def _ms(seconds: float) -> str:
@@ -425,9 +433,8 @@ class Soak:
                     what = what or f"the helper of {backend.name}, process {pid}"
                     sizes.setdefault(what, []).append(Size.of(pid, datagrams=False))
         self.report.rests += 1
-        if grown := growth(
-            {name: looks[WARM:] for name, looks in self.report.sizes.items() if looks[WARM:]}, MORE_MEMORY
-        ):
+        late = {name: later(looks) for name, looks in self.report.sizes.items() if looks[WARM:]}
+        if grown := growth(late, MORE_MEMORY):
             raise LabError("; ".join(grown))
         self._start_users()
         self._settle("")
@@ -438,24 +445,6 @@ class Soak:
         self._end_users()
         if isinstance(self._inside, Traffic):
             self._inside.close()
-
-
-@contextlib.contextmanager
-def _one_heap() -> Iterator[None]:
-    """Have the programs that are started in the block keep one heap, not one for each few threads (mallopt(3)).
-
-    What they keep to themselves then comes to an end soon; of many heaps the holes fill for hours.
-    """
-    name = "MALLOC_ARENA_MAX"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def run(
@@ -472,7 +461,7 @@ def run(
     ports = f"{PORT}-{LAST_PORT}"
     options = ["--tcp-ports", ports, "--udp-ports", ports, *arguments]
     make_guest = qemu_guest if qemu else None
-    with _one_heap(), Scenario(godwit_arguments=options, levels=True, make_guest=make_guest) as scenario:
+    with lean(), Scenario(godwit_arguments=options, levels=True, make_guest=make_guest) as scenario:
         soak = Soak(scenario, seed, extent or Extent(), say)
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(soak, "over", True))
         try:
