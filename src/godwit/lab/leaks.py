@@ -68,7 +68,9 @@ class _Churn(Churn):
 
 
 class _Datagrams(Datagrams):
-    """From a port of its own each, of which some thousands are remembered for minutes: not for every question."""
+    """From one port: each takes a place in the flow table for minutes."""
+
+    QUESTIONS = 1 << 30
 
     def pause(self, seconds: float) -> None:
         """Not at all."""
