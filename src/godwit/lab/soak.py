@@ -67,7 +67,7 @@ SETTLED = 30.0  # seconds
 REST = 12.0  # seconds after which sockets of what has moved away are closed
 WARM = 4  # looks at a process before those that are compared: what it keeps to itself grows at first
 REST_EVERY = 12  # events
-MORE_MEMORY = 1 << 20  # bytes, in the second half of a process's looks: holes in the heap, pages of tables
+MORE_MEMORY = 2 << 20  # bytes, in the second half of a process's looks: holes in the heap, pages of tables
 LONG, SHORT = 160, 32  # events: processes stay through the former, so that what grows is seen, not through the latter
 LOGS = "build/soak"
 
