@@ -76,9 +76,9 @@ def test_errors_in_the_log_are_found_once(tmp_path: Path) -> None:
 
 
 def test_what_grows_on_and_on_is_told_from_what_comes_to_an_end() -> None:
-    levels_off = [Size((20 << 20) - (8 << 20 >> look), 100) for look in range(16)]
+    levels_off = [Size((20 << 20) - int(0.75**look * (12 << 20)), 100) for look in range(16)]
     grows_on = [Size((20 << 20) + look * MORE_MEMORY // 6, 100) for look in range(16)]
-    assert growth({"it": levels_off}, MORE_MEMORY)
+    assert growth({"it": levels_off[WARM:]}, MORE_MEMORY)
     assert growth({"it": later(levels_off)}, MORE_MEMORY) == []
     assert growth({"it": later(grows_on[: WARM + 2])}, MORE_MEMORY) == []
     assert len(growth({"it": later(grows_on)}, MORE_MEMORY)) == 1
