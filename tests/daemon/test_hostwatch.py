@@ -393,3 +393,19 @@ def test_notes_are_said_once(host: Host, caplog: pytest.LogCaptureFixture, ipv6:
 
     host.run(work)
     assert caplog.text.count("link-local IPv6 only") == said
+
+
+def test_what_was_said_long_ago_is_not_kept(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """Where containers come and go, each set of interfaces is another text: a daemon for months shall not keep all."""
+
+    def several(number: int) -> HostNetwork:
+        links = ETH0, Link(3, f"veth{number}", 1500, IFF_UP)
+        addresses = [Address(one.index, IPv4Address(f"192.0.2.{one.index}"), 24, RT_SCOPE_UNIVERSE, 0) for one in links]
+        return HostNetwork(links, tuple(addresses), ())
+
+    watch = HostWatch(NetOptions(), str(host.resolv))
+    for number in (0, 0, *range(1, hostwatch.REMEMBERED + 1), 0):
+        host.network = several(number)
+        watch.read()
+    watch.close()
+    assert sum("(eth0, veth0)" in message for message in caplog.messages) == 2

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SETTLES = 0.2  # seconds; changes come in groups
 AT_MOST_EVERY = 1.0  # seconds, where they come without end
 GLANCES = (1.0, 5.0, 20.0)  # seconds after a change
+REMEMBERED = 64  # texts for the log that are not said again
 AGAIN = 10.0  # seconds after a look that has failed: what was lacking makes no event when it is there again
 
 Stamp = tuple[int, ...]
@@ -48,7 +49,7 @@ class HostWatch:
         self._network = HostNetwork()
         self._resolv = Resolv()
         self._stamp: Stamp = ()
-        self._said: set[str] = set()
+        self._said: dict[str, None] = {}  # in that order
         self._follow: Callable[[NetConfig], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -209,12 +210,16 @@ class HostWatch:
         for text in config.warnings:
             self._warn(text)
         for text in config.notes:
-            if text not in self._said:
-                self._said.add(text)
-                log.info("%s", text)
+            self._once(logging.INFO, text)
 
     def _warn(self, text: str) -> None:
-        """Once."""
-        if text not in self._said:
-            self._said.add(text)
-            log.warning("%s", text)
+        self._once(logging.WARNING, text)
+
+    def _once(self, level: int, text: str) -> None:
+        """Not again, as long as it is remembered."""
+        if text in self._said:
+            return
+        self._said[text] = None
+        if len(self._said) > REMEMBERED:
+            del self._said[next(iter(self._said))]
+        log.log(level, "%s", text)
