@@ -3,11 +3,13 @@
 
 ``user``: as user 107 without capabilities, from the beginning. ``container``: the same where what takes a capability
 is refused, as by the seccomp profiles of container engines. ``old``: where there are neither Landlock nor namespaces,
-as on an old kernel. ``violation``: it makes a system call that it should not once it is ready.
+as on an old kernel. ``violation``: it makes a system call that it should not once it is ready. ``overflow``: it writes
+one byte more than it has, then.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import struct
@@ -31,6 +33,15 @@ OF_OLD_KERNELS = ("landlock_create_ruleset", "open_tree", "mount_setattr", "unsh
 PR_SET_DUMPABLE = 4
 
 
+def overflow() -> None:
+    """Of memory that is not on the stack, and of the kind that the sanitizers see."""
+    buffer = ctypes.create_string_buffer(100)
+    ctypes.memset(buffer, 0, len(buffer) + 1)
+
+
+MISDEEDS: dict[str, Callable[[], None]] = {"violation": lambda: os.chroot("/"), "overflow": overflow}
+
+
 def refuse(names: Iterable[str], number: int) -> None:
     """Have the kernel refuse these with an error number, and allow all else."""
     made = seccomp.program((), (), names)
@@ -42,7 +53,7 @@ def refuse(names: Iterable[str], number: int) -> None:
 
 def main(how: str, *arguments: str) -> int:
     """Run the daemon to its end."""
-    if how != "violation":
+    if how not in MISDEEDS:
         os.setgroups([])
         os.setresgid(UID, UID, UID)
         os.setresuid(UID, UID, UID)
@@ -52,14 +63,14 @@ def main(how: str, *arguments: str) -> int:
         refuse(OF_CONTAINERS, errno.EPERM)
     if how == "old":
         refuse(OF_OLD_KERNELS, errno.ENOSYS)
-    if how == "violation":
+    if how in MISDEEDS:
         watch = House.watch
 
-        def leave(house: House, done: Callable[[], None]) -> None:
+        def misbehave(house: House, done: Callable[[], None]) -> None:
             watch(house, done)
-            os.chroot("/")
+            MISDEEDS[how]()
 
-        House.watch = leave  # type: ignore[method-assign, assignment]
+        House.watch = misbehave  # type: ignore[method-assign, assignment]
     return serve.main(arguments)
 
 

@@ -208,6 +208,20 @@ def test_in_a_log_file_too(tmp_path: Path) -> None:
     assert TOLD.fullmatch(last.removeprefix("CRITICAL "))
 
 
+if os.environ.get("GODWIT_SANITIZE"):
+
+    def test_what_the_sanitizers_find_is_reported(start: Start) -> None:
+        """All of it, with names, although there are no files any more to read them from."""
+        daemon, _ = start(*LAUNCH, "overflow")
+        assert daemon.stderr is not None
+        rest = daemon.stderr.read()
+        assert daemon.wait(10) == 1
+        assert "ERROR: AddressSanitizer: heap-buffer-overflow" in rest
+        assert re.search(r"^    #0 0x\w+ in \w*memset", rest, re.MULTILINE)
+        assert "0 bytes to the right of 100-byte region" in rest or "0 bytes after 100-byte region" in rest
+        assert rest.endswith("ABORTING\n")
+
+
 def test_for_debugging_it_can_be_left_out(start: Start, folder: Path) -> None:
     daemon, said = start(*SERVE, "--runas", "65534:65534", "--no-sandbox")
     found = status(daemon.pid)

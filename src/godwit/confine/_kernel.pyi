@@ -62,6 +62,9 @@ def catch_violations(log: int, before: bytes) -> None:
     The line begins with ``before`` and has the call's name. The process dies of SIGSYS.
     """
 
+def load_for_reports() -> None:
+    """On a build with the sanitizers: load now what their reports take, while there are files to read. Else nothing."""
+
 def filter_calls(instructions: bytes) -> None:
     """Have a filter (``struct sock_filter`` for ``struct seccomp_data``) decide on each system call (seccomp(2))."""
 

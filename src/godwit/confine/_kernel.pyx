@@ -130,6 +130,18 @@ cdef extern from *:
         return sigaction(SIGSYS, &action, NULL);
     }
 
+    /* GCC's sanitizers find what the frames of a report are called in the files of all libraries, which they read once. */
+    #ifdef __SANITIZE_ADDRESS__
+    #include <sanitizer/common_interface_defs.h>
+    static void gw_read_symbols(void)
+    {
+        char name[256];
+        __sanitizer_symbolize_pc((void *)gw_read_symbols, "%f", name, sizeof(name));
+    }
+    #else
+    static void gw_read_symbols(void) {}
+    #endif
+
     static int gw_filter(const void *instructions, unsigned short count)
     {
         struct sock_fprog program = { count, (struct sock_filter *)instructions };
@@ -252,6 +264,7 @@ cdef extern from *:
     int gw_log
     char gw_before[128]
     int gw_catch() nogil
+    void gw_read_symbols() nogil
     int gw_filter(const void *instructions, unsigned short count) nogil
     int gw_try_namespaces(int flags, const char *uid_map, const char *gid_map, const char *somewhere) nogil
     int gw_capabilities(int set, uint32_t *permitted, uint32_t *effective) nogil
@@ -362,6 +375,10 @@ def catch_violations(int log, bytes before):
         gw_before[i] = text[i]
     gw_log = log
     check(gw_catch(), "sigaction")
+
+
+def load_for_reports():
+    gw_read_symbols()
 
 
 def filter_calls(bytes instructions):

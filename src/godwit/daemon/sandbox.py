@@ -24,8 +24,7 @@ import stat
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from godwit.confine import capabilities, landlock, namespaces, procfs, seccomp
-from godwit.confine._kernel import prctl
+from godwit.confine import _kernel, capabilities, landlock, namespaces, procfs, seccomp
 from godwit.confine.landlock import Access
 from godwit.confine.seccomp import Call
 from godwit.daemon.lifecycle import User
@@ -81,6 +80,7 @@ class Sandbox:
         procfs.keep()
         keep_limits()
         _close_directories()
+        _kernel.load_for_reports()
         if user is not None:
             own(user)
         # Root that may not do it becomes the user first, who may have a user namespace of its own.
@@ -90,7 +90,7 @@ class Sandbox:
         capabilities.empty_bounding_set()  # while this may be root's process still
         if user is not None:
             user.assume()
-            prctl(_PR_SET_DUMPABLE, 1)  # for a moment: the files below /proc/self are this user's then
+            _kernel.prctl(_PR_SET_DUMPABLE, 1)  # for a moment: the files below /proc/self are this user's then
         if self._options.sandbox and not as_root:
             self._layer("namespaces", self._leave_the_file_system)
         if os.geteuid() == 0:
@@ -128,7 +128,7 @@ class Sandbox:
 
 def _keep_no_capability() -> str:
     capabilities.keep_only(())
-    prctl(
+    _kernel.prctl(
         _PR_SET_DUMPABLE, 0
     )  # no core file with the guest's memory, and no debugger of another process of this user's
     return "none left"

@@ -127,7 +127,7 @@ _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _PROT_EXEC: Final = 4
 #: Lengths of queues, and the number of an interface that an option names.
 _OF_SOCKETS: Final = (termios.FIONREAD, termios.TIOCOUTQ, 0x894B, 0x8933)  # SIOCOUTQNSD, SIOCGIFINDEX
-#: Python asks each file that it opens whether it is a terminal.
+#: Python asks each file that it opens whether it is a terminal; a sanitizer that reports something, its output.
 _OF_FILES: Final = (termios.FIONBIO, termios.FIOCLEX, termios.TCGETS)
 _OF_DESCRIPTORS: Final = (
     *(fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL),

@@ -39,7 +39,7 @@ from collections.abc import Callable, Collection, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
-from godwit.confine import landlock, seccomp
+from godwit.confine import _kernel, landlock, seccomp
 from godwit.confine.capabilities import CAP_DAC_OVERRIDE, CAP_NET_ADMIN, has, keep_only
 from godwit.repair._modes import drop_all, first_not_tcp, set_mode
 from godwit.repair.guard import Guard, GuardError
@@ -151,6 +151,7 @@ class _Senders:
 
 def _confine() -> None:
     """Give up files and system calls. What the system does not allow to give up is in the log."""
+    _kernel.load_for_reports()
     try:
         landlock.restrict({})
     except OSError as error:
