@@ -40,6 +40,7 @@ MASK = 0xFFFFFFFF
 # What waits for a timer does so in one family: timers know of none.
 once = pytest.mark.parametrize("family", [V6], ids=["v6"])
 NO_TSO = PLAIN
+OLD = 1 << 31  # bytes; what ends so little before what is expected has been here
 
 
 class Stream:
@@ -60,6 +61,9 @@ class Stream:
         assert not frame.has(RST), frame
         conn.note(frame)
         if frame.payload or frame.has(FIN):
+            if (conn.ack - frame.tcp.seq - len(frame.payload) - frame.has(FIN)) & MASK < OLD:
+                conn.acknowledge()  # once more: to a timer, a guest that is slow for a second is one that lost it
+                return
             assert frame.tcp.seq == conn.ack
             self.segments.append(frame)
             self.received += frame.payload
@@ -542,8 +546,12 @@ def test_three_duplicates_are_a_loss(any_guest: Guest, family: Family) -> None:
         begun = time.monotonic()
         for _ in range(5):
             conn.acknowledge()
-        assert conn.read(len(data) - 3000) == data[3000:]
+        again = conn.until(lambda frame: bool(frame.payload))
         assert time.monotonic() - begun < 0.9  # a timer would have been a second
+        assert again.tcp.seq == conn.ack
+        conn.ack = (conn.ack + len(again.payload)) & MASK
+        conn.acknowledge()
+        assert again.payload + conn.read(len(data) - 3000 - len(again.payload)) == data[3000:]
         assert retransmits(any_guest) == 1
 
 
