@@ -24,6 +24,7 @@ import signal
 import socket
 import statistics
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -299,7 +300,7 @@ class Stage:
             if kind != "none":
                 process = space.popen(
                     [sys.executable, "-m", "godwit.lab.hostile", "--as", kind, self.guest.mac, f"{seconds}", f"{rate}"],
-                    stdout=-1,
+                    stdout=subprocess.DEVNULL,
                 )
                 stack.callback(process.wait)
                 stack.callback(process.send_signal, signal.SIGKILL)
