@@ -120,13 +120,20 @@ debug: venv ## an unoptimised build with debug information, in build/debug/lib
 
 # Python itself is not built with the sanitizers, so their libraries are loaded first. It frees little at
 # its end, which is no leak; and its own allocator would hide overruns inside its arenas.
-# Not what takes long and has the data plane do what others do, too, or is about the laboratory itself.
-ASAN_LEAVES := $(patsubst %,tests/lab/test_%.py,outcomes fault_matrix endurance leaks soak addresses guard failures going_on \
-	clients services hosts options agent debian image netns qmp traffic \
-	bench bench_report move_bench rest_bench tcp_bench)
+# Not what is Python alone; of the laboratory, neither what is about itself, nor what takes long and has the data plane do
+# what others do, too.
+ASAN_LEAVES := tests/cli tests/examples tests/migration tests/vhost_user tests/test_docs.py tests/test_layers.py \
+	$(patsubst %,tests/net/test_%.py,arp config dhcp dhcpv6 forward handover native ndp netevents netlink oracle resolv \
+	responder state) \
+	$(patsubst %,tests/daemon/test_%.py,control hostwatch lifecycle log main network_options options probe record texts) \
+	$(patsubst %,tests/lab/test_%.py,outcomes fault_matrix endurance leaks soak addresses guard failures going_on \
+	clients services hosts options front_ends upgrade agent debian image netns placement qmp stream traffic \
+	guest ideal udp weather bench bench_report move_bench rest_bench tcp_bench) \
+	tests/fuzz/test_streams.py
 
 asan: venv prerequisites-lab prerequisites-test ## the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	GODWIT_SANITIZE=1 $(call VARIANT,sanitize)
+	$(PY) -m compileall -q build/sanitize/lib
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	PYTHONPATH=$(CURDIR)/build/sanitize/lib GODWIT_SANITIZE=1 \
