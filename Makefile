@@ -127,7 +127,7 @@ ASAN_LEAVES := tests/cli tests/examples tests/migration tests/vhost_user tests/t
 	responder state) \
 	$(patsubst %,tests/daemon/test_%.py,control hostwatch lifecycle log main network_options options probe record texts) \
 	$(patsubst %,tests/lab/test_%.py,outcomes fault_matrix endurance leaks soak addresses guard failures going_on \
-	clients services hosts options front_ends upgrade agent debian image netns placement qmp stream traffic \
+	clients services hosts options front_ends scenario upgrade windows agent debian image netns placement qmp stream traffic \
 	guest ideal udp weather bench bench_report move_bench rest_bench tcp_bench) \
 	tests/fuzz/test_streams.py
 
