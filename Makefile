@@ -12,8 +12,9 @@ MOVES ?= 200
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMP := $(VENV)/installed
-# Each variant that is not installed has a tree of its own, so that one build never spoils another.
-VARIANT = $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)/lib
+# Each variant that is not installed has a tree of its own, so that one build never spoils another. Two compilers at once:
+# there is nothing else to do meanwhile.
+VARIANT = $(PY) setup.py -q build --parallel 2 --build-base build/$(1) --build-lib build/$(1)/lib
 
 SOURCES := $(shell find src -name '*.py' -o -name '*.py[ix]' -o -name '*.px[di]')
 
@@ -70,9 +71,8 @@ vm-tools: build prerequisites-vm ## QEMU, a guest image, passt and libvirt for t
 fuzz: build/libfuzzer/built $(VENV)/fuzz prerequisites-lab ## all that reads what others send, fuzzed for TIME seconds in all
 	$(PY) -m tests.fuzz.campaign --time $(TIME) $(TARGET)
 
-# Two compilers at once: there is nothing else to do meanwhile.
 build/libfuzzer/built: $(SOURCES) setup.py | venv prerequisites-fuzz
-	CC=clang GODWIT_FUZZ=1 $(PY) setup.py -q build --parallel 2 --build-base build/libfuzzer --build-lib build/libfuzzer/lib
+	CC=clang GODWIT_FUZZ=1 $(call VARIANT,libfuzzer)
 	@touch $@
 
 # Not as an extra of godwit's, which would be built once more.
