@@ -31,7 +31,7 @@ from .moves import IDLE, OWN_PORT, RATE, connection, datagrams, receive_all, rec
 from .successor import STEPS
 
 FORWARD = ("--tcp-ports", str(PORT), "--udp-ports", str(PORT))
-TIMES = 25 if os.environ.get("GODWIT_SANITIZE") else 100  # a process starts three times as long with the sanitizers
+TIMES = 15 if os.environ.get("GODWIT_SANITIZE") else 100  # a process starts three times as long with the sanitizers
 SO_RCVBUFFORCE = 33  # socket(7)
 
 
