@@ -69,7 +69,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Device]]:
     # It would be that of all the tests. `test_sandbox` has it, with processes of their own.
     monkeypatch.setattr("godwit.daemon.sandbox.Sandbox.enter", lambda *_: None)
     monkeypatch.setattr(lifecycle, "raise_descriptor_limit", lambda: None)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield Device
+    signal.pthread_sigmask(
+        signal.SIG_SETMASK, mask
+    )  # a daemon that is through hears nothing any more, and this is none
     Device.seconds = 0.0
 
 

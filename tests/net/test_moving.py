@@ -151,7 +151,9 @@ def passts(record: bytes) -> FlowState:
 def seen(state: FlowState) -> FlowState:
     """What of a flow is the same after it has come in a stream."""
     events = state.events & ~0x03 if state.events & 0x04 else state.events  # how it was opened, `pif` says
-    mss = min(max(state.tap_mss, 64), 65532)
+    # And its largest segment is one that a frame of the guest's can hold, in whole words.
+    four = state.sides[state.pif.index(2)].end_addr.startswith(bytes(10) + b"\xff\xff")
+    mss = min(max(state.tap_mss, 64), (65535 - (40 if four else 60)) & 0xFFFC)
     return state._replace(events=events, tap_mss=mss, retries=0, sndbuf=0, flags=0, seq_dup_ack_approx=0, idle=0)
 
 

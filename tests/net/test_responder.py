@@ -141,18 +141,17 @@ def test_absurd_dhcpv6_options(kind: int, options: list[tuple[int, bytes]]) -> N
 
 @pytest.mark.parametrize("associations", [1, 3])
 def test_an_answer_is_no_longer_than_can_be_sent(associations: int) -> None:
-    """Who has many addresses is told of each that it has it no more, which takes more than to ask."""
+    """Who has many addresses is told of each that it has it no more, which takes more than to ask: of what fits."""
 
     def option(code: int, value: bytes) -> bytes:
         return code.to_bytes(2, "big") + len(value).to_bytes(2, "big") + value
 
     addresses = b"".join(option(5, IPv6Address(f"2001:db8:1::{n:x}").packed + bytes(8)) for n in range(16))
-    asked = b"\1xyz" + option(1, bytes(400)) + option(3, bytes(12) + addresses) * associations
+    asked = b"\1xyz" + option(1, bytes(100)) + option(3, bytes(12) + addresses) * associations
     responder = make_responder()
     responder.config = replace(responder.config, search=["a" * 60 + ".example.org"] * 8)
     answers = responder.respond(bytes(DHCP6 / asked))
-    assert len(answers) == (1 if associations == 1 else 0)
-    assert all(len(answer) <= 2048 for answer in answers)
+    assert [len(answer) <= 2048 for answer in answers] == [True]
 
 
 def make_responder() -> Responder:

@@ -14,7 +14,7 @@ from enum import IntEnum
 from ipaddress import IPv6Address
 from typing import NamedTuple
 
-from godwit.net.config import RENEW_SECONDS, NetConfig
+from godwit.net.config import MIN_MTU, RENEW_SECONDS, NetConfig
 from godwit.net.dns import MAX_SERVERS, encode_name, encode_names
 from godwit.net.packet import (
     DHCPV6_CLIENT_PORT,
@@ -165,7 +165,7 @@ def _answer(config: NetConfig, request: Message) -> bytes | None:
     answer = _option(Option.SERVER_ID, server_duid(config))
     if client is not None:
         answer = _option(Option.CLIENT_ID, client) + answer
-    room = min(config.mtu or MAX_PACKET, MAX_PACKET) - IP6_HEADER - UDP_HEADER - MESSAGE
+    room = max(min(config.mtu or MAX_PACKET, MAX_PACKET), MIN_MTU) - IP6_HEADER - UDP_HEADER - MESSAGE
     match kind:
         case Kind.CONFIRM:
             wanted = [address for one in request.associations for address in one.addresses]
