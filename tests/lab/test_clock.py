@@ -55,7 +55,7 @@ def stamps(capture: Path, world: World) -> list[int]:
 
 
 def test_who_asks_for_the_time_of_day() -> None:
-    """Stamps of a capture, of the log's lines (which are Python's own affair), and when it was that the process began and
+    """Stamps of a capture, of log lines (which are Python's own affair), and when it was that the process began and
     that a guest moved, as the control socket tells; nobody else of what runs."""
     root = Path(godwit.__file__).parent
     asked = re.compile(r"CLOCK_REALTIME|CLOCK_BOOTTIME|\btime\.time\b|\bdatetime\b|getmtime")

@@ -131,7 +131,7 @@ _OF_SOCKETS: Final = (termios.FIONREAD, termios.TIOCOUTQ, 0x894B, 0x8933)  # SIO
 _OF_FILES: Final = (termios.FIONBIO, termios.FIOCLEX, termios.TCGETS)
 _OF_DESCRIPTORS: Final = (
     *(fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL),
-    *(fcntl.F_ADD_SEALS, fcntl.F_GET_SEALS),
+    *(fcntl.F_ADD_SEALS, fcntl.F_GET_SEALS, fcntl.F_SETPIPE_SZ, fcntl.F_GETPIPE_SZ),
 )
 _CLONE_NEW: Final = 0x7E020080  # all kinds of namespaces
 _WORD: Final = 0xFFFFFFFF
