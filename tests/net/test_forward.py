@@ -385,10 +385,11 @@ def test_of_all_ports_so_many_are_opened_as_may_be() -> None:
 
 def test_all_ports_do_with_the_descriptors_that_there_are() -> None:
     before, before_fds = resource.getrlimit(resource.RLIMIT_NOFILE), descriptors()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    limit = before_fds + 250  # other tests have left some
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
         found = open_listeners(parse_forwards("127.0.0.1/all", ephemeral=EPHEMERAL))
-        assert 200 < len(found) <= 256
+        assert 200 < len(found) <= limit
         assert found.left_out > 30000
         found.close()
     finally:
