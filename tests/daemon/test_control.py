@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from godwit.daemon import control, lifecycle
+from godwit.daemon import callers, control, lifecycle
 from godwit.daemon.control import MOST_CLIENTS, MOST_REQUEST, Control, RequestError
 from godwit.daemon.errors import SocketInUseError
 
@@ -220,7 +220,7 @@ def no_descriptors() -> Iterator[None]:
 
 
 def test_without_descriptors_it_waits_and_does_not_spin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_ACCEPT_AGAIN", 0.3)
+    monkeypatch.setattr(callers, "_AGAIN", 0.3)
 
     async def run() -> None:
         async with listening(tmp_path / "c"):

@@ -18,7 +18,7 @@ import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final
 
-from godwit.daemon import lifecycle
+from godwit.daemon.callers import Callers
 from godwit.daemon.texts import to_json
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,6 @@ REQUEST_SECONDS: Final = 5.0
 TAKE_SECONDS: Final = 10.0
 #: And for all of it.
 ALL_SECONDS: Final = 120.0
-
-_ACCEPT_AGAIN: Final = 1.0  # seconds
 
 #: Gives the pieces of an answer to the words of a request; `RequestError` before the first one if it is none.
 Answers = Callable[[Sequence[str]], AsyncGenerator[str, None]]
@@ -60,20 +58,16 @@ class Control:
         self._loop = asyncio.get_running_loop()
         self._answers: Answers | None = None
         self._clients: list[_Client] = []
-        self._again: asyncio.TimerHandle | None = None
+        self._callers = Callers(sock, self._come, "the control socket cannot be answered for a while")
 
     def serve(self, answers: Answers) -> None:
         """Answer whoever connects, or has connected, from now on."""
         self._answers = answers
-        self._loop.add_reader(self.sock, self._come)
+        self._callers.watch()
 
     def stop(self) -> None:
         """Let nobody in any more. Those who wait are another process's. May be repeated."""
-        if self._again is not None:
-            self._again.cancel()
-            self._again = None
-        if self.sock.fileno() >= 0:
-            self._loop.remove_reader(self.sock)
+        self._callers.stop()
 
     def close(self) -> None:
         """Hang up, and close the socket. May be repeated."""
@@ -82,19 +76,7 @@ class Control:
             self._send_away(client)
         self.sock.close()
 
-    def _come(self) -> None:
-        try:
-            sock, address = self.sock.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:  # mostly for want of descriptors: it would be readable all the time
-            log.warning("the control socket cannot be answered for a while: %s", error.strerror)
-            self._loop.remove_reader(self.sock)
-            self._again = self._loop.call_later(_ACCEPT_AGAIN, self._loop.add_reader, self.sock, self._come)
-            return
-        if lifecycle.is_probe(address):
-            sock.close()
-            return
+    def _come(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         if len(self._clients) >= MOST_CLIENTS:
             self._send_away(min(self._clients, key=lambda client: client.progress_at))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import socket
@@ -17,6 +18,7 @@ from contextlib import AsyncExitStack
 from godwit import __version__
 from godwit.confine import namespaces
 from godwit.daemon import lifecycle
+from godwit.daemon.callers import Callers
 from godwit.daemon.control import Control
 from godwit.daemon.device import NetDevice
 from godwit.daemon.errors import StartError, reason
@@ -32,8 +34,6 @@ from godwit.repair.client import RepairListener
 from godwit.vhost_user import SavedSession, Server, VhostUserError
 
 logger = logging.getLogger(__name__)
-
-_ASKED_AGAIN = 1.0  # seconds
 
 
 class House:
@@ -51,6 +51,7 @@ class House:
         self.repair: RepairListener | None = None
         self.takeover: socket.socket | None = None
         self.takeover_path: str | None = None
+        self._takers: Callers | None = None
         self.control: Control | None = None
         self._ctl_group = None if options.ctl_group is None else lifecycle.group(options.ctl_group, "--ctl-group")
         self.device: NetDevice | None = None
@@ -132,7 +133,11 @@ class House:
         assert self.takeover_path is not None  # with it
         self._names.callback(self.takeover.close)
         self._names.callback(lifecycle.remove, self.takeover_path)
-        self._names.callback(asyncio.get_running_loop().remove_reader, self.takeover)
+        self._names.callback(self._hear_nobody)
+
+    def _hear_nobody(self) -> None:
+        if self._takers is not None:
+            self._takers.stop()
 
     def _own_control(self) -> None:
         assert self.control is not None  # it was opened
@@ -190,30 +195,14 @@ class House:
         if self.control is not None:
             self.control.serve(Report(self, self.device, self._options).answer)
         if self.takeover is not None:
-            asyncio.get_running_loop().add_reader(self.takeover, self._is_asked, done)
+            come = functools.partial(self._is_asked, done=done)
+            self._takers = Callers(self.takeover, come, "whoever wants to take over cannot be heard yet")
+            self._takers.watch()
 
-    def _is_asked(self, done: Callable[[], None]) -> None:
-        assert self.takeover is not None  # or nothing would be watched
-        try:
-            sock, address = self.takeover.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:  # mostly for want of descriptors: who asks waits, and is told nothing for a while
-            logger.warning("whoever wants to take over cannot be heard yet: %s", error.strerror)
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self.takeover)
-            loop.call_later(_ASKED_AGAIN, self._listen_again, self.takeover, done)
-            return
-        if lifecycle.is_probe(address):
-            sock.close()
-            return
+    def _is_asked(self, sock: socket.socket, done: Callable[[], None]) -> None:
         task = asyncio.ensure_future(self._answer(sock, done))
         self._asked.add(task)
         task.add_done_callback(self._asked.discard)
-
-    def _listen_again(self, takeover: socket.socket, done: Callable[[], None]) -> None:
-        if takeover.fileno() >= 0:
-            asyncio.get_running_loop().add_reader(takeover, self._is_asked, done)
 
     async def _answer(self, sock: socket.socket, done: Callable[[], None]) -> None:
         successor = Successor(sock)
