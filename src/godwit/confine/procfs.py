@@ -73,6 +73,15 @@ def network_namespace() -> int:
     return os.stat(_NETWORK).st_ino if _network is None else _network
 
 
-def is_kept(fd: int) -> bool:
-    """Whether a descriptor is one of these."""
-    return fd in _kept.values()
+def foreign_descriptors() -> list[int]:
+    """The descriptors that are open now but for those that are kept here; none where there is no procfs."""
+    try:
+        return [fd for fd in map(int, os.listdir(DESCRIPTORS)) if fd not in _kept.values()]
+    except OSError:
+        return []
+
+
+def unix_sockets() -> set[bytes]:
+    """The names of the UNIX sockets in this network namespace, those of abstract ones with @ for each NUL."""
+    # number, references, protocol, flags, type, state, inode, path
+    return {words[7] for line in read(UNIX_SOCKETS).splitlines() if len(words := line.split()) == 8}

@@ -7,6 +7,7 @@ nothing up (it keeps their numbers in a bitmap, Linux 5.11), so they cost what t
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ _KILL, _TRAP, _ERROR, _ALLOW = 0x80000000, 0x00030000, 0x00050000, 0x7FFF0000  #
 _NUMBER_AT, _ARCH_AT, _ARGUMENTS_AT = 0, 4, 16  # struct seccomp_data
 _X32: Final = 0x40000000  # the other numbers of x86-64
 _ENOSYS: Final = 38
+_WHOLE: Final = 0xFFFFFFFF
 
 
 class Call(NamedTuple):
@@ -37,10 +39,16 @@ class Call(NamedTuple):
     error: int = 0
 
 
+_PROT_EXEC: Final = 4
+#: Memory, as long as nothing in it can be run: neither what is written now nor what is loaded.
+NOT_TO_BE_RUN: Final = (Call("mmap", 2, _PROT_EXEC, (0,)), Call("mprotect", 2, _PROT_EXEC, (0,)))
+
+
 def program(plain: Iterable[str], conditional: Iterable[Call] = (), missing: Iterable[str] = ()) -> bytes:
     """The filter: what is allowed, what is under a condition, and what is answered as if the kernel had it not.
 
-    Names that this architecture does not have are passed over.
+    This process may end itself by a signal, as abort() does and a violation. Names that this architecture does not have
+    are passed over.
     """
     numbers = _kernel.calls()
     made: list[tuple[int, int, int, int]] = [
@@ -63,7 +71,7 @@ def program(plain: Iterable[str], conditional: Iterable[Call] = (), missing: Ite
         when(name, [(_RETURN, 0, 0, _ALLOW)])
     for name in missing:
         when(name, [(_RETURN, 0, 0, _ERROR | _ENOSYS)])
-    for call in conditional:
+    for call in (*conditional, Call("tgkill", 0, _WHOLE, (os.getpid(),))):
         when(call.name, _condition(call))
     made.append((_RETURN, 0, 0, _TRAP))
     return b"".join(_INSTRUCTION.pack(*each) for each in made)

@@ -188,8 +188,6 @@ def _ask(name: str, request: bytes) -> bool:
 def lingerers() -> list[str]:
     """The names of those that linger in this network namespace, us among them."""
     with contextlib.suppress(OSError):
-        table = procfs.read(procfs.UNIX_SOCKETS).decode(errors="replace")
-        # number, references, protocol, flags, type, state, inode, path; abstract names begin with @
-        paths = {words[7] for line in table.splitlines() if len(words := line.split()) == 8}
-        return sorted(path[1:] for path in paths if path.startswith(f"@{_PREFIX}"))
+        prefix = f"@{_PREFIX}".encode()
+        return sorted(os.fsdecode(name[1:]) for name in procfs.unix_sockets() if name.startswith(prefix))
     return []

@@ -94,7 +94,7 @@ class Report:
         process = house.process
         engine = device.engine
         seen = engine.observed()
-        bits = listing.features(engine)
+        bits, gauges = listing.features(engine), listing.gauges(engine)
         rings = zip(_RINGS, listing.rings(engine), strict=True)
         reasons = [{"reason": name, "text": text} for name, text in self._reasons()]
         return {
@@ -128,7 +128,7 @@ class Report:
                     "ipv6_link_local": _seen6(seen.addr6_ll),
                 },
             },
-            "flows": {kind: listing.gauges(engine)[f"flows_{kind}"] for kind in _KINDS},
+            "flows": {kind: gauges[f"flows_{kind}"] for kind in _KINDS},
             "migration": self._migration(),
             "repair_helper": {
                 "connected": house.repair is not None and house.repair.connected(),

@@ -5,7 +5,8 @@ In this order, each a layer of its own, since no system need allow all of them:
 
 * *namespaces*: mount, IPC and UTS. The file system is an empty one, with the few directories that the options
   named, as far as something is done there later.
-* *user*: what ``--runas`` says. Whoever starts the daemon as root has it run as nobody.
+* *user*: what ``--runas`` says. Whoever starts the daemon as root has it run as nobody. (First, where it is root that
+  may not make namespaces: the user may, then.)
 * *capabilities*: none, and no_new_privs.
 * *Landlock*: in what is left of the file system, what is done there and no more; and signals to nobody.
 * *system calls*: those that `godwit.daemon.syscalls` lists. Any other ends the process, and the log names it.
@@ -26,7 +27,6 @@ from typing import NamedTuple
 
 from godwit.confine import _kernel, capabilities, landlock, namespaces, procfs, seccomp
 from godwit.confine.landlock import Access
-from godwit.confine.seccomp import Call
 from godwit.daemon.lifecycle import User
 from godwit.daemon.options import Options
 from godwit.daemon.syscalls import CONDITIONAL, MISSING, PLAIN
@@ -72,8 +72,8 @@ class Sandbox:
         self._directories[directory] = self._directories.get(directory, Access(0)) | access
 
     def enter(self, user: User | None, own: Callable[[User], None], last_words: tuple[int, bytes]) -> None:
-        """Give up all that is not needed any more. Raises `StartError` where the user cannot be assumed, and for
-        nothing else.
+        """Give up all that is not needed any more. Raises `StartError` where the user cannot be assumed; a layer that
+        the system refuses raises nothing.
 
         ``own`` hands what is open over to the user. ``last_words``: where the log goes, and how a line of it begins.
         """
@@ -128,23 +128,19 @@ class Sandbox:
 
 def _keep_no_capability() -> str:
     capabilities.keep_only(())
-    _kernel.prctl(
-        _PR_SET_DUMPABLE, 0
-    )  # no core file with the guest's memory, and no debugger of another process of this user's
+    # No core file with the guest's memory, and no debugger of another process of this user's.
+    _kernel.prctl(_PR_SET_DUMPABLE, 0)
     return "none left"
 
 
 def _restrict_calls(last_words: tuple[int, bytes]) -> str:
-    own = Call("tgkill", 0, 0xFFFFFFFF, (os.getpid(),))  # what abort() does, and a violation
-    seccomp.restrict(seccomp.program(PLAIN, (*CONDITIONAL, own), MISSING), *last_words)
-    return f"{len(PLAIN) + len(CONDITIONAL) + 1} left"
+    seccomp.restrict(seccomp.program(PLAIN, CONDITIONAL, MISSING), *last_words)
+    return f"{len(PLAIN) + len(CONDITIONAL) + 1} left"  # and what ends it
 
 
 def _close_directories() -> None:
     """Close those that whoever started this has left open: each is a way into the file system."""
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        fd = int(name)
-        if fd > 2 and not procfs.is_kept(fd):
-            with contextlib.suppress(OSError):
-                if stat.S_ISDIR(os.fstat(fd).st_mode):
-                    os.close(fd)
+    for fd in procfs.foreign_descriptors():
+        with contextlib.suppress(OSError):  # that of the listing itself is closed by now
+            if fd > 2 and stat.S_ISDIR(os.fstat(fd).st_mode):
+                os.close(fd)

@@ -12,7 +12,7 @@ import fcntl
 import termios
 from typing import Final
 
-from godwit.confine.seccomp import Call
+from godwit.confine.seccomp import NOT_TO_BE_RUN, Call
 
 #: What the tests have it do.
 OBSERVED: Final = (
@@ -124,7 +124,6 @@ ALTERNATIVES: Final = (
 )
 
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
-_PROT_EXEC: Final = 4
 #: Lengths of queues, and the number of an interface that an option names.
 _OF_SOCKETS: Final = (termios.FIONREAD, termios.TIOCOUTQ, 0x894B, 0x8933)  # SIOCOUTQNSD, SIOCGIFINDEX
 #: Python asks each file that it opens whether it is a terminal; a sanitizer that reports something, its output.
@@ -140,8 +139,7 @@ _WORD: Final = 0xFFFFFFFF
 CONDITIONAL: Final = (
     Call("socket", 0, _WORD, (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK)),
     Call("socketpair", 0, _WORD, (_AF_UNIX,)),
-    Call("mmap", 2, _PROT_EXEC, (0,)),  # nothing that is written can be run
-    Call("mprotect", 2, _PROT_EXEC, (0,)),
+    *NOT_TO_BE_RUN,
     Call("clone", 0, _CLONE_NEW, (0,)),  # threads, and one that keeps sockets in silence: `Linger.leave_keeper`
     Call("ioctl", 1, _WORD, (*_OF_SOCKETS, *_OF_FILES), error=errno.ENOTTY),
     Call("fcntl", 1, _WORD, _OF_DESCRIPTORS),  # nobody is sent a signal when a descriptor becomes readable

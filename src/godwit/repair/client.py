@@ -386,8 +386,7 @@ def _name_of(helper: socket.socket) -> object:
 def _is_near(name: bytes) -> bool:
     """Whether a socket of this abstract name is in our network namespace, as far as that can be seen."""
     try:
-        table = procfs.read(procfs.UNIX_SOCKETS)
-        return any(line.split()[-1] == name.replace(b"\0", b"@") for line in table.splitlines())
+        return name.replace(b"\0", b"@") in procfs.unix_sockets()
     except OSError:
         return True
 

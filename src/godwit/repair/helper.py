@@ -35,7 +35,7 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
@@ -43,7 +43,16 @@ from godwit.confine import _kernel, landlock, seccomp
 from godwit.confine.capabilities import CAP_DAC_OVERRIDE, CAP_NET_ADMIN, has, keep_only
 from godwit.repair._modes import drop_all, first_not_tcp, set_mode
 from godwit.repair.guard import Guard, GuardError
-from godwit.repair.protocol import GUARD_NAME, MessageError, Repair, close_all, encode, receive_request, tell_senders
+from godwit.repair.protocol import (
+    GUARD_NAME,
+    MessageError,
+    Repair,
+    Senders,
+    close_all,
+    encode,
+    receive_request,
+    tell_senders,
+)
 
 log = logging.getLogger(__name__)
 
@@ -69,19 +78,8 @@ _CALLS: Final = (
     *("recvmsg", "sendto", "getsockopt", "setsockopt", "getsockname", "close", "poll", "ppoll", "fstat"),
     *("newfstatat", "statx"),  # what fstat() is in newer C libraries
     *("write", "futex", "brk", "munmap", "mremap", "madvise", "getpid", "gettid", "clock_gettime", "getrandom"),
-    *(
-        "rt_sigaction",
-        "rt_sigprocmask",
-        "rt_sigreturn",
-        "restart_syscall",
-        "sigaltstack",
-        "tgkill",
-        "exit",
-        "exit_group",
-    ),
+    *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall", "exit", "exit_group"),
 )
-_PROT_EXEC: Final = 4
-_CONDITIONAL: Final = (seccomp.Call("mmap", 2, _PROT_EXEC, (0,)), seccomp.Call("mprotect", 2, _PROT_EXEC, (0,)))
 # Who prints a traceback looks for the source.
 _MISSING: Final = ("open", "openat", "stat", "readlink", "getcwd", "ioctl", "lseek", "read")
 
@@ -157,7 +155,7 @@ def _confine() -> None:
     except OSError as error:
         log.warning("the system does not allow to give up files (Landlock): %s", error.strerror)
     try:
-        seccomp.restrict(seccomp.program(_CALLS, _CONDITIONAL, _MISSING), 2, b"godwit repair: ")
+        seccomp.restrict(seccomp.program(_CALLS, seccomp.NOT_TO_BE_RUN, _MISSING), 2, b"godwit repair: ")
     except OSError as error:
         log.warning("the system does not allow to give up system calls (seccomp): %s", error.strerror)
 
@@ -167,13 +165,13 @@ def serve(
     guard: Guard | None = None,
     seconds: float = GUARD_SECONDS,
     program: int | None = None,
-    senders: Callable[[], Collection[int] | None] = lambda: None,
+    senders: Senders | None = None,
 ) -> None:
     """Do what a back-end asks until it closes the connection.
 
     ``program`` is the filter that sockets in repair mode get (`_modes.drop_all`).
     ``guard`` is closed with the first request that ends a repair mode, or after
-    ``seconds``. ``senders`` gives whose requests are carried out, None for anybody's; it is asked when one has come.
+    ``seconds``. ``senders`` gives whose requests are carried out; None: anybody's.
 
     :raises HelperError: a request that is none, or one that failed. What was
         done is not undone; closing the connection is the answer.
@@ -185,9 +183,7 @@ def serve(
             guard = None
             log.warning("resets are kept back no longer: no connection has come within %g s", seconds)
         try:
-            if guard is None:
-                _readable(sock)
-            request = receive_request(sock, senders())
+            request = receive_request(sock, senders)
         except (MessageError, OSError) as error:
             raise HelperError(f"bad request: {error}") from error
         if request is None:
@@ -212,11 +208,11 @@ def serve(
             raise HelperError(f"the back-end takes no answer: {error.strerror}") from error
 
 
-def _readable(sock: socket.socket, until: float | None = None) -> bool:
+def _readable(sock: socket.socket, until: float) -> bool:
     """Wait until something has come, or that time of the monotonic clock."""
     waiting = select.poll()
     waiting.register(sock, select.POLLIN)
-    return bool(waiting.poll(None if until is None else max(0.0, until - time.monotonic()) * 1000))
+    return bool(waiting.poll(max(0.0, until - time.monotonic()) * 1000))
 
 
 def _why_not(fd: int, number: int) -> str:

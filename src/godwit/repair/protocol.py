@@ -16,7 +16,7 @@ import array
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import IntEnum
 from typing import Final
 
@@ -33,6 +33,10 @@ _CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: process, user, grou
 _ANCILLARY: Final = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(MAX_SOCKETS * _INT)
 _PASSCRED: Final = 16  # SO_PASSCRED
 _SCM_CREDENTIALS: Final = 2
+
+
+#: Gives the users whose messages are taken, None for all; it is asked when one has come.
+Senders = Callable[[], Collection[int] | None]
 
 
 class Repair(IntEnum):
@@ -91,10 +95,10 @@ def tell_senders(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, _PASSCRED, 1)
 
 
-def receive_request(sock: socket.socket, uids: Collection[int] | None = None) -> tuple[Repair, array.array[int]] | None:
+def receive_request(sock: socket.socket, senders: Senders | None = None) -> tuple[Repair, array.array[int]] | None:
     """Take one message; the descriptors are the caller's. None at the end of the stream.
 
-    ``uids``: who may send it, after `tell_senders`; None for anybody.
+    ``senders``: who may send it, after `tell_senders`; None for anybody.
 
     ``MessageError``, with every descriptor closed, for anything but a known
     mode and at least one descriptor from one of these users.
@@ -112,6 +116,7 @@ def receive_request(sock: socket.socket, uids: Collection[int] | None = None) ->
             return None
         if flags & socket.MSG_CTRUNC:
             raise MessageError(f"descriptors were cut off, {len(fds)} arrived")
+        uids = None if senders is None else senders()
         if uids is not None and sender not in uids:
             raise MessageError(f"it is of user {sender}, and not of {' or '.join(map(str, sorted(uids)))}")
         mode = decode(data)
