@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib
 import os
 import struct
 import sys
 from collections.abc import Callable, Iterable
+from unittest import mock
 
-# All that the daemon imports in its start: as another user it may not find its interpreter's files.
-import encodings.ascii  # isort: skip  # noqa: F401
-
-import godwit.daemon.main  # noqa: F401
 from godwit.cli import serve
 from godwit.confine import _kernel, capabilities, seccomp
 from godwit.daemon.house import House
@@ -53,6 +51,8 @@ def refuse(names: Iterable[str], number: int) -> None:
 
 def main(how: str, *arguments: str) -> int:
     """Run the daemon to its end."""
+    # All that it imports in its start: as another user it may not find its interpreter's files.
+    importlib.import_module("godwit.daemon.main")
     if how not in MISDEEDS:
         os.setgroups([])
         os.setresgid(UID, UID, UID)
@@ -70,7 +70,7 @@ def main(how: str, *arguments: str) -> int:
             watch(house, done)
             MISDEEDS[how]()
 
-        House.watch = misbehave  # type: ignore[method-assign, assignment]
+        mock.patch.object(House, "watch", misbehave).start()
     return serve.main(arguments)
 
 

@@ -35,6 +35,8 @@ from scapy.packet import Packet, Raw
 
 from godwit.dataplane import Engine
 
+from ..fuzz.wire import ones_sum
+
 RX, TX = 0, 1
 TIMEOUT = 10.0  # seconds; nothing that is waited for takes long, except on a machine that is busy
 
@@ -409,16 +411,6 @@ class Frame:
 
     def __repr__(self) -> str:
         return f"<{self.ether.summary()} {len(self.payload)} bytes>"
-
-
-def ones_sum(data: bytes) -> int:
-    """RFC 1071."""
-    if len(data) % 2:
-        data += b"\0"
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
 
 
 class Guest:

@@ -15,6 +15,7 @@ from scapy.packet import Raw
 
 from godwit.lab.netns import Namespace
 
+from ..fuzz.wire import ones_sum
 from .driver import (
     FULL,
     GUEST_MAC,
@@ -26,7 +27,6 @@ from .driver import (
     Frame,
     Guest,
     is_echo_reply,
-    ones_sum,
     pattern,
 )
 from .test_datagram import SINGLE, Peer, is_udp, meet

@@ -253,7 +253,7 @@ class Run:
             return struct.pack("=II", script.u8() & 1, 0), 1
         return b"", 1 if request == Request.SET_LOG_FD else 0
 
-    async def _message(self, request: int, flags: int, payload: bytes, kinds: list[int] = [], cut: int = 0) -> None:  # noqa: B006
+    async def _message(self, request: int, flags: int, payload: bytes, kinds: Sequence[int] = (), cut: int = 0) -> None:
         """Have a message come, and what it asks for done."""
         if self.ended:
             return

@@ -339,34 +339,15 @@ def _fine_again(stage: Stage) -> Iterator[None]:
         stage.weather.calm()
 
 
-def _lose(weather: Weather, chance: random.Random) -> str:
-    share = chance.choice((1, 5, 10, 30))
-    weather.lose(share)
-    return f"{share} in 1000"
+def _some(do: Callable[[Weather, int], None], amounts: Sequence[int], unit: str) -> Callable[[Stage], str]:
+    """Weather of one of these amounts."""
 
+    def act(weather: Weather, chance: random.Random) -> str:
+        amount = chance.choice(amounts)
+        do(weather, amount)
+        return f"{amount} {unit}"
 
-def _duplicate(weather: Weather, chance: random.Random) -> str:
-    share = chance.choice((5, 50, 300))
-    weather.duplicate(share)
-    return f"{share} in 1000"
-
-
-def _reorder(weather: Weather, chance: random.Random) -> str:
-    share = chance.choice((5, 20, 100))
-    weather.reorder(share)
-    return f"{share} in 1000"
-
-
-def _narrow(weather: Weather, chance: random.Random) -> str:
-    megabits = chance.choice((10, 30, 100))
-    weather.narrow(megabits)
-    return f"{megabits} Mbit/s"
-
-
-def _mtu(weather: Weather, chance: random.Random) -> str:
-    mtu = chance.choice((1280, 1400, 1492))
-    weather.mtu(mtu)
-    return f"{mtu} bytes"
+    return _weather(act)
 
 
 def _flap(stage: Stage) -> str:
@@ -417,11 +398,11 @@ EVENTS: Sequence[Event] = (
     Event("taken over", Cost.NOTHING, 4, _taken_over, qemu=True, ends=True),
     Event("godwit stopped", Cost.NOTHING, 2, _godwit_stopped, qemu=True),
     Event("guest paused", Cost.NOTHING, 2, _guest_paused),
-    Event("loss", Cost.HANDSHAKES, 3, _weather(_lose), _HANDSHAKE, qemu=True),
-    Event("duplicates", Cost.HANDSHAKES, 2, _weather(_duplicate), _HANDSHAKE, qemu=True),
-    Event("another order", Cost.HANDSHAKES, 2, _weather(_reorder), _HANDSHAKE, qemu=True),
-    Event("congestion", Cost.HANDSHAKES, 2, _weather(_narrow), _HANDSHAKE, qemu=True),
-    Event("another MTU", Cost.HANDSHAKES, 2, _weather(_mtu), _HANDSHAKE, qemu=True),
+    Event("loss", Cost.HANDSHAKES, 3, _some(Weather.lose, (1, 5, 10, 30), "in 1000"), _HANDSHAKE, qemu=True),
+    Event("duplicates", Cost.HANDSHAKES, 2, _some(Weather.duplicate, (5, 50, 300), "in 1000"), _HANDSHAKE, qemu=True),
+    Event("another order", Cost.HANDSHAKES, 2, _some(Weather.reorder, (5, 20, 100), "in 1000"), _HANDSHAKE, qemu=True),
+    Event("congestion", Cost.HANDSHAKES, 2, _some(Weather.narrow, (10, 30, 100), "Mbit/s"), _HANDSHAKE, qemu=True),
+    Event("another MTU", Cost.HANDSHAKES, 2, _some(Weather.mtu, (1280, 1400, 1492), "bytes"), _HANDSHAKE, qemu=True),
     Event("link flaps", Cost.NOTHING, 3, _flap, qemu=True),
     Event("address gone", Cost.HANDSHAKES, 2, _address_gone, qemu=True),
 )
