@@ -59,8 +59,10 @@ _BEGIN = """
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <time.h>
+#include <unistd.h>
 
 static volatile int64_t *numbers;
 
@@ -80,7 +82,8 @@ __attribute__((constructor)) static void begin(void)
 CLOCK = """
 int clock_gettime(clockid_t clock, struct timespec *now)
 {
-    int rc = REAL(clock_gettime)(clock, now);
+    /* By its number: a sanitizer asks for the time before it can bear dlsym(). */
+    int rc = syscall(SYS_clock_gettime, clock, now);
     if (rc == 0 && clock == CLOCK_REALTIME && numbers)
         now->tv_sec += numbers[0];
     return rc;

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -215,9 +216,23 @@ def tcp(space: Namespace, version: int, addr: str, port: int) -> socket.socket:
 
 
 def connect(space: Namespace, addr: str, port: int, timeout: float = TIMEOUT) -> socket.socket:
-    """Open a TCP connection from ``space``."""
-    with space.enter():
-        return socket.create_connection((addr, port), timeout)
+    """Open a TCP connection from ``space``; :class:`TimeoutError` after so many seconds.
+
+    The kernel waits, not ``poll()``: that may tell of an ICMP error before SO_ERROR holds it (seen with Linux 6.18),
+    and a connection that failed passes for an open one.
+    """
+    with contextlib.ExitStack() as stack, space.enter():
+        family, kind, _, _, address = socket.getaddrinfo(addr, port, type=socket.SOCK_STREAM)[0]
+        sock = stack.enter_context(socket.socket(family, kind))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *divmod(round(timeout * 1e6), 10**6)))
+        try:
+            sock.connect(address)
+        except BlockingIOError as error:
+            raise TimeoutError(f"no connection to {addr} port {port} in {timeout} s") from error
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 0))
+        sock.settimeout(timeout)
+        stack.pop_all()
+        return sock
 
 
 def silent(sock: socket.socket) -> bool:
