@@ -14,18 +14,27 @@ from godwit.lab.errors import LabError
 TIMEOUT = 10.0  # seconds
 
 
-def metrics(path: str) -> list[dict[str, Any]]:
-    """Ask at a control socket for all metrics; :class:`LabError` if there is no answer."""
+def ask(path: str, request: str) -> bytes:
+    """Ask at a control socket; :class:`LabError` if there is no answer."""
     answer = b""
     try:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(TIMEOUT)
             sock.connect(path)
-            sock.sendall(b"metrics json\n")
+            sock.sendall(f"{request}\n".encode())
             while piece := sock.recv(1 << 16):
                 answer += piece
+    except OSError as error:
+        raise LabError(f"{path} does not answer {request!r}: {error!r}") from error
+    return answer
+
+
+def metrics(path: str) -> list[dict[str, Any]]:
+    """Ask at a control socket for all metrics; :class:`LabError` if there is no answer."""
+    answer = ask(path, "metrics json")
+    try:
         found = json.loads(answer)["metrics"]
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise LabError(f"{path} does not tell what is counted: {error!r}; {answer[:200]!r}") from error
     assert isinstance(found, list)
     return found

@@ -12,7 +12,7 @@ may cost, are in `godwit.lab.soak_events`; their sequence follows from the seed.
 
 After every few there is a rest. By its end the back-ends count as many connections as there are, and they and their
 helpers have no more memory and descriptors than after earlier rests. It ends at the first failure, with status 1, and
-keeps the logs.
+keeps the logs, and what sockets, queues and flows looked like.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from godwit.lab.agent import Agent
-from godwit.lab.counters import Counters
+from godwit.lab.counters import Counters, ask
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import Namespace, enter_user_namespace
@@ -70,6 +71,7 @@ REST_EVERY = 12  # events
 MORE_MEMORY = 2 << 20  # bytes, in the second half of a process's looks: holes in the heap, pages of tables
 LONG, SHORT = 160, 32  # events: processes stay through the former, so that what grows is seen, not through the latter
 LOGS = "build/soak"
+_SCENE = {"sockets": ("ss", "-Htanieom"), "udp": ("ss", "-Huanem"), "queues": ("tc", "-s", "qdisc")}
 
 _ERROR = re.compile(r"^\S+ \S+ (?:ERROR|CRITICAL) (?P<text>.*)$|^Traceback .*$|^.*Sanitizer.*$", re.MULTILINE)
 
@@ -464,22 +466,41 @@ def run(
     with lean(), Scenario(godwit_arguments=options, levels=True, make_guest=make_guest) as scenario:
         soak = Soak(scenario, seed, extent or Extent(), say)
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(soak, "over", True))
+        folder = None if logs is None else os.path.join(logs, f"seed-{seed}")
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             soak.run(seconds)
         except (LabError, VhostUserError, OSError) as error:
             soak.report.failures.append(f"{error}")
+            if folder is not None:
+                _keep_scene(scenario, folder)
         finally:
             signal.signal(signal.SIGTERM, before)
             soak.close()
-            if soak.report.failures and logs is not None:
-                folder = os.path.join(logs, f"seed-{seed}")
-                shutil.rmtree(folder, ignore_errors=True)
-                os.makedirs(folder)
+            if soak.report.failures and folder is not None:
+                os.makedirs(folder, exist_ok=True)
                 for name in os.listdir(scenario.folder):
                     if name.endswith(".log"):
                         shutil.copy(os.path.join(scenario.folder, name), folder)
                 soak.report.failures.append(f"the logs are in {folder}")
     return soak.report
+
+
+def _keep_scene(scenario: Scenario, folder: str) -> None:
+    """Keep what is to be seen at a failure, before anything is taken down: sockets, queues, the back-ends' flows."""
+    os.makedirs(folder)
+    net = scenario.network
+    spaces = {"bridge": net.bridge, "server": net.server, **net.hosts}
+    if isinstance(scenario.guest, EmbeddedGuest):
+        spaces["guest"] = scenario.guest.space
+    for name, space in spaces.items():
+        for what, command in _SCENE.items():
+            Path(folder, f"{name}.{what}").write_text(space.run(*command, check=False).stdout)
+    for backend in scenario.backends.values():
+        for what in ("status", "flows", "metrics"):
+            with contextlib.suppress(LabError):  # it may be what has failed
+                Path(folder, f"{backend.name}.{what}").write_bytes(ask(f"{backend.socket}.ctl", what))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
