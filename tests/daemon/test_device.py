@@ -460,7 +460,7 @@ def test_a_ring_that_the_guest_has_broken_is_told_of_once(run: Any, caplog: pyte
 
     run(work)
     assert [one.message for one in caplog.records if one.levelname == "ERROR"] == [
-        "the guest has broken the transmit ring, which stands still until the guest starts it anew: "
+        "the transmit ring is broken, and stands still until the guest starts it anew: "
         "a descriptor names memory that the guest does not have"
     ]
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from godwit.vhost_user import MemoryRegion, VringAddr
 from godwit.vhost_user.client import FrontendClient
 
 SERVE = (sys.executable, "-m", "godwit.cli.main", "serve")
@@ -242,3 +245,39 @@ print(libc.ptrace(16, int(sys.argv[1]), None, None), ctypes.get_errno())  # PTRA
 """
     done = subprocess.run([sys.executable, "-c", tried, str(daemon.pid)], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["-1", "1"], done.stderr
+
+
+def test_a_front_end_that_cuts_off_its_memory(start: Start, folder: Path) -> None:
+    """What is missing is replaced, from behind the walls too: the process goes on, and serves the next front-end."""
+    daemon, _ = start(*SERVE)
+    with FrontendClient.connect(folder / "s") as front_end, contextlib.ExitStack() as stack:
+
+        def descriptor(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        memory = descriptor(os.memfd_create("guest", os.MFD_CLOEXEC))
+        os.ftruncate(memory, 1 << 20)
+        front_end.set_owner()
+        front_end.set_features(1 << 32)  # VERSION_1, without which no ring is of this form; rings are enabled at once
+        front_end.set_mem_table([MemoryRegion(0, 1 << 20, 0, 0, memory)])
+        errors, kicks = [], []
+        for index in range(2):
+            kicks.append(descriptor(os.eventfd(0)))
+            errors.append(descriptor(os.eventfd(0)))
+            front_end.set_vring_num(index, 256)
+            front_end.set_vring_base(index, 0)
+            at = index << 16
+            front_end.set_vring_addr(index, VringAddr(0, at, at + 0x4000, at + 0x8000, 0))
+            front_end.set_vring_err(index, errors[index])
+            front_end.set_vring_kick(index, kicks[index])
+        front_end.get_features()  # an answer: all of that was done
+        os.ftruncate(memory, 0)
+        os.eventfd_write(kicks[1], 1)
+        for error in errors:
+            assert select.select([error], [], [], 10)[0]
+    assert serves(folder)
+    ends(daemon, folder)
+    assert daemon.stderr is not None
+    said = daemon.stderr.read()
+    assert said.count("the front-end has cut off the file") == 2

@@ -128,12 +128,13 @@ class Piece(NamedTuple):
 class Memory:
     """The guest's RAM: one file, mapped here and there."""
 
-    def __init__(self, regions: Sequence[Piece]) -> None:
+    def __init__(self, regions: Sequence[Piece], *, sealed: bool = True) -> None:
         self.regions = list(regions)
         self.file_size = max(r.offset + r.size for r in regions)
         self.fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, self.file_size)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        if sealed:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.map = mmap.mmap(self.fd, self.file_size)
         self._bytes = memoryview(self.map)
         self._words = self._bytes.cast("H")  # one store for each element, never half of one
@@ -418,7 +419,8 @@ class Guest:
 
     ``rx`` are the sizes of the receive buffers, each a tuple of the parts that
     its chain has; they are handed out again as soon as they come back, as long
-    as ``refill`` is set. ``num`` is the size of both rings.
+    as ``refill`` is set. ``num`` is the size of both rings. Memory that is not
+    ``sealed`` can be cut off; who touches it here then is at an end.
     """
 
     def __init__(
@@ -433,9 +435,10 @@ class Guest:
         start_index: int = 0,
         log: bool = False,
         engine: Engine | None = None,
+        sealed: bool = True,
     ) -> None:
         self.features = features
-        self.memory = Memory(regions)
+        self.memory = Memory(regions, sealed=sealed)
         self.rings = [Ring(self.memory, num, event_idx=bool(features & EVENT_IDX)) for _ in (RX, TX)]
         self.rx, self.tx = self.rings
         self.refill = True

@@ -419,7 +419,7 @@ class NetDevice(BaseDevice):
         self._answer_rare()
         for index, fault in self._engine.take_faults():
             log.error(
-                "the guest has broken the %s ring, which stands still until the guest starts it anew: %s",
+                "the %s ring is broken, and stands still until the guest starts it anew: %s",
                 ("receive", "transmit")[index],
                 fault,
             )

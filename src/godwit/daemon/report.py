@@ -167,7 +167,7 @@ class Report:
             yield "data_plane", "the data plane has stopped: the guest has no network"
         for name, (_, started, _, broken) in zip(_RINGS, listing.rings(engine), strict=True):
             if started and broken:
-                yield "ring_broken", f"the guest has broken a rule with its ring {name}, which is not served any more"
+                yield "ring_broken", f"the ring {name} is broken, and not served any more: the log says why"
         if house.repair is not None and not house.repair.connected():
             yield "repair_helper", f"no repair helper is connected to {house.repair.path}: connections cannot move"
         if device.held:
@@ -311,7 +311,7 @@ class Report:
         rings = list(zip(_RINGS, listing.rings(self._device.engine), strict=True))
         for name, what, place in (
             ("godwit_ring_started", "1 while the front-end has the ring started, by direction.", 1),
-            ("godwit_ring_broken", "1 if the guest has broken a rule with it, and it is not served.", 3),
+            ("godwit_ring_broken", "1 if a rule was broken with it, and it is not served.", 3),
         ):
             yield Family(name, "gauge", what, [({"ring": ring}, int(state[place])) for ring, state in rings])
         repair = house.repair

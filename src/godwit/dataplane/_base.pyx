@@ -26,7 +26,14 @@ from godwit.dataplane.flow cimport (
     watch_data,
 )
 from godwit.dataplane.loop cimport clock_ms, loop_run, loop_step, loop_wake
-from godwit.dataplane.memory cimport memory_add, memory_clear, memory_clear_log, memory_remove, memory_set_log
+from godwit.dataplane.memory cimport (
+    memory_add,
+    memory_clear,
+    memory_clear_log,
+    memory_gone,
+    memory_remove,
+    memory_set_log,
+)
 from godwit.dataplane.pcap cimport pcap_close, pcap_flush, pcap_open
 from godwit.dataplane.plane cimport (
     DROPS,
@@ -92,8 +99,8 @@ from godwit.dataplane.sys cimport (
 from godwit.dataplane.udp cimport udp_forward
 from godwit.dataplane.udp_to_guest cimport Carried, udp_free, udp_init
 from godwit.dataplane.virtqueue cimport (
-    BAD_BUFFER,
     MAX_QUEUE_SIZE,
+    NO_MEMORY,
     QUEUES,
     RX,
     TX,
@@ -139,8 +146,9 @@ FAULTS = (
     "an indirect table is within another, has others behind it, or is of no whole number of descriptors",
     "a chain has more descriptors than are taken",
     "a receive buffer has no room for the header of a frame",
+    "the front-end has cut off the file that the guest's memory, or the log of what is written to it, is in",
 )
-assert len(FAULTS) == -BAD_BUFFER
+assert len(FAULTS) == -NO_MEMORY
 
 
 log = logging.getLogger(__name__)
@@ -519,6 +527,8 @@ cdef class EngineBase:
                   f"ring {index}: the kick descriptor")
             if q.used == NULL:
                 raise ValueError(f"ring {index} was started before its address was set")
+            if memory_gone(&self.p.mem):
+                raise ValueError(f"ring {index} was started, but {FAULTS[-NO_MEMORY - 1]}")
             q.used_idx = q.published = (<uint16_t *>(q.used + 2))[0]
             q.broken = q.kicked = False
             q.most = 0
@@ -579,7 +589,7 @@ cdef class EngineBase:
                  self.p.queues[i].last_avail, self.p.queues[i].used_idx) for i in range(QUEUES)]
 
     def take_faults(self):
-        """For each ring that the guest has broken: (index, which rule it broke, in words). Each is told once."""
+        """For each ring that is broken: (index, which rule was broken, in words). Each is told once."""
         cdef int i
         found = []
         if not self.p.faults:

@@ -28,6 +28,7 @@ from godwit.dataplane.flow cimport (
 )
 from godwit.dataplane.from_guest cimport frames_from_guest
 from godwit.dataplane.icmp cimport errors_from_sock, ping_from_sock
+from godwit.dataplane.memory cimport memory_gone
 from godwit.dataplane.pcap cimport pcap_flush
 from godwit.dataplane.plane cimport (
     FF_RING_WAIT,
@@ -64,11 +65,13 @@ from godwit.dataplane.tcp_open cimport tcp_accept, tcp_accept_again
 from godwit.dataplane.to_guest cimport frame_to_guest
 from godwit.dataplane.udp_to_guest cimport udp_from_sock
 from godwit.dataplane.virtqueue cimport (
+    NO_MEMORY,
     QUEUES,
     RX,
     TX,
     Queue,
     queue_active,
+    queue_break,
     queue_notify_off,
     queue_notify_on,
     queue_pending,
@@ -168,6 +171,10 @@ cdef void tell_of_faults(Plane *p) noexcept nogil:
     """Wake the control thread for rings that have been broken."""
     cdef uint64_t one = 1
     cdef int i
+    if memory_gone(&p.mem):
+        for i in range(QUEUES):
+            if p.queues[i].started and not p.queues[i].broken:
+                queue_break(&p.queues[i], NO_MEMORY)
     for i in range(QUEUES):
         if p.queues[i].broken and not p.queues[i].told:
             p.queues[i].told = p.faults = True

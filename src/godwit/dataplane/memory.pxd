@@ -5,7 +5,7 @@
 pointer; everything else works on what it returned.
 """
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 cdef enum:
     MAX_REGIONS = 64    # as many memory slots as QEMU's own vhost-user limit has use for
@@ -28,6 +28,8 @@ cdef struct Memory:
     void *log_mapping
     size_t log_mapping_size
     bint log_all           # VHOST_F_LOG_ALL is on: every written buffer is marked
+    uint32_t losses        # of all the process's mappings, when these were last looked at; 0: they are to be
+    bint gone              # one of these was lost
 
 # A pointer to `addr` in guest-physical memory, NULL outside of it. `*got` is
 # how many of the `want` bytes lie there in one piece (at least 1).
@@ -44,3 +46,5 @@ cdef int memory_remove(Memory *m, uint64_t guest_addr, uint64_t size, uint64_t u
 cdef void memory_clear(Memory *m) noexcept nogil
 cdef int memory_set_log(Memory *m, int fd, uint64_t size, uint64_t offset) noexcept nogil
 cdef void memory_clear_log(Memory *m) noexcept nogil
+# Whether a file of these has been cut off: it reads as zeros then, and what is written to it is lost.
+cdef bint memory_gone(Memory *m) noexcept nogil

@@ -63,6 +63,20 @@ cdef extern from "<sys/mman.h>" nogil:
         MAP_NORESERVE
         MAP_FIXED
 
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct siginfo_t:
+        int si_code
+        void *si_addr
+    cdef struct sigaction_t "sigaction":
+        void (*sa_sigaction)(int number, siginfo_t *info, void *context) noexcept nogil
+        int sa_flags
+    int sigaction(int number, const sigaction_t *action, sigaction_t *old)
+    enum:
+        BUS_ADRERR
+        SA_NODEFER
+        SA_SIGINFO
+        SIGBUS
+
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
     enum:
@@ -319,6 +333,10 @@ cdef extern from *:
     { return __atomic_load_n((const uint16_t *)p, __ATOMIC_RELAXED); }
     static inline uint64_t gw_load64(const void *p)
     { return __atomic_load_n((const uint64_t *)p, __ATOMIC_RELAXED); }
+    static inline uint64_t gw_load64_acquire(const void *p)
+    { return __atomic_load_n((const uint64_t *)p, __ATOMIC_ACQUIRE); }
+    static inline void gw_store64_release(void *p, uint64_t v)
+    { __atomic_store_n((uint64_t *)p, v, __ATOMIC_RELEASE); }
     static inline void gw_store16_release(void *p, uint16_t v)
     { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE); }
     static inline void gw_store16(void *p, uint16_t v)
@@ -350,6 +368,8 @@ cdef extern from *:
     void or8 "gw_or8"(void *p, uint8_t v) nogil
     uint32_t load32_acquire "gw_load32_acquire"(const void *p) nogil
     void store32_release "gw_store32_release"(void *p, uint32_t v) nogil
+    uint64_t load64_acquire "gw_load64_acquire"(const void *p) nogil
+    void store64_release "gw_store64_release"(void *p, uint64_t v) nogil
 
 
 cdef inline bint before(uint32_t a, uint32_t b) noexcept nogil:

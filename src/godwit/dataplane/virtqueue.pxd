@@ -17,7 +17,7 @@ cdef enum:
     MAX_QUEUE_SIZE = 32768
     MAX_CHAIN = 1024    # elements of one chain that we take: a 64 KiB frame in scraps of 64 bytes
 
-# The rule that the guest broke. In words: FAULTS, _base.pyx.
+# Why a ring is not served any more: the rule that the guest broke, or the front-end. In words: FAULTS, _base.pyx.
 cdef enum Fault:
     BAD_INDEX = -1      # more entries in the available ring than it has
     BAD_CHAIN = -2      # a descriptor that there is none of, or a loop
@@ -26,6 +26,7 @@ cdef enum Fault:
     BAD_TABLE = -5      # an indirect table within one, with others behind it, or of no whole number of entries
     NO_ROOM = -6        # more elements than are taken
     BAD_BUFFER = -7     # a receive buffer with no room for the header
+    NO_MEMORY = -8      # the file that the guest's memory is in, or that of the dirty log, was cut off
 
 cdef struct Queue:
     uint16_t num            # descriptors, a power of two
@@ -49,7 +50,7 @@ cdef struct Queue:
     bint started            # between SET_VRING_KICK and GET_VRING_BASE
     bint kicked             # since it was started
     bint enabled
-    bint broken             # the guest broke a rule; stays so until the ring is started anew
+    bint broken             # a rule was broken; stays so until the ring is started anew
     int fault               # which (Fault)
     bint told               # the control thread knows
 
