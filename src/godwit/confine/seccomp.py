@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from godwit.confine import _kernel
@@ -25,23 +25,25 @@ _ENOSYS: Final = 38
 _WHOLE: Final = 0xFFFFFFFF
 
 
-class Call(NamedTuple):
-    """A system call, and what must hold for one argument of it (counted from 0), of which the lower half counts.
+class Only(NamedTuple):
+    """What must hold for an argument (from 0 on), of which the lower half counts: after ``mask`` it is one of these."""
 
-    After ``mask`` it is one of ``values``. Else the call is answered with ``error``, or it is a violation like a call
-    that is not listed.
-    """
-
-    name: str
     argument: int
     mask: int
     values: tuple[int, ...]
+
+
+class Call(NamedTuple):
+    """A system call, and all that must hold for it; else ``error`` is the answer, or it is a violation like any other."""
+
+    name: str
+    conditions: tuple[Only, ...]
     error: int = 0
 
 
 _PROT_EXEC: Final = 4
 #: Memory, as long as nothing in it can be run: neither what is written now nor what is loaded.
-NOT_TO_BE_RUN: Final = (Call("mmap", 2, _PROT_EXEC, (0,)), Call("mprotect", 2, _PROT_EXEC, (0,)))
+NOT_TO_BE_RUN: Final = tuple(Call(name, (Only(2, _PROT_EXEC, (0,)),)) for name in ("mmap", "mprotect"))
 
 
 def program(plain: Iterable[str], conditional: Iterable[Call] = (), missing: Iterable[str] = ()) -> bytes:
@@ -71,18 +73,21 @@ def program(plain: Iterable[str], conditional: Iterable[Call] = (), missing: Ite
         when(name, [(_RETURN, 0, 0, _ALLOW)])
     for name in missing:
         when(name, [(_RETURN, 0, 0, _ERROR | _ENOSYS)])
-    for call in (*conditional, Call("tgkill", 0, _WHOLE, (os.getpid(),))):
-        when(call.name, _condition(call))
+    for call in (*conditional, Call("tgkill", (Only(0, _WHOLE, (os.getpid(),)),))):
+        when(call.name, tuple(_conditions(call)))
     made.append((_RETURN, 0, 0, _TRAP))
     return b"".join(_INSTRUCTION.pack(*each) for each in made)
 
 
-def _condition(call: Call) -> list[tuple[int, int, int, int]]:
+def _conditions(call: Call) -> Iterator[tuple[int, int, int, int]]:
     lower_half = 0 if sys.byteorder == "little" else 4
-    found = [(_LOAD, 0, 0, _ARGUMENTS_AT + 8 * call.argument + lower_half), (_AND, 0, 0, call.mask)]
-    for value in call.values:
-        found += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
-    return [*found, (_RETURN, 0, 0, _ERROR | call.error if call.error else _TRAP)]
+    for argument, mask, values in call.conditions:
+        yield _LOAD, 0, 0, _ARGUMENTS_AT + 8 * argument + lower_half
+        yield _AND, 0, 0, mask
+        for left, value in zip(range(len(values), 0, -1), values, strict=True):
+            yield _EQUAL, left, 0, value  # over the others, and what is answered where none is right
+        yield _RETURN, 0, 0, _ERROR | call.error if call.error else _TRAP
+    yield _RETURN, 0, 0, _ALLOW
 
 
 def restrict(filter_program: bytes, log: int, before: bytes) -> None:

@@ -12,7 +12,7 @@ import fcntl
 import termios
 from typing import Final
 
-from godwit.confine.seccomp import NOT_TO_BE_RUN, Call
+from godwit.confine.seccomp import NOT_TO_BE_RUN, Call, Only
 
 #: What the tests have it do.
 OBSERVED: Final = (
@@ -124,6 +124,7 @@ ALTERNATIVES: Final = (
 )
 
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+_PROTOCOLS: Final = (0, 1, 58)  # IPPROTO_ICMP, IPPROTO_ICMPV6
 #: Lengths of queues, and the number of an interface that an option names.
 _OF_SOCKETS: Final = (termios.FIONREAD, termios.TIOCOUTQ, 0x894B, 0x8933)  # SIOCOUTQNSD, SIOCGIFINDEX
 #: Python asks each file that it opens whether it is a terminal; a sanitizer that reports something, its output.
@@ -137,14 +138,16 @@ _WORD: Final = 0xFFFFFFFF
 
 #: Of these, no more than what is said here.
 CONDITIONAL: Final = (
-    Call("socket", 0, _WORD, (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK)),
-    Call("socketpair", 0, _WORD, (_AF_UNIX,)),
+    # Of netlink, NETLINK_ROUTE; of IP, TCP and UDP (0 as well), and ICMP.
+    Call("socket", (Only(0, _WORD, (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK)), Only(2, _WORD, _PROTOCOLS))),
+    Call("socketpair", (Only(0, _WORD, (_AF_UNIX,)),)),
     *NOT_TO_BE_RUN,
-    Call("clone", 0, _CLONE_NEW, (0,)),  # threads, and one that keeps sockets in silence: `Linger.leave_keeper`
-    Call("ioctl", 1, _WORD, (*_OF_SOCKETS, *_OF_FILES), error=errno.ENOTTY),
-    Call("fcntl", 1, _WORD, _OF_DESCRIPTORS),  # nobody is sent a signal when a descriptor becomes readable
-    Call("prlimit64", 0, _WORD, (0,)),  # of itself
-    Call("prctl", 0, _WORD, (15,)),  # PR_SET_NAME: newer Pythons name their threads
+    # Threads, and one that keeps sockets in silence: `Linger.leave_keeper`.
+    Call("clone", (Only(0, _CLONE_NEW, (0,)),)),
+    Call("ioctl", (Only(1, _WORD, (*_OF_SOCKETS, *_OF_FILES)),), error=errno.ENOTTY),
+    Call("fcntl", (Only(1, _WORD, _OF_DESCRIPTORS),)),  # nobody is sent a signal when a descriptor becomes readable
+    Call("prlimit64", (Only(0, _WORD, (0,)),)),  # of itself
+    Call("prctl", (Only(0, _WORD, (15,)),)),  # PR_SET_NAME: newer Pythons name their threads
 )
 
 #: What is answered as by a kernel that does not have it: the C library then makes the call whose arguments can be seen.

@@ -197,7 +197,7 @@ cdef void sock_hurry(int fd, bint on) noexcept nogil:
 
 
 cdef int sock_create(bint v6) noexcept nogil:
-    cdef int rc, fd = socket(AF_INET6 if v6 else AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
+    cdef int rc, fd = socket(AF_INET6 if v6 else AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     if fd < 0:
         return -errno
     # Repair mode, which begins before the socket is bound, has SO_REUSEADDR in it.
@@ -602,7 +602,7 @@ def knock(bytes our_addr, uint16_t our_port, bytes end_addr, uint16_t end_port, 
     cdef tcp_info info
     cdef socklen_t n = sizeof(info)
     cdef sockaddr nobody
-    cdef int fd = socket(local.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
+    cdef int fd = socket(local.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     check(-errno if fd < 0 else 0, "socket")
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
     if share:

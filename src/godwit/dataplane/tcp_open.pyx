@@ -174,7 +174,7 @@ cdef void limit_mss(Plane *p, Flow *f) noexcept nogil:
 
 cdef int stream_socket(Plane *p, bint v6) noexcept nogil:
     cdef int one = 1
-    cdef int s = socket(AF_INET6 if v6 else AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
+    cdef int s = socket(AF_INET6 if v6 else AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     if s >= 0:
         # The guest's own stack has decided already what is worth a segment.
         setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))

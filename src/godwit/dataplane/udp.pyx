@@ -251,7 +251,7 @@ cdef Flow *open_port(Plane *p, Packet *k, uint16_t guest_port, bint v4, int port
         drop(p, reason - 1 if reason else DROP_TABLE_FULL)
         return NULL
     f.flags = FF_FROM_GUEST | (0 if v4 else FF_V6)
-    f.sock = socket(AF_INET if v4 else AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP)
+    f.sock = socket(AF_INET if v4 else AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     if f.sock >= 0:
         if not v4:
             set_option(f.sock, IPPROTO_IPV6, IPV6_V6ONLY, 1)
