@@ -34,7 +34,7 @@ class Only(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A system call, and all that must hold for it; else ``error`` is the answer, or it is a violation like any other."""
+    """A system call, and all that must hold for it; otherwise ``error`` is the answer, or it is a violation."""
 
     name: str
     conditions: tuple[Only, ...]
