@@ -21,6 +21,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -456,11 +457,17 @@ class _Bridge:
         with self._space.enter():
             index = socket.if_nametoindex(name)
         body = struct.pack("=BxHiII", family, 0, index, 0, 0) + attribute
-        flags = _NLM_F_REQUEST | _NLM_F_ACK
-        self._sock.send(struct.pack("=IHHII", 16 + len(body), request, flags, 0, 0) + body)
-        _, kind, _, _, _, error = struct.unpack_from("=IHHIIi", self._sock.recv(4096))
-        if kind != _NLMSG_ERROR or error:
-            raise LabError(f"the bridge's {name} cannot be changed: {os.strerror(-error)}")
+        message = struct.pack("=IHHII", 16 + len(body), request, _NLM_F_REQUEST | _NLM_F_ACK, 0, 0) + body
+        until = time.monotonic() + 10.0
+        while True:
+            self._sock.send(message)
+            _, kind, _, _, _, error = struct.unpack_from("=IHHIIi", self._sock.recv(4096))
+            if kind == _NLMSG_ERROR and error == 0:
+                return
+            # A link that has been set up is so once the kernel gets round to it, on a busy host after a while.
+            if error != -errno.ENETDOWN or time.monotonic() > until:
+                raise LabError(f"the bridge's {name} cannot be changed: {os.strerror(-error)}")
+            time.sleep(0.001)
 
     def port(self, name: str, state: int) -> None:
         """Put a port into a state."""
