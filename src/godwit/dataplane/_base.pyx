@@ -146,7 +146,7 @@ FAULTS = (
     "an indirect table is within another, has others behind it, or is of no whole number of descriptors",
     "a chain has more descriptors than are taken",
     "a receive buffer has no room for the header of a frame",
-    "the front-end has cut off the file that the guest's memory, or the log of what is written to it, is in",
+    "the front-end has cut off the file that the guest's memory or its dirty log is in, or there are no pages for it",
 )
 assert len(FAULTS) == -NO_MEMORY
 
