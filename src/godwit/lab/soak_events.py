@@ -403,6 +403,7 @@ EVENTS: Sequence[Event] = (
     Event("another order", Cost.HANDSHAKES, 2, _some(Weather.reorder, (5, 20, 100), "in 1000"), _HANDSHAKE, qemu=True),
     Event("congestion", Cost.HANDSHAKES, 2, _some(Weather.narrow, (10, 30, 100), "Mbit/s"), _HANDSHAKE, qemu=True),
     Event("another MTU", Cost.HANDSHAKES, 2, _some(Weather.mtu, (1280, 1400, 1492), "bytes"), _HANDSHAKE, qemu=True),
-    Event("link flaps", Cost.NOTHING, 3, _flap, qemu=True),
+    # Who asks for a neighbour for three seconds is told that there is none, behind godwit as elsewhere.
+    Event("link flaps", Cost.HANDSHAKES, 3, _flap, qemu=True),
     Event("address gone", Cost.HANDSHAKES, 2, _address_gone, qemu=True),
 )
