@@ -13,7 +13,7 @@ import pytest
 from godwit.lab.counters import Counters
 from godwit.lab.scenario import PORT
 from godwit.lab.size import Size, growth
-from godwit.lab.soak import MORE_MEMORY, WARM, Extent, Log, Report, later, run
+from godwit.lab.soak import ENOUGH, MORE_MEMORY, Extent, Log, Report, later, run
 from godwit.lab.soak_events import EVENTS, Cost, Event, Stage
 
 SMALL = Extent(idle=5, rate=300_000, pace=0.05, rest=0.1, rest_every=1000, once_each=True)
@@ -78,11 +78,12 @@ def test_errors_in_the_log_are_found_once(tmp_path: Path) -> None:
 def test_what_grows_on_and_on_is_told_from_what_comes_to_an_end() -> None:
     levels_off = [Size((20 << 20) - int(0.75**look * (12 << 20)), 100) for look in range(16)]
     grows_on = [Size((20 << 20) + look * MORE_MEMORY // 6, 100) for look in range(16)]
-    assert growth({"it": levels_off[WARM:]}, MORE_MEMORY)
+    assert growth({"it": levels_off}, MORE_MEMORY)
     assert growth({"it": later(levels_off)}, MORE_MEMORY) == []
-    assert growth({"it": later(grows_on[: WARM + 2])}, MORE_MEMORY) == []
+    assert later(grows_on[: ENOUGH - 1]) == ()
+    assert growth({"it": later(grows_on[:ENOUGH])}, MORE_MEMORY) == []
     assert len(growth({"it": later(grows_on)}, MORE_MEMORY)) == 1
-    assert len(growth({"it": later([Size(2 * look * MORE_MEMORY, 100) for look in range(WARM + 2)])}, MORE_MEMORY)) == 1
+    assert len(growth({"it": later([Size(look * MORE_MEMORY, 100) for look in range(ENOUGH)])}, MORE_MEMORY)) == 1
 
 
 def test_counting_backwards_is_found() -> None:

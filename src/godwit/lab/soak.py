@@ -66,7 +66,7 @@ IDLE = 500  # connections for each way and IP version
 RATE = 500_000  # bytes per second of each stream
 SETTLED = 30.0  # seconds
 REST = 12.0  # seconds after which sockets of what has moved away are closed
-WARM = 2  # looks at a process before those that are compared: what it keeps to itself grows at first
+ENOUGH = 6  # looks at a process, before its later ones are compared: what it keeps to itself grows at first
 REST_EVERY = 12  # events
 MORE_MEMORY = 2 << 20  # bytes, in the second half of a process's looks: holes in the heap, pages of tables
 LONG, SHORT = 160, 32  # events: processes stay through the former, so that what grows is seen, not through the latter
@@ -127,17 +127,17 @@ class Report:
         lines.append(f"after {self.rests} rests:")
         for name, looks in self.sizes.items():
             if len(looks) > 1:
-                warm = f"{looks[WARM]} -> " if len(looks) > WARM + 1 else ""
+                warm = f"{found[0]} -> " if (found := later(looks)) else ""
                 lines.append(f"  {name}: {looks[0]} -> {warm}{looks[-1]} ({len(looks)} looks)")
         return "\n".join([*lines, *(f"FAILED: {failure}" for failure in self.failures)])
 
 
 def later(looks: Sequence[Size]) -> Sequence[Size]:
-    """Those of a process that are compared: the second half of them, and none of the first `WARM`.
+    """Those of a process that are compared: the second half of them, once there are `ENOUGH`.
 
     What is to come to an end has by then, and what is lost bit by bit goes on.
     """
-    return looks[max(WARM, len(looks) // 2) :]
+    return looks[len(looks) // 2 :] if len(looks) >= ENOUGH else ()
 
 
 def _ms(seconds: float) -> str:
@@ -435,7 +435,7 @@ class Soak:
                     what = what or f"the helper of {backend.name}, process {pid}"
                     sizes.setdefault(what, []).append(Size.of(pid, datagrams=False))
         self.report.rests += 1
-        late = {name: later(looks) for name, looks in self.report.sizes.items() if looks[WARM:]}
+        late = {name: found for name, looks in self.report.sizes.items() if (found := later(looks))}
         if grown := growth(late, MORE_MEMORY):
             raise LabError("; ".join(grown))
         self._start_users()
