@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -239,6 +240,33 @@ def test_a_helper_that_is_lost_in_the_midst_of_a_commit(
             with socket.socket(fileno=os.dup(fd)) as ours:
                 ours.settimeout(5.0)
                 assert ours.recv(2, socket.MSG_PEEK) == b"x"
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_who_is_reset_by_its_peer_in_the_midst_of_a_commit_is_not_lost(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, moment: str
+) -> None:
+    """Before or after its socket leaves repair mode: it ends as any other that is reset."""
+    caplog.set_level("INFO")
+    came = leave_and_load(rig, 2, 1, b"not sent yet")
+    resetting = rig.peers[1]
+    resetting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def set_mode(fds: Sequence[int], mode: Repair) -> None:
+        if moment == "before":
+            resetting.close()
+        rig.set_mode(fds, mode)
+        if moment == "after":
+            resetting.close()
+
+    monkeypatch.setattr(rig.mover, "_set_mode", set_mode)
+    rig.mover.commit()
+    assert "1 connections go on here, 0 were lost" in caplog.text
+    assert "1 connections were reset by their peers meanwhile" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert rig.mover.went == (1, 0)
+    assert rig.engine.flow_socket(came[0])[0] >= 0
+    assert rig.engine.flow_generation(came[1]) is None or rig.engine.flow_socket(came[1])[0] < 0
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2, 4])
@@ -489,7 +517,7 @@ def test_datagrams_beyond_the_limit_are_lost_only_with_the_guest(
             assert [one.data[:1] for one in rig.engine.udp_waiting(port)] == [b"%d" % number for number in range(8)]
 
 
-def leave_and_load(rig: Rig, count: int = 1, odd: int | None = None, **values: int) -> list[int]:
+def leave_and_load(rig: Rig, count: int = 1, odd: int | None = None, unsent: bytes = b"", **values: int) -> list[int]:
     """Flows go, and come again, up to the commit; the socket of one with other values. Returns their indices."""
     flows = [rig.add() for _ in range(count)]
     rig.mover.freeze()
@@ -502,7 +530,8 @@ def leave_and_load(rig: Rig, count: int = 1, odd: int | None = None, **values: i
     if odd is not None:
         begin, end = odd * SOCKET.size, (odd + 1) * SOCKET.size  # nothing is queued
         state = SocketState._make(SOCKET.unpack(dumped[begin:end]))
-        dumped = dumped[:begin] + SOCKET.encode(state._replace(**values)) + dumped[end:]
+        values |= {"sndq": len(unsent), "notsent": len(unsent)}
+        dumped = dumped[:begin] + SOCKET.encode(state._replace(**values)) + unsent + dumped[end:]
     rig.mover.restore(0, dumped)
     return rig.came()
 

@@ -63,6 +63,7 @@ HURRY_SECONDS = 8.0
 LOOK_EVERY = 1.0
 LOOK_SECONDS = 60.0
 
+RESET = "its peer has reset it"  # and so it ends here as it would have anywhere: it is not lost
 # What a source can make the log say at most: characters of what differs, and reasons why connections were lost.
 MAX_DIFFERENCES = 1000
 MAX_REASONS = 20
@@ -101,6 +102,11 @@ class Left(NamedTuple):
 def _host_side(state: FlowState) -> Side:
     """The side of the remote peer."""
     return state.sides[0] if state.pif[0] == 1 else state.sides[1]
+
+
+def _why(step: str, error: int) -> str:
+    """Why a connection is lost whose socket is there, but a step with it has failed: or that it is not."""
+    return RESET if error in (errno.ECONNRESET, errno.EPIPE) else f"{step}: {os.strerror(error)}"
 
 
 def _report(lost: Iterable[tuple[str, FlowState]]) -> None:
@@ -774,7 +780,7 @@ class Mover:
         """All that they need but to be out of repair mode. Gives those that have it."""
         failed = dict(self._came().complete(numbers))
         for number, error in failed.items():
-            self._lose(number, f"completing its socket: {os.strerror(error)}")
+            self._lose(number, _why("completing its socket", error))
         return array("I", (number for number in numbers if number not in failed)) if failed else numbers
 
     def _done(self, wait: Callable[[], None], count: int) -> int:
@@ -792,7 +798,7 @@ class Mover:
     def _finish(self, numbers: array[int]) -> None:
         """These are out of repair mode."""
         for number, error in self._came().finish(numbers):
-            self._lose(number, f"writing what was not sent yet: {os.strerror(error)}")
+            self._lose(number, _why("writing what was not sent yet", error))
 
     def _end_lost(self) -> None:
         """Reset what is lost, open what is opened here, and say how many there are."""
@@ -808,13 +814,16 @@ class Mover:
             self._engine.open_flow(flow)
         waits = {flow_of(number): waiting for number, waiting in self._waits.items() if number not in self._lost}
         going = len(self._arrived()) - len(lost) - len(waits)
-        self.went = going, len(lost)
-        log.info("%d connections go on here, %d were lost", going, len(lost))
+        reset = sum(why == RESET for why in lost.values())
+        self.went = going, len(lost) - reset
+        log.info("%d connections go on here, %d were lost", *self.went)
+        if reset:
+            log.info("%d connections were reset by their peers meanwhile", reset)
         if waits:
             missing = names(one.ours.our_addr for one in waits.values())
             log.warning("%d connections wait for their address to come to this host: %s", len(waits), missing)
         self._awaited.wait(waits)
-        _report((why, states[flow]) for flow, why in lost.items())
+        _report((why, states[flow]) for flow, why in lost.items() if why != RESET)
         if lost and self._repair is not None:
             self._repair.end_guard()  # resets are wanted now
         self._knocks.begin(peers, self.scope)
