@@ -13,7 +13,7 @@ import pytest
 
 from godwit.lab.backend import Backend
 from godwit.lab.guest import EmbeddedGuest
-from godwit.lab.netns import HOST4, HOST6, SERVER4, SERVER6, Namespace, Network
+from godwit.lab.netns import HOST4, HOST6, SERVER4, SERVER6, Namespace, Network, wait_until
 
 # A second machine in the guest's network, in which it is the guest itself; and an address that the host gets late.
 BEHIND4, BEHIND6 = "192.0.2.99", "2001:db8::99"
@@ -120,6 +120,8 @@ def test_an_address_that_the_host_gets_late(world: World, kind: socket.SocketKin
     length = "/128 nodad" if ":" in address else "/32"
     world.host.ip(f"addr add {address}{length} dev eth0")
     try:
+        # The kernel has a worker make the route by which an IPv6 address takes packets: before it they are dropped.
+        wait_until(lambda: world.host.run("ip", "route", "get", address).stdout.startswith("local "), "the address")
         exchange(world, kind, address, 6000, (own, 6000))
     finally:
         world.host.ip(f"addr del {address}{length.split()[0]} dev eth0")
