@@ -110,6 +110,7 @@ class States:
     def in_a_commit_whose_helper_hangs(self) -> Backend:
         attempt = self._saved()
         self._hang("b")
+        self.stack.callback(attempt.source.close)  # nobody's, once the guest is on the target
         attempt.switch_over()
         return self.scenario.backends["b"]
 
