@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from godwit.dataplane.sockstate import ephemeral_ports
 from godwit.net.forward import (
     Forward,
     ForwardError,
     Forwards,
     Listener,
     Place,
-    ephemeral_ports,
     open_listeners,
     parse_forwards,
     share,

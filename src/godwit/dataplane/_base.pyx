@@ -58,7 +58,7 @@ from godwit.dataplane.plane cimport (
     frames_both_ways,
 )
 from godwit.dataplane.reassembly cimport reassembly_free, reassembly_init
-from godwit.dataplane.sockstate cimport kernel_limit, kernel_limits
+from godwit.dataplane.sockstate cimport ephemeral_ports, kernel_limit
 from godwit.dataplane.sys cimport (
     AF_INET,
     EFD_CLOEXEC,
@@ -248,7 +248,7 @@ cdef class EngineBase:
         check(-errno if epoll_ctl(self.p.epfd, EPOLL_CTL_ADD, self.p.wake, &ev) != 0 else 0, "epoll")
         self.p.peek_offset = kernel_has_peek_offset()
         self.p.send_buffer = min(2 * kernel_limit("core/wmem_max", 212992), SEND_BUFFER)     # SO_SNDBUF is doubled
-        self.p.most_ports = max(1, ephemeral_ports() // 2)
+        self.p.most_ports = ports_for_the_guest()
         self.p.now = clock_ms(self.p)
 
     def __dealloc__(self):
@@ -866,10 +866,10 @@ cdef class EngineBase:
                 self.p.config.guest_mac_known = True
 
 
-cdef uint32_t ephemeral_ports():
-    """How many ports the kernel chooses from. One of UDP is taken by one socket, whoever that talks to (ip(7))."""
-    found = kernel_limits("ipv4/ip_local_port_range")
-    return found[1] - found[0] + 1 if len(found) == 2 else 28232    # as it is where nobody has changed it
+cdef uint32_t ports_for_the_guest():
+    """Half of those that the kernel chooses from. One of UDP is taken by one socket, whoever that talks to (ip(7))."""
+    first, last = ephemeral_ports()
+    return max(1, (last + 1 - first) // 2)
 
 
 cdef bint kernel_has_peek_offset():

@@ -67,7 +67,7 @@ cdef int sock_dump_queues(int fd, SockState *s, const Queued *q, uint8_t *out) n
 cdef socklen_t sock_end(sockaddr_storage *out, const uint8_t *a, uint16_t port, uint32_t scope) noexcept nogil
 # The last number of a file below /proc/sys/net; `default` where there is none to be read.
 cdef object kernel_limit(str name, default)
-cdef object kernel_limits(str name)
+cpdef tuple ephemeral_ports()
 # Bytes of a receive queue that surely fit into a new socket.
 cdef uint32_t receive_room()
 # `step` says where it failed, by its index in STEPS.

@@ -26,5 +26,8 @@ def knock(our_addr: bytes, our_port: int, end_addr: bytes, end_port: int, scope:
     not this host's, or somebody else listens on the port (EADDRINUSE).
     """
 
+def ephemeral_ports() -> tuple[int, int]:
+    """The ports that the host gives its own sockets, first and last (ip-sysctl, ip_local_port_range)."""
+
 def keep_limits() -> None:
     """Read now what of the kernel's limits is asked for later (/proc/sys/net), for a process that will see no /proc."""

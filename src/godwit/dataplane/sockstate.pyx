@@ -655,6 +655,12 @@ cdef object kernel_limits(str name):
     return kept_limits[name] if name in kept_limits else read_limits(name)
 
 
+cpdef tuple ephemeral_ports():
+    """See the .pyi."""
+    found = kernel_limits("ipv4/ip_local_port_range")
+    return (found[0], found[1]) if len(found) == 2 else (32768, 60999)     # as it is where nobody has changed it
+
+
 cdef object kernel_limit(str name, default):
     """The last of them."""
     found = kernel_limits(name)

@@ -32,12 +32,11 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
 from godwit.dataplane.listen import open_ports, sockets
+from godwit.dataplane.sockstate import ephemeral_ports
 
 IPAddress = IPv4Address | IPv6Address
 
 MAX_PORT = 65535
-EPHEMERAL_PATH = "/proc/sys/net/ipv4/ip_local_port_range"
-DEFAULT_EPHEMERAL = (32768, 60999)  # the kernel's, where procfs does not say
 IFNAMSIZ = 16  # with its zero byte
 
 # As Docker writes it, ADDR:PORT:PORT; an address in brackets is one of IPv6.
@@ -125,7 +124,7 @@ class Forwards(NamedTuple):
 def parse_forwards(specs: str | Iterable[str], *, ephemeral: tuple[int, int] | None = None) -> Forwards:
     """One SPEC or several (an option given more than once adds). Raises ForwardError.
 
-    ``ephemeral`` is the host's range, first and last; read from procfs if None.
+    ``ephemeral``: the ports that the host gives its own sockets, first and last; as it says itself if None.
     """
     ranges: list[Forward] = []
     for text in [specs] if isinstance(specs, str) else specs:
@@ -300,16 +299,6 @@ def _without(first: int, last: int, excluded: list[tuple[int, int]]) -> Iterator
         first = end + 1
     if first <= last:
         yield first, last
-
-
-def ephemeral_ports() -> tuple[int, int]:
-    """The ports that the host gives its own connections, first and last (ip-sysctl, ip_local_port_range)."""
-    try:
-        with open(EPHEMERAL_PATH, encoding="ascii") as file:
-            first, last = map(int, file.read().split())
-    except (OSError, ValueError):
-        return DEFAULT_EPHEMERAL
-    return first, last
 
 
 class Bound(NamedTuple):
