@@ -20,13 +20,8 @@ from docs import DOCS, replace
 from godwit.lab.errors import LabError
 from godwit.lab.netns import enter_user_namespace
 from godwit.lab.outcomes import PAIRINGS, SWITCHES, Case, Row, cases, expected, run
+from godwit.lab.say import say
 from godwit.lab.tcp_states import STATES, Outcome
-
-
-def say(text: str) -> None:
-    """To whoever waits for it."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from godwit.confine import _kernel
 from godwit.daemon import syscalls
+from godwit.lab.say import say
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKED = "seccomp(SECCOMP_SET_MODE_FILTER"
@@ -25,11 +26,6 @@ LINE = re.compile(r"^\d+ +(?:<\.\.\. )?(\w+)(?: resumed>|\()(.*)$")
 SHOWN = {"socket": r"(\w+)", "socketpair": r"(\w+)", "ioctl": r"\d+(?:<[^>]*>)?, (\w+)", "clone": r".*?flags=([\w|]+)"}
 EXECUTABLE = "PROT_EXEC"
 CHECKED = ("mmap", "mprotect")
-
-
-def say(text: str) -> None:
-    """One line."""
-    sys.stdout.write(f"{text}\n")
 
 
 def look(folder: Path) -> tuple[Counter[str], Counter[str]]:

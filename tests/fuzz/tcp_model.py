@@ -21,12 +21,13 @@ import logging
 import random
 import select
 import struct
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from godwit.lab.say import say
 
 from .target import Target
 from .tcp_link import Link, Phase
@@ -379,15 +380,11 @@ def shrunk(data: bytes, seconds: float = 120.0) -> bytes:
     return head + b"".join(steps)
 
 
-def say(*lines: str) -> None:
-    """Print lines at once."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
-
-
 def report(error: Exception) -> None:
     """Print a game that failed, step by step."""
-    say(*error.__dict__.get("trace", ()), f"{type(error).__name__}: {error}")
+    for step in error.__dict__.get("trace", ()):
+        say(step)
+    say(f"{type(error).__name__}: {error}")
 
 
 def search(seconds: float, seed: int, *, keep_going: bool = False) -> int:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import enter_user_namespace, wait_until
+from godwit.lab.say import say
 from godwit.lab.scenario import PORT, Load, Scenario, qemu_guest
 from godwit.lab.size import Size, growth
 from godwit.lab.users import LIMIT, Answers, Churn, Datagrams, Grace, end_all
@@ -185,10 +186,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.moves <= WARM or options.moves % 2:
         parser.error(f"--moves is even, so that the guest is where it was, and more than {WARM}, to see what grows")
-
-    def say(text: str) -> None:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
 
     try:
         enter_user_namespace()

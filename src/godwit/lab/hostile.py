@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, field
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import HOST4, SERVER4, Namespace, enter_user_namespace
+from godwit.lab.say import say
 from godwit.lab.scenario import Load, Scenario
 from godwit.lab.size import Size
 
@@ -400,10 +401,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = ["none", *options.floods.split(",")]
     if unknown := set(kinds) - {"none", *FLOODS}:
         parser.error(f"no such flood: {', '.join(sorted(unknown))}")
-
-    def say(text: object) -> None:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
 
     failed = False
     try:

@@ -23,6 +23,7 @@ from godwit.lab.backend import Backend
 from godwit.lab.counters import metrics
 from godwit.lab.errors import LabError
 from godwit.lab.netns import enter_user_namespace
+from godwit.lab.say import say
 from godwit.lab.scenario import PORT, Scenario
 from godwit.lab.size import Size, lean
 from godwit.lab.soak_events import EVENTS, Cost, Event, Stage
@@ -223,11 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         enter_user_namespace()
         for kind in kinds:
             for kept in measure(kind, options.times, idle=options.idle, arguments=options.argument):
-                sys.stdout.write(f"{'LEAK  ' if kept.is_leak else ''}{kind.name}, {kept}\n")
-                sys.stdout.flush()
+                say(f"{'LEAK  ' if kept.is_leak else ''}{kind.name}, {kept}")
                 status |= kept.is_leak
     except LabError as error:
-        sys.stdout.write(f"FAILED: {error}\n")
+        say(f"FAILED: {error}")
         return 1
     return status
 

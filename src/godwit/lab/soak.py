@@ -39,6 +39,7 @@ from godwit.lab.counters import Counters, ask
 from godwit.lab.errors import LabError
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import Namespace, enter_user_namespace
+from godwit.lab.say import say
 from godwit.lab.scenario import PORT, Load, Scenario, qemu_guest
 from godwit.lab.size import Size, growth, lean
 from godwit.lab.soak_events import EVENTS, REFUSED, Cost, Event, Stage
@@ -519,10 +520,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     events = [event for event in EVENTS if options.only is None or options.only in event.name]
     if not events:
         parser.error(f"no event has {options.only!r} in its name")
-
-    def say(text: str) -> None:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
 
     try:
         enter_user_namespace()
