@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pwd
 import socket
 import stat
 import subprocess
@@ -312,6 +313,30 @@ def test_metrics_are_what_prometheus_reads(place: Place) -> None:
     assert found["godwit_process_resident_memory_bytes",] > 1 << 20
     document = ctl.document(f"{place.socket}.ctl", "metrics json")
     assert {one["name"].removesuffix("_total") for one in document["metrics"]} == set(names)
+
+
+def test_a_helper_for_another_user_is_noticed_when_it_comes(place: Place) -> None:
+    os.chmod(place.socket.parent, 0o755)
+    place.launch("--runas", "nobody")
+    nobody = pwd.getpwnam("nobody").pw_uid
+    words = (sys.executable, "-m", "godwit.cli.main", "repair", str(place.repair))
+    with subprocess.Popen((*words, "--user", str(STRANGER)), stderr=subprocess.PIPE, text=True) as helper:
+        assert helper.wait(20) == 1
+        assert helper.stderr is not None
+        assert f"it is of user {nobody}, and not of" in helper.stderr.read()
+    eventually(lambda: status(place)["repair_helper"]["refused"], "the refusal")
+    now = status(place)
+    assert (now["health"]["state"], now["repair_helper"]["connected"]) == ("degraded", False)
+    assert any("has refused when it came" in one["text"] for one in now["health"]["reasons"])
+    assert "\nhelper       refused: " in godwit_ctl("-s", place.socket, "status").stdout
+    log = place.log.read_text()
+    assert log.count("does not do what it is asked") == 1
+    assert f"let that be {nobody}, or leave it out" in log
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as helper:
+        eventually(lambda: status(place)["repair_helper"]["connected"], "the helper")
+        assert status(place)["repair_helper"]["refused"] is False
+        assert "\nhelper       connected\n" in godwit_ctl("-s", place.socket, "status").stdout
+        helper.kill()
 
 
 def test_the_command_in_all_its_forms(place: Place) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 from godwit.vhost_user import FrontendClient, MemoryRegion, Request
 from godwit.vhost_user.frames import HEADER, encode
 
+from ..repair.conftest import FakeHelper
 from .test_serve import SERVE, STAY, Place, eventually, gone
 
 
@@ -164,17 +166,13 @@ def test_a_capture_begins_anew(place: Place, tmp_path: Path) -> None:
 
 def test_a_repair_helper_stays_connected(place: Place) -> None:
     old = place.start()
-    with socket.socket(socket.AF_UNIX) as helper:
-        helper.settimeout(10)
-        helper.connect(str(place.repair))
+    with contextlib.closing(FakeHelper(str(place.repair))) as helper:
+        eventually(lambda: bool(helper.requests), "the helper to be tried")
         for _ in range(2):
             new = place.start("--takeover", f"{place.socket}.takeover", path=False)
             assert old.wait(10) == 0
             old = new
-        helper.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            helper.recv(1)
-        with socket.socket(socket.AF_UNIX) as another:
-            another.connect(str(place.repair))
-            helper.settimeout(10)
-            assert helper.recv(1) == b""  # the last one serves: so the new one knew of both
+        assert not helper.ended.is_set()
+        with contextlib.closing(FakeHelper(str(place.repair))):
+            assert helper.ended.wait(10)  # the last one serves: so the new one knew of both
+        assert len(helper.requests) == 1  # and none was tried again

@@ -263,6 +263,60 @@ def test_when_all_helpers_fail_the_error_covers_what_each_may_have_done(
 # --- waiting
 
 
+def test_a_helper_that_has_come_is_tried(
+    listener: RepairListener, helpers: Helpers, net_admin: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a socket of nobody's, and only once: so one that refuses is noticed before it is needed."""
+    came: list[None] = []
+    listener.on_come = lambda: came.append(None)
+    helper = helpers()
+    listener.accept_ready()
+    assert (len(came), listener.untried) == (1, True)
+    for _ in range(2):
+        listener.try_out()
+    # As many as a message can have: passt-repair takes no more in later ones.
+    assert helper.requests == [(Repair.ON, MAX_SOCKETS)]
+    assert (listener.untried, listener.connected(), listener.refused, listener.asked) == (False, True, "", 0)
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+@pytest.mark.parametrize("answer", [None, b"\x02"], ids=["closes", "answers wrongly"])
+def test_a_helper_that_refuses_is_noticed_when_it_comes(
+    listener: RepairListener,
+    helpers: Helpers,
+    connections: Connections,
+    caplog: pytest.LogCaptureFixture,
+    answer: bytes | None,
+) -> None:
+    helpers(lambda *_: answer)
+    listener.accept_ready()
+    listener.try_out()
+    assert listener.refused
+    assert not listener.connected()
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 1
+    assert "connections cannot move with it" in said[0]
+    assert f"started with --user, let that be {os.geteuid()}," in said[0]
+    with pytest.raises(RepairError, match="has refused"):
+        listener.set_mode([connections(1)[0].fileno()], Repair.ON)
+    helpers()
+    listener.accept_ready()
+    listener.try_out()
+    assert (listener.connected(), listener.refused) == (True, "")
+
+
+def test_a_helper_that_goes_before_it_is_tried_has_not_refused(listener: RepairListener, helpers: Helpers) -> None:
+    helpers()
+    listener.accept_ready()
+    helpers()
+    listener.accept_ready()
+    listener.try_out()
+    assert (listener.connected(), listener.refused) == (True, "")
+    listener.close()
+    listener.try_out()
+    assert listener.refused == ""
+
+
 def test_wait_ends_when_a_helper_comes(listener: RepairListener, helpers: Helpers) -> None:
     late = threading.Timer(0.3, helpers)
     late.start()

@@ -170,8 +170,7 @@ def show_status(now: Mapping[str, Any]) -> Iterator[str]:
     seen = ", ".join(value for value in guest["seen"].values() if value)
     yield f"             uses: {seen or 'nothing that was seen'}"
     yield "flows        " + ", ".join(f"{count} {kind}" for kind, count in now["flows"].items())
-    helper = now["repair_helper"]["connected"]
-    yield f"helper       {'connected' if helper else 'none'}"
+    yield f"helper       {_helper(now['repair_helper'])}"
     lingering = move["lingering_seconds"]
     yield f"migration    {move['state']}" + (f", for {lingering:.1f} s more" if lingering else "")
     counts = [
@@ -189,6 +188,14 @@ def show_status(now: Mapping[str, Any]) -> Iterator[str]:
     for layer in now["sandbox"]:
         reason = f": {layer['reason']}" if layer.get("reason") else ""
         yield f"sandbox      {layer['layer']}: {'in force' if layer['in_force'] else 'not in force'}{reason}"
+
+
+def _helper(state: Mapping[str, Any]) -> str:
+    if state["connected"]:
+        return "connected"
+    if state.get("refused"):
+        return "refused: connections cannot move (the log says what to do)"
+    return "none"
 
 
 def _short(feature: str) -> str:

@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from ipaddress import IPv6Address
 
 from godwit.confine.procfs import network_namespace
@@ -194,7 +195,8 @@ class NetDevice(BaseDevice):
         if self._options.stats:
             self._statistics = Statistics(self._engine, self._options.stats)
         if self._repair is not None:
-            self._loop.add_reader(self._repair, self._helper_connects)
+            self._repair.on_come = partial(self._in_background, 0, self._repair.try_out)
+            self._loop.add_reader(self._repair, self._repair.accept_ready)
 
     # ---- the same guest in another process
 
@@ -202,6 +204,8 @@ class NetDevice(BaseDevice):
         """What speaks against another process's going on with the guest right now; empty: nothing."""
         if self._transfers.current is not None or self._going_on is not None or handover.is_logged(self._engine):
             return "a migration is under way"
+        if self._repair is not None and self._repair.untried:
+            return "a repair helper has just come, and is being tried"
         if self._rescuing or handover.is_held(self._engine) or not self._mover.settled:
             return "connections stand still: they wait for a repair helper, or for their address"
         return ""
@@ -538,10 +542,6 @@ class NetDevice(BaseDevice):
         assert self._loop is not None  # since start()
         self._advertising = self._loop.call_later(ADVERTISE_INTERVAL, self._advertise)
 
-    def _helper_connects(self) -> None:
-        assert self._repair is not None  # or nothing would be watched
-        self._repair.accept_ready()
-
     # ---- features and memory
 
     async def set_features(self, features: int) -> None:
@@ -568,7 +568,10 @@ class NetDevice(BaseDevice):
         await self._at_rest()  # a migration that has just ended is not to take what this one expects for its own
         with _refusals():
             self._engine.set_log(fd, size, offset)
-        self._mover.helper_expected = self._repair is not None and self._repair.connected()
+        # One that has refused was started for the connections' sake: they had better stay than be lost.
+        self._mover.helper_expected = self._repair is not None and (
+            self._repair.connected() or bool(self._repair.refused)
+        )
 
     # ---- rings
 

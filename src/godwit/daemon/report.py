@@ -133,6 +133,7 @@ class Report:
             "repair_helper": {
                 "connected": house.repair is not None and house.repair.connected(),
                 "ever_connected": house.repair is not None and house.repair.ever_connected,
+                "refused": house.repair is not None and bool(house.repair.refused),
             },
             "sandbox": [
                 {"layer": layer.name, "in_force": layer.holds, "what" if layer.holds else "reason": layer.what}
@@ -169,7 +170,8 @@ class Report:
             if started and broken:
                 yield "ring_broken", f"the ring {name} is broken, and not served any more: the log says why"
         if house.repair is not None and not house.repair.connected():
-            yield "repair_helper", f"no repair helper is connected to {house.repair.path}: connections cannot move"
+            what = house.repair.refused or f"no repair helper is connected to {house.repair.path}"
+            yield "repair_helper", f"{what}: connections cannot move"
         if device.held:
             yield "connections_held", "connections stand still: they wait for a repair helper, or for their address"
         numbers = listing.gauges(engine)

@@ -5,7 +5,8 @@
 helpers that wait are taken whenever a client is asked for, and by
 ``accept_ready``, which an event loop may call when ``fileno()`` is readable, to
 have it logged when a helper comes. Both may happen at once in different
-threads.
+threads. Of each that comes ``on_come`` is told, for ``try_out``: one that will
+refuse is better known before it is needed.
 
 ``RepairClient`` is one helper. Its calls block, up to a few seconds if the
 helper hangs, and belong into a worker thread.
@@ -24,7 +25,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 from godwit.confine import procfs
@@ -69,6 +70,8 @@ class RepairClient:
         self._retired = False
         #: It was asked for something and has not answered in time. It may do that yet.
         self.hung = False
+        #: `RepairListener.try_out` has looked at it.
+        self.tried = False
         pid, uid = peer_of(sock)
         #: For the log: process id and user.
         self.peer = f"pid {pid}, uid {uid}"
@@ -206,8 +209,12 @@ class RepairListener:
         self._client: RepairClient | None = None
         #: When a helper has last not answered (time.monotonic()). It may do yet what it was asked.
         self.hung_at: float | None = None
+        #: Called when a helper has come, in the thread that took it.
+        self.on_come: Callable[[], None] | None = None
         #: A helper has connected, at some time.
         self.ever_connected = False
+        #: Of the last one that has come: that it does not do what it is asked, for people; empty otherwise.
+        self.refused = ""
         #: How often a helper was asked, for how many sockets in all, and how often in vain.
         self.asked = self.sockets = self.failed = 0
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -236,8 +243,11 @@ class RepairListener:
             helper = socket.socket(fileno=client)
             # A guard that has been ended already is asked in vain, once.
             made._client = RepairClient(helper, timeout, guards=_guards(_name_of(helper)))
+            made._client.tried = True
         made.hung_at = None
+        made.on_come = None
         made.ever_connected = client >= 0
+        made.refused = ""
         made.asked = made.sockets = made.failed = 0
         try:
             there = os.stat(path, follow_symlinks=False)
@@ -270,6 +280,7 @@ class RepairListener:
                     return
                 former, self._client = self._client, RepairClient(sock, self._timeout, guards=_guards(name))
                 self.ever_connected = True
+                self.refused = ""
                 if former is not None:
                     former.retire()
                 log.info("repair helper connected (%s)", self._client.peer)
@@ -278,6 +289,8 @@ class RepairListener:
                         "the repair helper keeps back resets of another network than this one: "
                         "start it in the network namespace of this process"
                     )
+                if self.on_come is not None:
+                    self.on_come()
 
     @property
     def client(self) -> RepairClient | None:
@@ -293,6 +306,51 @@ class RepairListener:
         """A helper is there and alive. Does not block."""
         return self.client is not None
 
+    @property
+    def untried(self) -> bool:
+        """A helper has come and is not, or just being, tried."""
+        with self._lock:
+            return self._client is not None and not self._client.tried
+
+    def try_out(self) -> None:
+        """Ask a helper that has come for something that matters to nobody, once. Blocks as ``set_mode`` does.
+
+        It may be one of another user's, or lack the capability for this network.
+        What is wrong is logged, and stays in ``refused``.
+        """
+        with self._lock:
+            client = self._client
+            if client is None or client.tried:
+                return
+        try:
+            if client.alive:
+                with contextlib.suppress(OSError):  # no descriptor for it: then it is asked when there is need of it
+                    self._try(client)
+        finally:
+            client.tried = True
+
+    def _try(self, client: RepairClient) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as nobodys:
+            try:
+                # passt-repair has room in later messages for as many as the first had, and no more. It is not the end
+                # of a repair mode, which would end a guard.
+                client.set_mode([nobodys.fileno()] * MAX_SOCKETS, Repair.ON)
+                return
+            except RepairError as error:
+                log.debug("%s", error)
+        with self._lock:
+            if self._client is not client or self._sock.fileno() < 0:
+                return  # let go for another one, or for good
+            self._client = None
+            self.refused = f"the repair helper ({client.peer}) has refused when it came"
+        log.error(
+            "the repair helper (%s) does not do what it is asked, connections cannot move with it: %s",
+            client.peer,
+            "it has not answered, start another one"
+            if client.hung
+            else f"see its own messages. If it was started with --user, let that be {os.geteuid()}, or leave it out",
+        )
+
     def set_mode(self, fds: Sequence[int], mode: Repair) -> None:
         """``RepairClient.set_mode`` of the helper that is there; ``RepairError`` if none is.
 
@@ -300,7 +358,7 @@ class RepairListener:
         """
         client = self.client
         if client is None:
-            raise RepairError("no repair helper is connected")
+            raise RepairError(self.refused or "no repair helper is connected")
         self.asked += 1
         self.sockets += len(fds)
         done = doubtful = 0  # of the sockets: all before `done` are in the mode, those up to `doubtful` may be
