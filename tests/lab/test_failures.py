@@ -141,6 +141,7 @@ def test_helper_of_the_source_killed_in_pre_switchover(scenario: Scenario, load:
         attempt.transfer()
     attempt.cancel()
     load.wait_alive()
+    assert "the guest goes on here: its state was not saved" in scenario.backends["a"].messages()
     scenario.backends["a"].start_helper()
     then_moves(scenario, load)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -176,6 +177,22 @@ def test_what_comes_while_it_runs(direction: Direction, step: Step, ended: State
         pipe.close()
 
     assert run(work) == done
+
+
+def test_a_save_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is left to be done when the guest runs on, but to say so."""
+    caplog.set_level(logging.INFO, "godwit.migration")
+
+    async def work(transfers: Transfers[Device], device: Device) -> None:
+        pipe = await begin(transfers, device, SOURCE, whole=False)
+        assert await asyncio.to_thread(device.begun.wait, LIMIT)
+        pipe.close()
+        assert not await transfers.check()
+        assert "the guest goes on here" not in caplog.text
+        assert await transfers.guest_runs() is State.ROLLED_BACK
+
+    assert run(work) == ["source", "rollback"]
+    assert "the guest goes on here: its state was not saved" in caplog.messages
 
 
 def test_a_load_that_fails() -> None:
