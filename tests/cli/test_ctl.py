@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -24,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from godwit.cli import ctl
 from godwit.vhost_user import FrontendClient
 
+from ..repair.conftest import FakeHelper
 from .test_serve import PASST, SERVE, STAY, Place, eventually, gone
 
 # Of a user and of groups that nobody has.
@@ -339,13 +341,28 @@ def test_a_helper_for_another_user_is_noticed_when_it_comes(place: Place) -> Non
         helper.kill()
 
 
+def test_without_a_helper_all_is_well_and_with_one_that_has_gone_it_is_not(place: Place) -> None:
+    """One that never came may be one that is not to come. The kernel's leave for pings is another matter."""
+    place.start("--no-icmp")
+    assert status(place)["health"] == {"state": "ok", "reasons": []}
+    assert godwit_ctl("-s", f"{place.socket}.ctl", "status", "--check").returncode == 0
+    assert metrics(place.socket)["godwit_healthy",] == 1
+    with contextlib.closing(FakeHelper(str(place.repair))):
+        eventually(lambda: status(place)["repair_helper"]["connected"], "the helper")
+        assert godwit_ctl("-s", place.socket, "status", "--check").returncode == 0
+    eventually(lambda: status(place)["health"]["state"] == "degraded", "the helper to have gone")
+    assert [one["reason"] for one in status(place)["health"]["reasons"]] == ["repair_helper"]
+    shown = godwit_ctl("-s", place.socket, "status", "--check")
+    assert shown.returncode == 3
+    assert "\nhelper       has gone: connections cannot move\n" in shown.stdout
+
+
 def test_the_command_in_all_its_forms(place: Place) -> None:
     process = place.start()
     shown = godwit_ctl("-s", place.socket, "status")
     assert shown.returncode == 0
     assert f"pid {process.pid}" in shown.stdout
-    assert "no repair helper is connected" in shown.stdout
-    assert godwit_ctl("-s", f"{place.socket}.ctl", "status", "--check").returncode == 3
+    assert "\nhelper       none: connections cannot move\n" in shown.stdout
     assert godwit_ctl("-s", place.socket, "flows").stdout == "0 flows\n"
     assert json.loads(godwit_ctl("-s", place.socket, "flows", "--json", "tcp", "192.0.2.1").stdout)["flows"] == []
     assert "godwit_build_info" in godwit_ctl("-s", place.socket, "metrics").stdout

@@ -195,7 +195,7 @@ def _helper(state: Mapping[str, Any]) -> str:
         return "connected"
     if state.get("refused"):
         return "refused: connections cannot move (the log says what to do)"
-    return "none"
+    return "has gone: connections cannot move" if state["ever_connected"] else "none: connections cannot move"
 
 
 def _short(feature: str) -> str:

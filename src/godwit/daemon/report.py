@@ -169,8 +169,9 @@ class Report:
         for name, (_, started, _, broken) in zip(_RINGS, listing.rings(engine), strict=True):
             if started and broken:
                 yield "ring_broken", f"the ring {name} is broken, and not served any more: the log says why"
-        if house.repair is not None and not house.repair.connected():
-            what = house.repair.refused or f"no repair helper is connected to {house.repair.path}"
+        # Where none has ever come, there is perhaps to be none.
+        if house.repair is not None and not house.repair.connected() and house.repair.ever_connected:
+            what = house.repair.refused or f"the repair helper at {house.repair.path} has gone"
             yield "repair_helper", f"{what}: connections cannot move"
         if device.held:
             yield "connections_held", "connections stand still: they wait for a repair helper, or for their address"
