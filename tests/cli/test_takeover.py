@@ -111,6 +111,19 @@ def test_what_keeps_it_from_taking_over(place: Place) -> None:
     assert takeover(place).returncode == 0
 
 
+def test_one_that_is_refused_leaves_no_pid_file(place: Place) -> None:
+    """Also where it may not remove it any more: in the folder of another user than the one that it has become."""
+    old = place.start()
+    no_such = ("--runas", "nobody", "-p", str(place.socket.parent / "none" / "frames"))
+    refused = takeover(place, *no_such)
+    assert refused.returncode == 1
+    assert "cannot take over: --pcap: cannot write" in refused.stderr
+    assert not place.pid.exists()
+    place.pid.write_text(f"{old.pid}\n")
+    assert takeover(place, *no_such).returncode == 1
+    assert place.daemon() == old.pid  # another process's is left alone
+
+
 def test_not_in_stream_mode(place: Place) -> None:
     place.start("--stream")
     assert not Path(f"{place.socket}.takeover").exists()

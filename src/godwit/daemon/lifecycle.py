@@ -74,20 +74,28 @@ def _close_inherited(keep: Iterable[int]) -> None:
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
 
-def background(keep: Iterable[int] = ()) -> Readiness:
+def background(keep: Iterable[int] = (), pid_file: str | None = None) -> Readiness:
     """Go on in a child process, in a session of its own; returns there only.
 
     The launched process ends here, as the module says. ``keep``: inherited
-    descriptors that stay open.
+    descriptors that stay open. ``pid_file``: that of the child; if it has to be
+    made, none is left where the start fails.
     """
     kept = list(keep)
+    made = pid_file is not None and not os.path.lexists(pid_file)
     ours, childs = os.pipe()
     child = os.fork()
     if child:
         os.close(childs)
         for descriptor in kept:
             os.close(descriptor)
-        os._exit(_await(ours, child))
+        status = _await(ours, child)
+        if status and made and pid_file is not None:
+            # The child removes it, unless it has become another user by then, who may not.
+            with contextlib.suppress(OSError):
+                if os.path.getsize(pid_file) == 0:
+                    os.unlink(pid_file)
+        os._exit(status)
     _close_inherited([*kept, childs])
     os.setsid()
     os.set_inheritable(childs, False)

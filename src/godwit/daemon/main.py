@@ -59,7 +59,7 @@ def run(options: Options) -> int:
         if options.fd is not None:
             lifecycle.inherited(options.fd)
         if not options.foreground:
-            readiness = lifecycle.background([] if options.fd is None else [options.fd])
+            readiness = lifecycle.background([] if options.fd is None else [options.fd], options.pid)
         log = Log(options)
     except StartError as error:
         print(f"{options.dialect.value}: {error}", file=sys.stderr)  # noqa: T201  # there is no log to write it to
