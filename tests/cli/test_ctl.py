@@ -392,12 +392,22 @@ def test_what_the_command_says_if_there_is_no_answer(place: Place, tmp_path: Pat
         other.bind(str(tmp_path / "dead.ctl"))
     assert "nobody listens" in said("-s", tmp_path / "dead", "status")
     place.start()
-    assert "neither tcp, udp or ping, nor an address" in said("-s", place.socket, "flows", "sctp")
+    assert "'sctp' is no filter: there are tcp, udp, ping, and an address" in said("-s", place.socket, "flows", "sctp")
     assert "one address at most" in said("-s", place.socket, "flows", "192.0.2.1", "192.0.2.2")
     assert "filters for flows alone" in said("-s", place.socket, "status", "tcp")
     assert "is for metrics" in said("-s", place.socket, "status", "--prometheus")
     assert "no NAME=VALUE" in said("-s", place.socket, "metrics", "--prometheus", "--label", "1=2")
     assert "a request is one of" in json.loads(b"".join(ctl.ask(f"{place.socket}.ctl", "halt")))["error"]
+
+
+def test_without_a_path_the_command_says_where_it_has_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ctl, "DEFAULT", str(tmp_path / "passt"))
+    assert ctl.main(["status"]) == 1
+    assert (
+        f"there is no {tmp_path}/passt.ctl, where a godwit-passt is that was given no path: " in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("answer", [b"hello\n", b"", b'{"format": 1, "flows": [\n{"a"', b"[1]\n"])

@@ -74,6 +74,8 @@ def _connect(sock: socket.socket, path: str) -> None:
 
 
 def _why(error: OSError, path: str) -> str:
+    if error.errno == errno.ENOENT and path == find(DEFAULT):
+        return f"there is no {path}, where a godwit-passt is that was given no path: name your godwit's socket with -s"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return f"there is no {path}: name the socket of a running godwit (-s), or the one that its --ctl-path says"
     if error.errno == errno.ECONNREFUSED:
@@ -299,7 +301,8 @@ def _parser() -> argparse.ArgumentParser:
         "--socket",
         metavar="PATH",
         default=DEFAULT,
-        help=f"the socket that it serves front-ends at, or its control socket, which ends in .ctl ({DEFAULT})",
+        help="the socket that it serves front-ends at, or its control socket, which ends in .ctl"
+        f" (default: {DEFAULT}, where a godwit-passt listens that is told nothing else)",
     )
     parser.add_argument("what", choices=("status", "flows", "metrics"), help="what is asked")
     parser.add_argument(

@@ -414,7 +414,9 @@ def _filters(words: Sequence[str]) -> tuple[Sequence[str], bytes | None]:
     try:
         address = ipaddress.ip_address(addresses[0])
     except ValueError:
-        raise RequestError(f"flows: {addresses[0][:60]!r} is neither tcp, udp or ping, nor an address") from None
+        raise RequestError(
+            f"flows: {addresses[0][:60]!r} is no filter: there are tcp, udp, ping, and an address"
+        ) from None
     return kinds or _KINDS, address.packed if address.version == 6 else _V4 + address.packed
 
 
