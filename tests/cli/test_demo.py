@@ -25,6 +25,9 @@ def test_there_and_back() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(
+        "A guest moves from host a to host b and back, with a download, an upload and 20 idle connections open."
+    )
     assert "2 migrations, nothing lost." in done.stdout
     for words in ("a to b", "b to a", "download", "upload", "idle (20)", "CRC-32 received"):
         assert words in done.stdout

@@ -167,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
+    console.print(_what(options), highlight=False)
     try:
         # Before that: what fetches packages would take itself for root in there.
         if options.qemu:
@@ -186,6 +187,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("godwit demo: interrupted", file=sys.stderr)
         return 130
+
+
+def _what(options: argparse.Namespace) -> str:
+    """What is going to be shown."""
+    guest = "A QEMU guest" if options.qemu else "A guest"
+    times = f", {options.rounds} times" if options.rounds > 1 else ""
+    idle = f"{options.idle} idle connection{'s' if options.idle > 1 else ''}"
+    return (
+        f"{guest} moves from host a to host b and back{times}, with a download, an upload and {idle} open."
+        " None may break, and what arrives is compared with what was sent."
+    )
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
