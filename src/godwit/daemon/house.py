@@ -53,6 +53,8 @@ class House:
         self.takeover_path: str | None = None
         self._takers: Callers | None = None
         self.control: Control | None = None
+        self._leavings = lifecycle.Leavings()
+        self._own_pid()
         self._ctl_group = None if options.ctl_group is None else lifecycle.group(options.ctl_group, "--ctl-group")
         self.device: NetDevice | None = None
         self.sessions = Sessions()
@@ -117,22 +119,29 @@ class House:
             return None
         return path
 
+    def _own_pid(self) -> None:
+        self._names.callback(self._leavings.say)  # when all is removed: the last first
+        if self._pid is not None:
+            self._names.callback(self._pid.close, self._leavings.remove)
+
     def _own_listener(self) -> None:
         assert self.listener is not None  # it was opened
         assert self.path is not None  # with it
         self._names.callback(self.listener.close)
-        self._names.callback(lifecycle.remove, self.path)  # before that: once closed, the next daemon may make it anew
+        self._names.callback(
+            self._leavings.remove, self.path
+        )  # before that: once closed, the next daemon may make it anew
 
     def _own_repair(self) -> None:
         assert self.repair is not None  # it was opened
-        self._names.callback(self.repair.close)
+        self._names.callback(self.repair.close, self._leavings.remove)
         self._names.callback(asyncio.get_running_loop().remove_reader, self.repair)  # the device watches it
 
     def _own_takeover(self) -> None:
         assert self.takeover is not None  # it was opened
         assert self.takeover_path is not None  # with it
         self._names.callback(self.takeover.close)
-        self._names.callback(lifecycle.remove, self.takeover_path)
+        self._names.callback(self._leavings.remove, self.takeover_path)
         self._names.callback(self._hear_nobody)
 
     def _hear_nobody(self) -> None:
@@ -142,7 +151,7 @@ class House:
     def _own_control(self) -> None:
         assert self.control is not None  # it was opened
         self._names.callback(self.control.close)
-        self._names.callback(lifecycle.remove, self.control.path)
+        self._names.callback(self._leavings.remove, self.control.path)
 
     def _beside(self, given: str | None, what: str) -> str | None:
         """The path of another socket: as given, or beside that for front-ends; None for none."""
@@ -312,9 +321,10 @@ class House:
         self._names.pop_all()
         for path in self.paths():
             if path not in self._bequeathed:
-                lifecycle.remove(path)
+                self._leavings.remove(path)
         if self._pid is not None and self._pid.path not in self._bequeathed:
-            self._pid.close()
+            self._pid.close(self._leavings.remove)
+        self._leavings.say()
 
     # ---- from another process
 
@@ -361,8 +371,7 @@ class House:
     def own(self) -> None:
         """What was handed over is this process's: it closes and removes it in the end."""
         self._names.pop_all()
-        if self._pid is not None:
-            self._names.callback(self._pid.close)
+        self._own_pid()
         if self.listener is not None:
             self._own_listener()
         if self.repair is not None:

@@ -26,7 +26,7 @@ import resource
 import signal
 import socket
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from godwit.daemon.errors import SocketInUseError, StartError, reason
@@ -247,14 +247,27 @@ def connected(descriptor: int) -> socket.socket:
     return made
 
 
-def remove(path: str) -> None:
-    """Remove a file of ours as well as may be: the user we run as may not own the folder."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        log.info("%s stays, the next start takes it over: it cannot be removed (%s)", path, error.strerror)
+class Leavings:
+    """Removes files of ours as well as may be: the user we run as may not own their folders."""
+
+    def __init__(self) -> None:
+        self._stay: list[str] = []
+        self._why = ""
+
+    def remove(self, path: str) -> None:
+        """Remove one, or remember that it stays."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._stay.append(path)
+            self._why = str(error.strerror)
+
+    def say(self) -> None:
+        """Have it in the log which stay, in one line."""
+        if self._stay:
+            log.info("left for the next start, not to be removed (%s): %s", self._why, ", ".join(self._stay))
 
 
 # --- The PID file
@@ -284,8 +297,8 @@ class PidFile:
         """Where it is."""
         return self._path
 
-    def close(self) -> None:
-        """Remove the file, unless another process's id is in it; where that is not allowed, leave it empty."""
+    def close(self, remove: Callable[[str], None] = os.unlink) -> None:
+        """``remove`` the file, unless another process's id is in it; where that is not allowed, it is left empty."""
         ours = os.pread(self._fd, 32, 0) in (b"", b"%d\n" % os.getpid())
         if ours:
             os.ftruncate(self._fd, 0)

@@ -94,12 +94,10 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
     # the next daemon may need the same paths at once.
     async with AsyncExitStack() as stack, AsyncExitStack() as names:
         pid = lifecycle.PidFile(options.pid) if options.pid else None
-        if pid is not None:
-            names.callback(pid.close)
+        house = House(options, pid, names)
         watch = HostWatch(options.net)
         stop = asyncio.Event()
         sandbox = Sandbox(options)
-        house = House(options, pid, names)
         if options.takeover is None:
             _stop_on_signals(stop)  # from here on there is something that would stay
             house.open()
@@ -130,9 +128,10 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
             sandbox.sockets(path for path in named if path)
             sandbox.enter(user, lambda user: None, log.last_words())
             device = take_over(house, before, pid, lambda repair: NetDevice(config, options, repair, watch.glance))
-            for path in house.paths():
-                if not os.path.lexists(path):
-                    logger.warning("%s is out of reach, and stays when this process ends: name it in the start", path)
+            if unseen := [path for path in house.paths() if not os.path.lexists(path)]:
+                logger.warning(
+                    "out of reach, and left when this process ends, unless the start names them: %s", ", ".join(unseen)
+                )
             stack.callback(house.close)
             stack.push_async_callback(device.close)
             _stop_on_signals(stop)  # ended before that, it would have left the guest to the one that goes on

@@ -406,8 +406,8 @@ class RepairListener:
                 time.sleep(_ASK_AGAIN)
         return client
 
-    def close(self) -> None:
-        """Let the helper go and remove the socket, if it is still this one. May be repeated."""
+    def close(self, remove: Callable[[str], None] = os.unlink) -> None:
+        """Let the helper go and ``remove`` the socket, if it is still this one. May be repeated."""
         with self._lock:
             if self._sock.fileno() < 0:
                 return
@@ -417,15 +417,10 @@ class RepairListener:
             if self._client is not None:
                 self._client.close()
                 self._client = None
-        try:
+        with contextlib.suppress(OSError):  # it has gone, or is in a folder that is another user's
             there = os.stat(self.path, follow_symlinks=False)
             if (there.st_dev, there.st_ino) == self._made:
-                os.unlink(self.path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            # The user that the daemon has become may not own the folder.
-            log.info("%s stays, the next start takes it over: it cannot be removed (%s)", self.path, error.strerror)
+                remove(self.path)
 
 
 def _guards(name: object) -> bool:
