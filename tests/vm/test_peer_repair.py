@@ -8,14 +8,15 @@ import resource
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from godwit.lab import peer
+from godwit.repair import client
 from godwit.repair.client import RepairListener
-from godwit.repair.protocol import MAX_SOCKETS, TCP_REPAIR, Repair, RepairError
+from godwit.repair.protocol import MAX_SOCKETS, TCP_REPAIR, Repair, RepairError, send_request
 
 
 def repair_modes(sockets: list[socket.socket]) -> list[int]:
@@ -65,6 +66,25 @@ def test_every_socket_is_set(listener: RepairListener, sockets: list[socket.sock
         listener.set_mode(fds[:half], Repair.OFF)
         listener.set_mode(fds[half:], Repair.OFF_NO_WP)
         assert repair_modes(sockets) == [0] * len(fds)
+
+
+def test_tried_out_it_takes_as_many_as_before(
+    listener: RepairListener, sockets: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+
+    def send_and_note(sock: socket.socket, mode: Repair, fds: Sequence[int]) -> None:
+        sent.append(len(fds))
+        send_request(sock, mode, fds)
+
+    monkeypatch.setattr(client, "send_request", send_and_note)
+    with passt_repair(listener.path) as helper:
+        assert listener.wait(20), helper.poll()
+        listener.try_out()
+        assert (listener.connected(), listener.refused) == (True, "")
+        listener.set_mode([sock.fileno() for sock in sockets], Repair.ON)
+        assert repair_modes(sockets) == [1] * len(sockets)
+    assert sent == [MAX_SOCKETS, MAX_SOCKETS, MAX_SOCKETS, 10]
 
 
 def test_it_ends_with_our_connection(listener: RepairListener) -> None:
