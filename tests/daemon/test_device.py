@@ -32,6 +32,8 @@ from godwit.net.versions import versions
 from godwit.repair import RepairListener
 from godwit.vhost_user import Direction
 
+from ..repair.conftest import FakeHelper
+
 OLD, NEW = "2001:db8:1::7", "2001:db8:2::7"
 
 
@@ -358,6 +360,25 @@ def test_a_migration_that_follows_at_once_is_not_without_its_helper(
             await beginning
             await device._at_rest()
             assert device._mover.helper_expected
+
+    run(work)
+
+
+def test_with_a_helper_that_has_refused_connections_stay_rather_than_be_lost(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def work(device: NetDevice, engine: Engine) -> None:
+        listener = RepairListener(str(tmp_path / "r"))
+        monkeypatch.setattr(device, "_repair", listener)
+        with closing(listener):
+            await device.set_log(os.memfd_create("log"), 4096, 0)
+            without = device._mover.helper_expected
+            helper = await asyncio.to_thread(FakeHelper, listener.path, lambda *_: None)
+            with closing(helper):
+                listener.accept_ready()
+                await asyncio.to_thread(listener.try_out)
+            await device.set_log(os.memfd_create("log"), 4096, 0)
+            assert (without, device._mover.helper_expected) == (False, True)
 
     run(work)
 
