@@ -23,6 +23,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from godwit.cli import ctl
+from godwit.daemon import lifecycle
+from godwit.daemon.errors import StartError
 from godwit.vhost_user import FrontendClient
 
 from ..repair.conftest import FakeHelper
@@ -153,6 +155,24 @@ def test_who_may_ask(public: Path) -> None:
         assert godwit_ctl("-s", place.socket, "status").returncode == 0
     finally:
         place.close()
+
+
+def test_a_group_that_it_may_not_be_given_to(public: Path) -> None:
+    """An ordinary user's process can give it to groups of its own alone; nothing is left of it."""
+    public.chmod(0o777)
+    path = public / "s.ctl"
+    listens = functools.partial(why_not_to_group, str(path), GROUP)
+    said = as_stranger(listens) if os.geteuid() == 0 else listens()
+    assert f"{path} cannot be made over to group {GROUP} (--ctl-group): user" in said
+    assert not path.exists()
+
+
+def why_not_to_group(path: str, group: int) -> str:
+    try:
+        lifecycle.listen(path, mode=0o600, group=group).close()
+    except StartError as error:
+        return str(error)
+    return "listens"
 
 
 def connects(place: Place, *whose: str) -> str:

@@ -198,6 +198,7 @@ BAD: list[tuple[str, str]] = [
     ("-l /tmp/x -P /tmp/x", "--log-file and --pid name the same file"),
     ("-p /tmp/x -l /tmp/x", "--log-file and --pcap name the same file"),
     ("--no-tcp -t 22", "--tcp-ports and --no-tcp exclude each other"),
+    ("--ctl-path none --ctl-group kvm", "--ctl-group: there is no control socket"),
     ("--no-udp -u 53", "--udp-ports and --no-udp exclude each other"),
     ("--migrate-version 1", "version 1 was withdrawn"),
     ("--migrate-version 7", "is no version of the device state"),
@@ -251,6 +252,12 @@ def test_what_is_taken_over() -> None:
 def test_fd_implies_one_off() -> None:
     options = parse(["--fd", "3"], Dialect.GODWIT)
     assert (options.fd, options.one_off, options.socket) == (3, True, None)
+
+
+def test_with_fd_a_group_needs_a_control_socket_of_its_own() -> None:
+    with pytest.raises(OptionError, match="--ctl-group: there is no control socket"):
+        parse(["--fd", "3", "--ctl-group", "kvm"], Dialect.GODWIT)
+    assert parse(["--fd", "3", "--ctl-group", "kvm", "--ctl-path", "/run/c"], Dialect.GODWIT).ctl_group == "kvm"
 
 
 def test_which_protocol_is_spoken() -> None:

@@ -160,7 +160,7 @@ def listen(
     """Listen on ``path``; a socket that a dead process left there is taken over.
 
     ``mode``: who may connect, from the start (Linux makes the file with the mode of the socket).
-    ``group``: it may, too.
+    ``group``: it may, too. What was made is removed if it cannot be given to it.
     Raises `SocketInUseError` if the process is alive, `StartError` for all else.
     """
     made = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
@@ -181,7 +181,7 @@ def listen(
             os.unlink(path)
             made.bind(path)
         if group is not None:
-            open_to_group(path, group)  # nobody has connected: it does not listen yet
+            _make_over(path, group)  # nobody has connected: it does not listen yet
         made.listen(BACKLOG)
     except OSError as error:
         made.close()
@@ -190,6 +190,19 @@ def listen(
         made.close()
         raise
     return made
+
+
+def _make_over(path: str, group: int) -> None:
+    """``open_to_group``, or there is no such socket."""
+    try:
+        open_to_group(path, group)
+    except OSError as error:
+        os.unlink(path)
+        if error.errno == errno.EPERM:
+            raise StartError(
+                f"{path} cannot be made over to group {group} (--ctl-group): user {os.geteuid()} is not in it"
+            ) from error
+        raise
 
 
 def open_to_group(path: str, group: int) -> None:

@@ -628,6 +628,8 @@ def _cross_check(options: Options) -> None:
         raise OptionError("--takeover: nothing can be taken over in stream mode, start with --vhost-user")
     if options.dialect is Dialect.GODWIT and not options.socket and options.fd is None and not options.takeover:
         raise OptionError("one of --socket PATH, --fd N and --takeover PATH is needed")
+    if options.ctl_group is not None and not options.ctl_path and (options.ctl_path == "" or options.fd is not None):
+        raise OptionError("--ctl-group: there is no control socket that the group could use; name one with --ctl-path")
     for protocol, on in (("tcp", options.tcp), ("udp", options.udp)):
         if not on and getattr(options, f"{protocol}_ports"):
             raise OptionError(f"--{protocol}-ports and --no-{protocol} exclude each other")
