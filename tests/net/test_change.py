@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from godwit.dataplane import Engine
-from godwit.net.change import describe, differences, facts_elsewhere, settle
+from godwit.net.change import describe, differences, facts, facts_elsewhere, settle
 from godwit.net.config import NetConfig, NetOptions, choose, packed16
 from godwit.net.netlink import (
     IFF_LOOPBACK,
@@ -70,6 +70,14 @@ def test_an_interface_is_one_hosts_own() -> None:
     assert describe(old, new) == "interface eth7 (was eth0)"
     assert differences(facts_elsewhere(old), facts_elsewhere(new)) == ""
     assert differences(facts_elsewhere(old), facts_elsewhere(replace(new, mtu=1400))) == "MTU 1400 (was 1500)"
+
+
+def test_a_version_that_is_switched_off_is_none() -> None:
+    """Not link-local, which is what a guest has whose host has no address."""
+    told = facts(take(ipv4=False))
+    assert (told["IPv4"], told["IPv4 router"], told["IPv6"]) == ("none", "none", "2001:db8:1::7/64")
+    told = facts(take(ipv6=False))
+    assert (told["IPv4"], told["IPv6"], told["IPv6 router"]) == ("192.0.2.7/24", "none", "none")
 
 
 def test_another_network() -> None:

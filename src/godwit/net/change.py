@@ -155,10 +155,10 @@ def facts(config: NetConfig) -> dict[str, str]:
 def facts_elsewhere(config: NetConfig) -> dict[str, str]:
     """Those of them that mean the same on another host."""
     return {
-        "IPv4": _address(config.addr4, config.prefix_len4),
-        "IPv4 router": str(config.gateway4),
-        "IPv6": _address(config.addr6, config.prefix_len6),
-        "IPv6 router": str(config.our_link_local),
+        "IPv4": _address(config.addr4, config.prefix_len4, local=config.local4),
+        "IPv4 router": str(config.gateway4 or "none"),
+        "IPv6": _address(config.addr6, config.prefix_len6, local=config.local6),
+        "IPv6 router": str(config.our_link_local if config.has_ipv6 else "none"),
         "MTU": str(config.mtu),
         "name servers": _list([*config.dns4, *config.dns6]),
         "search list": _list(config.search),
@@ -178,8 +178,10 @@ def _interfaces(config: NetConfig) -> Iterable[str]:
     return dict.fromkeys(name for name in (config.interface4, config.interface6) if name)
 
 
-def _address(address: IPAddress | None, length: int) -> str:
-    return "link-local" if address is None else f"{address}/{length}"
+def _address(address: IPAddress | None, length: int, *, local: bool) -> str:
+    if address is not None:
+        return f"{address}/{length}"
+    return "link-local" if local else "none"
 
 
 def _list(items: Iterable[object]) -> str:
