@@ -57,6 +57,7 @@ SOCKETS = (
     "socket.AF_NETLINK, socket.SOCK_RAW, 12",  # NETLINK_NETFILTER
     "socket.AF_INET, socket.SOCK_STREAM, 132",  # SCTP
     "socket.AF_INET, socket.SOCK_STREAM, 262",  # MPTCP
+    "socket.AF_INET, 6, 0",  # DCCP
     "socket.AF_VSOCK, socket.SOCK_STREAM, 0",
 )
 

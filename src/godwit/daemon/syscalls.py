@@ -124,6 +124,8 @@ ALTERNATIVES: Final = (
 )
 
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+_TYPES: Final = (1, 2, 3, 5)  # SOCK_STREAM, SOCK_DGRAM, SOCK_RAW of netlink, SOCK_SEQPACKET of UNIX
+_TYPE: Final = 0xF  # the rest of it are flags
 _PROTOCOLS: Final = (0, 1, 58)  # IPPROTO_ICMP, IPPROTO_ICMPV6
 #: Lengths of queues, and the number of an interface that an option names.
 _OF_SOCKETS: Final = (termios.FIONREAD, termios.TIOCOUTQ, 0x894B, 0x8933)  # SIOCOUTQNSD, SIOCGIFINDEX
@@ -138,8 +140,15 @@ _WORD: Final = 0xFFFFFFFF
 
 #: Of these, no more than what is said here.
 CONDITIONAL: Final = (
-    # Of netlink, NETLINK_ROUTE; of IP, TCP and UDP (0 as well), and ICMP.
-    Call("socket", (Only(0, _WORD, (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK)), Only(2, _WORD, _PROTOCOLS))),
+    # Of netlink, NETLINK_ROUTE; of IP, TCP and UDP (0 as well), and ICMP. 0 is DCCP, too, with the type of that.
+    Call(
+        "socket",
+        (
+            Only(0, _WORD, (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK)),
+            Only(1, _TYPE, _TYPES),
+            Only(2, _WORD, _PROTOCOLS),
+        ),
+    ),
     Call("socketpair", (Only(0, _WORD, (_AF_UNIX,)),)),
     *NOT_TO_BE_RUN,
     # Threads, and one that keeps sockets in silence: `Linger.leave_keeper`.
