@@ -151,6 +151,26 @@ def test_paths_through_a_link(start: Start, folder: Path, how: Sequence[str]) ->
 
 
 @pytest.mark.parametrize("how", [(*SERVE, "--runas", "65534:65534"), (*LAUNCH, "user")], ids=["root", "user"])
+def test_a_folder_that_no_device_state_can_be_kept_in(start: Start, folder: Path, how: Sequence[str]) -> None:
+    """Said in the start, as the user that it has become sees it; in a migration it would be too late."""
+    (folder / "open").mkdir()
+    (folder / "open").chmod(0o777)
+    (folder / "closed").mkdir(mode=0o755)
+    uid = 107 if "user" in how else 65534
+    for name, why in (
+        ("open", None),
+        ("closed", f"user {uid} may make no files in {folder}/closed"),
+        ("missing", f"there is no directory {folder}/missing"),
+    ):
+        daemon, said = start(*how, "--record", str(folder / name / "state"))
+        assert [line for line in said if "--record" in line] == (
+            [f"--record: no device state will be kept: {why}"] if why else []
+        )
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(10) == 0
+
+
+@pytest.mark.parametrize("how", [(*SERVE, "--runas", "65534:65534"), (*LAUNCH, "user")], ids=["root", "user"])
 def test_it_follows_the_hosts_network(start: Start, folder: Path, how: Sequence[str]) -> None:
     """Behind its walls it reads again what it read in its start: the network, and resolv.conf."""
     resolv = folder / "resolv"

@@ -25,6 +25,16 @@ MOST_BEHIND = 64 << 20  # bytes that wait to be written
 _write = os.write
 
 
+def refusal(path: str) -> str | None:
+    """Why this process, as the user that it is, can make no file whose name begins with ``path``; None if it can."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        return f"there is no directory {folder}"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"user {os.geteuid()} may make no files in {folder}"
+    return None
+
+
 class Recording:
     """One state: ``PATH.N.saved`` or ``PATH.N.loaded``, with the next N that is free.
 

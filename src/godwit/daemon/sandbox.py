@@ -29,6 +29,7 @@ from godwit.confine import _kernel, capabilities, landlock, namespaces, procfs, 
 from godwit.confine.landlock import Access
 from godwit.daemon.lifecycle import User
 from godwit.daemon.options import Options
+from godwit.daemon.record import refusal
 from godwit.daemon.syscalls import CONDITIONAL, MISSING, PLAIN
 from godwit.dataplane.sockstate import keep_limits
 from godwit.net.resolv import PATH as RESOLV
@@ -96,6 +97,9 @@ class Sandbox:
         if os.geteuid() == 0:
             log.warning("runs as root, with --runas: root's files are in reach of whoever takes this process over")
         self._layer("capabilities", _keep_no_capability)
+        # While it can be asked; no file is a reason not to serve, and a migration is late for hearing of it.
+        if self._options.record is not None and (why := refusal(self._options.record)) is not None:
+            log.warning("--record: no device state will be kept: %s", why)
         if self._options.sandbox:
             self._layer("Landlock", self._restrict_files)
             self._layer("system calls", lambda: _restrict_calls(last_words))
