@@ -27,7 +27,7 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from godwit.daemon.errors import SocketInUseError, StartError, reason
 
@@ -368,17 +368,29 @@ def no_ping() -> str | None:
     return None
 
 
-def _user(name: str) -> pwd.struct_passwd | None:
+_MOST: Final = 0xFFFFFFFE  # one more is, to chown(2) and setresuid(2), whoever it was before
+
+
+def _number(text: str, option: str) -> int | None:
+    """Of a user or a group, if it is named by that. Raises `StartError` for one that nobody can have."""
+    if not text.isascii() or not text.isdigit():
+        return None
+    if int(text) > _MOST:
+        raise StartError(f"{option}: {text} is out of range: users and groups are 0 to {_MOST}")
+    return int(text)
+
+
+def _user(name: str, number: int | None) -> pwd.struct_passwd | None:
     try:
-        return pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+        return pwd.getpwnam(name) if number is None else pwd.getpwuid(number)
     except KeyError:
         return None
 
 
 def group(name: str, option: str) -> int:
     """The number of a group that an option names, by its name or number. Raises `StartError` if there is none."""
-    if name.isdigit():
-        return int(name)
+    if (number := _number(name, option)) is not None:
+        return number
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
@@ -389,17 +401,18 @@ def user(spec: str | None) -> User | None:
     """Whom ``--runas`` means (``USER`` or ``USER:GROUP``, names or numbers).
 
     Without it root becomes nobody and everyone else stays as they are: None.
-    Raises `StartError` for names that do not exist.
+    Raises `StartError` for names that do not exist, and numbers that cannot.
     """
     if spec is None:
         if os.geteuid() != 0:
             return None
         spec = "nobody"
     name, colon, of = spec.partition(":")
-    entry = _user(name)
-    if entry is None and not name.isdigit():
+    number = _number(name, "--runas")
+    entry = _user(name, number)
+    uid = entry.pw_uid if entry else number
+    if uid is None:
         raise StartError(f"--runas: no such user: {name} (a number does without)")
-    uid = entry.pw_uid if entry else int(name)
     wanted = User(uid, group(of, "--runas") if colon else entry.pw_gid if entry else uid)
     if os.geteuid() != 0 and (wanted.uid, wanted.gid) != (os.geteuid(), os.getegid()):
         raise StartError(f"--runas {spec}: only root can become another user; leave it out, or start as root")
