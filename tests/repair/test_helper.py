@@ -261,6 +261,12 @@ def test_the_socket_of_another_user(
 # --- finding the back-end
 
 
+def test_what_is_no_address_is_named(tmp_path: Path, start: Callable[..., Helper]) -> None:
+    status, said = start(tmp_path / "s.repair", options=("--guard", "192.0.2")).end()
+    assert status == 2
+    assert "--guard: '192.0.2' is no IPv4 or IPv6 address" in said
+
+
 def test_without_a_back_end_it_fails(tmp_path: Path, start: Callable[..., Helper]) -> None:
     missing = tmp_path / "none.repair"
     status, said = start(missing).end()

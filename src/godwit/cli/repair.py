@@ -8,7 +8,7 @@ import logging
 import pwd
 import sys
 from collections.abc import Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 MAX_GUARD_SECONDS = 3600
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="ADDRESS",
         action="append",
         default=[],
-        type=ip_address,
+        type=_address,
         help="on a target to which the network is switched before the guest's connections are there: have this host"
         " send no resets from this address that answer for connections which it does not know (yet); may be repeated."
         " From now on until the guest's connections have come, or the back-end's front-end has gone",
@@ -66,6 +66,13 @@ def _uid(text: str) -> int:
         return pwd.getpwnam(text).pw_uid
     except KeyError:
         raise argparse.ArgumentTypeError(f"no such user: {text} (a number does without)") from None
+
+
+def _address(text: str) -> IPv4Address | IPv6Address:
+    try:
+        return ip_address(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no IPv4 or IPv6 address") from None
 
 
 def _seconds(text: str) -> int:
