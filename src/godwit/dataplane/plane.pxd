@@ -171,7 +171,8 @@ cdef extern from *:
                 uint32_t edge;                  /* right edge of the window that the guest was given */
                 uint32_t granted;               /* its size when it was last computed */
                 uint16_t wnd_sent;              /* the window field of the last segment */
-                uint8_t ws_from_guest, ws_to_guest;
+                uint8_t ws_from_guest : 4, ws_to_guest : 4;
+                uint8_t flight;                 /* the logarithm of what may be in flight to the guest; 0: its window */
             };
             struct {    /* UDP and ping */
                 uint32_t port;          /* UDP: the index of its FLOW_UDP_PORT */
@@ -210,7 +211,7 @@ cdef extern from *:
         uint32_t seq_from_guest, seq_ack_to_guest, seq_init_from_guest
         uint32_t seq_fin, acked, window, edge, granted
         uint16_t wnd_sent
-        uint8_t ws_from_guest, ws_to_guest
+        uint8_t ws_from_guest, ws_to_guest, flight
         # UDP and ping
         uint32_t port, remote_next, peers, scope, reply_done, reply_ident
         uint16_t ping_seq

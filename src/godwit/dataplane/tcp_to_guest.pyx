@@ -8,6 +8,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from godwit.dataplane.flow cimport carry_left, carry_take, flow_deadline, flow_wait_ring
+from godwit.dataplane.loop cimport clock_ns
 from godwit.dataplane.packet cimport Packet
 from godwit.dataplane.plane cimport (
     DROP_RING_FULL,
@@ -83,6 +84,9 @@ cdef enum:
     MEMINFO_SNDBUF = 3          # SK_MEMINFO_*, linux/sock_diag.h
     MEMINFO_WMEM_QUEUED = 5
     MEMINFO_VARS = 9
+    PEEK_NS = 250000            # for which a peek may last, and a nanosecond for each byte
+    FLIGHT_LEAST = 9            # logarithms
+    FLIGHT_MOST = 24
 
 
 cdef uint16_t own_mss(Plane *p, bint v6) noexcept nogil:
@@ -258,6 +262,27 @@ cdef void send_fin(Plane *p, Flow *f) noexcept nogil:
     arm_retransmit(p, f)
 
 
+cdef uint32_t may_fly(Flow *f) noexcept nogil:
+    """How many bytes may be in flight to the guest: what its window says, or less."""
+    cdef uint32_t most = <uint32_t>1 << f.flight
+    return f.window if f.flight == 0 or f.window < most else most
+
+
+cdef void note_peek(Flow *f, uint64_t took, uint32_t seen) noexcept nogil:
+    """Have less in flight where looking at ``seen`` bytes, which are in the queue, took that many nanoseconds.
+
+    A peek looks for the place of each piece from the head of the queue. A peer that sends its bytes one by one, and the
+    kernel cannot join them, makes that a matter of a second, in which nothing else is done. What the guest has
+    acknowledged is taken out of the queue at once, so little in flight is little to be looked through.
+    """
+    if took > PEEK_NS + seen:
+        f.flight = FLIGHT_LEAST
+        while f.flight < FLIGHT_MOST and seen >> (f.flight + 2):
+            f.flight += 1       # half of it
+    elif f.flight:
+        f.flight = f.flight + 1 if f.flight < FLIGHT_MOST else 0
+
+
 cdef int send_data(Plane *p, Flow *f) noexcept nogil:
     """Move what the socket has to the guest, as far as window and ring go.
 
@@ -271,7 +296,8 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
     cdef bint tso = p.guest_tso6 if v6 else p.guest_tso4
     cdef uint32_t head = p.vnet_size + ETH_HLEN + (IPV6_HLEN if v6 else IPV4_HLEN) + TCP_HLEN
     cdef uint32_t most = MAX_SEGMENT - (IPV6_HLEN if v6 else IPV4_HLEN) - TCP_HLEN
-    cdef uint32_t room, want, asked, capacity, flying, carried
+    cdef uint32_t window, room, want, asked, capacity, flying, carried
+    cdef uint64_t began
     cdef ssize_t n = 0
     cdef msghdr msg
     cdef int burst = 1
@@ -284,8 +310,9 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
     memset(&msg, 0, sizeof(msg))
     while True:
         flying = in_flight(f)
-        room = f.window - flying if f.window > flying else 0
-        if room == 0 or (room < f.mss and flying and room < f.window >> 1):
+        window = may_fly(f)
+        room = window - flying if window > flying else 0
+        if room == 0 or (room < f.mss and flying and room < window >> 1):
             # Window shut, or nearly: the guest opens it, or the timer asks.
             f.flags |= FF_MORE
             if not f.deadline or f.deadline > p.now + RTO_MOST:
@@ -315,7 +342,9 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
             elif not peek_past(p, flying - carried, scratch, sizeof(scratch), &msg):
                 f.flags |= FF_MORE
                 return 0
+            began = clock_ns()
             n = recvmsg(f.sock, &msg, MSG_PEEK | MSG_DONTWAIT)
+            note_peek(f, clock_ns() - began, flying - carried + <uint32_t>(n if n > 0 else 0))
             if n >= 0 and not p.peek_offset:
                 n = n - (flying - carried)
                 if n <= 0 and not f.flags & FF_EOF:
