@@ -233,7 +233,7 @@ def test_a_trickle_on_many_connections(count: int, rounds: int, most: float) -> 
     with crowded() as world, contextlib.closing(Service(world, keep=True)) as service:
         with contextlib.closing(Watch(world)) as watch:
             made = trickle(world, service, count, rounds)
-        assert watch.error is None
+        assert watch.error is None, repr(watch.error)
         assert made.cpu / made.bytes < most, made
         assert max(watch.echoes) < 2.0, watch.echoes
 
