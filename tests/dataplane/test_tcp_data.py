@@ -29,6 +29,7 @@ from .driver import (
     Family,
     Frame,
     Guest,
+    Part,
     Server,
     open_pair,
     pattern,
@@ -509,6 +510,28 @@ def test_loss_of_the_last_segment(guest: Guest, family: Family) -> None:
         assert retransmits(guest) == 1
         sock.sendall(b"three")
         assert conn.read(5) == b"three"
+
+
+@once
+@pytest.mark.parametrize("others", [0, 1000])
+def test_what_waits_in_the_ring_comes_before_the_timer(family: Family, others: int) -> None:
+    """No kick has told of it, as where this thread has stood still and learns of both at a time."""
+    with Guest(num=1024) as guest:
+        conn, sock = open_pair(guest, family)
+        with sock:
+            sock.sendall(b"data")
+            assert conn.read(4, ack=False) == b"data"
+            place = guest.tx_place
+            for frame in [*[b"of no use to anybody"] * others, bytes(conn.build(ACK))]:
+                guest.memory.write(place, guest.vnet + frame)
+                head = guest.tx.add([Part(place, len(guest.vnet) + len(frame), write=False)])
+                place += len(guest.vnet) + len(frame)
+            guest.memory.store16(guest.tx.avail + 2, guest.tx.avail_idx)
+            guest.reap_tx(head)  # in a second: there is nothing but the timer
+            guest.barrier()
+            assert retransmits(guest) == 0
+            sock.sendall(b"and on")
+            assert conn.read(6) == b"and on"
 
 
 @once

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Clocks that jump: the system's by days, and two hosts whose time since boot has nothing in common."""
+"""Clocks that jump: the system's by days, two hosts whose time since boot has nothing in common, a process that stood
+still."""
 
 from __future__ import annotations
 
 import os
 import re
 import struct
+import time
 from pathlib import Path
 
 import godwit
+from godwit.cli import ctl
 from godwit.lab.backend import Backend
+from godwit.lab.netns import wait_until
 from godwit.lab.scenario import Scenario
 
 from .moves import IDLE, RATE, works_on
@@ -40,6 +44,39 @@ def test_the_systems_clock_jumps(tmp_path: Path) -> None:
             seen = stamps(capture, world)
             assert abs(seen[-1] - seen[0] - days * DAY) < 100, (days, seen[0], seen[-1])
         assert "Traceback" not in world.messages()
+
+
+_MUTE = "table inet mute { chain out { type filter hook output priority 0; tcp dport 5001 drop; }; }"
+
+
+def sent_again(world: World) -> int:
+    """How many segments the guest was sent more than once."""
+    answer = b"\n".join(ctl.ask(f"{world.backend.socket}.ctl", "metrics"))
+    found = re.search(rb"^godwit_retransmitted_segments_total (\d+)$", answer, re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+def test_what_is_acknowledged_while_the_process_stands_still_is_not_sent_again() -> None:
+    """When the process goes on it is time to send it again; what the guest has said meanwhile comes first."""
+    with (
+        World() as world,
+        tcp(world.server, 4, SERVER[4], 5001) as listening,
+        connect(world.guest, SERVER[4], 5001) as ours,
+        listening.accept()[0] as peer,
+    ):
+        world.guest.run("nft", "-f", "-", stdin=_MUTE)
+        peer.sendall(b"a question")
+        assert ours.recv(100) == b"a question"
+        wait_until(lambda: sent_again(world) == 1, "the question to be sent again")
+        # Once more in two seconds.
+        world.backend.stop()
+        world.guest.run("nft", "delete", "table", "inet", "mute")
+        ours.sendall(b"an answer")
+        time.sleep(2.5)
+        world.backend.resume()
+        assert peer.recv(100) == b"an answer"
+        assert sent_again(world) == 1
 
 
 def stamps(capture: Path, world: World) -> list[int]:

@@ -3,5 +3,8 @@
 
 from godwit.dataplane.plane cimport Plane
 
+cdef enum:
+    TX_BATCH = 256          # frames
+
 # Work through the transmit ring, at most one batch; p.again if more waits.
 cdef void frames_from_guest(Plane *p) noexcept nogil

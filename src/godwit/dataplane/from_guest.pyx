@@ -56,7 +56,6 @@ from godwit.dataplane.virtqueue cimport (
 )
 
 cdef enum:
-    TX_BATCH = 256
     OPENING = 8             # frames that one which opens a flow counts for: it takes a socket, and the others wait
     ETHERTYPE_IPV4 = 0x0800
     ETHERTYPE_ARP = 0x0806

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The data plane's thread.
 
-One turn: wait; take the events; run the timers that are due; settle the flows
-that were touched; give receive buffers to those that wait for them; publish
+One turn: wait; take the events; run the timers that are due, but not before what
+the guest has said is read; settle the flows that were touched; give receive buffers to those that wait for them; publish
 the used entries. Where the guest's network card is ours too (``card.pyx``), it has
 its turn within this one: it fills the one ring after the events, and empties the
 other at the end. The control thread's wish to change something is granted at
@@ -26,7 +26,7 @@ from godwit.dataplane.flow cimport (
     flow_unwait,
     timeout_ms,
 )
-from godwit.dataplane.from_guest cimport frames_from_guest
+from godwit.dataplane.from_guest cimport TX_BATCH, frames_from_guest
 from godwit.dataplane.icmp cimport errors_from_sock, ping_from_sock
 from godwit.dataplane.memory cimport memory_gone
 from godwit.dataplane.pcap cimport pcap_flush
@@ -245,6 +245,30 @@ cdef int poll_busy(Plane *p, epoll_event *events) noexcept nogil:
     return 0
 
 
+cdef void run_timers(Plane *p) noexcept nogil:
+    """Timers that are due, when the guest's ring is read to where it was when they became due.
+
+    What it has acknowledged is not sent again: this thread may have stood still for a while, and nothing need have told
+    of the ring yet. A ring takes several turns where it is large; a guest that fills it all the time gains no more.
+    """
+    cdef Flow *f
+    cdef int i
+    if not p.again:
+        frames_from_guest(p)
+    if p.again and p.timers_wait < p.queues[TX].num // TX_BATCH:
+        p.timers_wait += 1
+        return
+    p.timers_wait = 0
+    for i in range(TIMERS):
+        f = flow_due(p)
+        if f == NULL:
+            return
+        if f.kind == FLOW_TCP:
+            tcp_timer(p, f)
+        else:
+            flow_close(p, f)    # nothing was heard of it for so long
+
+
 cdef void go_on(Plane *p) noexcept nogil:
     """What control changed may have made something possible."""
     p.now = clock_ms(p)
@@ -273,6 +297,9 @@ cdef int turn(Plane *p, bint wait) noexcept nogil:
         n = poll_busy(p, events)
     else:
         n = epoll_wait(p.epfd, events, EVENTS, sleep_ms(p))
+    if n < 0 and errno == EINTR:
+        # Stopped in its sleep (signal(7)), perhaps for long: events are due, and not the timers alone.
+        n = epoll_wait(p.epfd, events, EVENTS, 0)
     if n < 0 and errno != EINTR:
         return -errno
     p.now = clock_ms(p)
@@ -303,14 +330,8 @@ cdef int turn(Plane *p, bint wait) noexcept nogil:
         frames_from_control(p)
     if p.accept_again and p.accept_again <= p.now:
         tcp_accept_again(p)
-    for i in range(TIMERS):
-        f = flow_due(p)
-        if f == NULL:
-            break
-        if f.kind == FLOW_TCP:
-            tcp_timer(p, f)
-        else:
-            flow_close(p, f)    # nothing was heard of it for so long
+    if timeout_ms(p) == 0:
+        run_timers(p)
     settle(p)
     finish_turn(p)
     card_out(p)

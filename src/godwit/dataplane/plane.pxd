@@ -440,6 +440,7 @@ cdef struct Plane:
     void (*errand)(void *) noexcept nogil   # to be run once, at the end of a turn; `parked` tells that it was
     void *errand_for
     bint again                  # work was left for the next turn, which begins at once
+    uint32_t timers_wait        # turns for which timers that are due have waited for the guest's ring to be read
     bint tell_activity          # wake the control thread at the next frame
     uint64_t quiet_frames       # frames both ways when it asked for that
     uint32_t short_of           # Shortage bits that control has not been told of
