@@ -422,6 +422,18 @@ def test_no_kicks_for_one_that_looks_by_itself(features: int) -> None:
 
 
 @pytest.mark.parametrize("features", [FULL, FULL & ~EVENT_IDX], ids=["event_idx", "flags"])
+def test_one_that_looks_by_itself_does_so_beside_events_without_end(features: int) -> None:
+    with Guest(features) as guest:
+        busy_poll(guest, 20_000_000)
+        guest.send(FRAME)
+        # It does not listen, has always hung up, and nothing can be accepted from it: an event in each turn.
+        guest.engine.listen(socket.socket().detach(), 80)
+        for _ in range(3):
+            guest.send(FRAME)
+        assert frames_from(guest) == 4
+
+
+@pytest.mark.parametrize("features", [FULL, FULL & ~EVENT_IDX], ids=["event_idx", "flags"])
 def test_one_that_has_looked_long_enough_sleeps(features: int) -> None:
     with Guest(features) as guest:
         busy_poll(guest, 1000)

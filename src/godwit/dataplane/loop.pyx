@@ -226,23 +226,23 @@ cdef int sleep_ms(Plane *p) noexcept nogil:
 cdef int poll_busy(Plane *p, epoll_event *events) noexcept nogil:
     """Wait, first without sleeping, and without kicks from the guest.
 
-    Returns as epoll_wait does, or 0 with p.again where the guest has sent something.
+    Returns as epoll_wait does, with p.again where the guest has sent something.
     """
     cdef Queue *q = &p.queues[TX]
     cdef uint64_t until = clock_ns() + p.busy_poll
     cdef int n
     while True:
         n = epoll_wait(p.epfd, events, EVENTS, 0)
+        if queue_active(q) and queue_pending(q) != 0:
+            break           # also where there are events: there may be some each time
         if n != 0:
             return n
-        if queue_active(q) and queue_pending(q) != 0:
-            break
         if clock_ns() >= until:
             if not queue_active(q) or not queue_notify_on(q, &p.mem, q.last_avail):
                 return epoll_wait(p.epfd, events, EVENTS, sleep_ms(p))
             break
     p.again = True
-    return 0
+    return n
 
 
 cdef void run_timers(Plane *p) noexcept nogil:
