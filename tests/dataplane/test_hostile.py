@@ -8,6 +8,7 @@ with figures: ``python -m godwit.lab.hostile``.
 from __future__ import annotations
 
 import os
+import select
 import struct
 import threading
 from collections.abc import Callable
@@ -19,9 +20,14 @@ from .driver import (
     F_NEXT,
     F_WRITE,
     RX,
+    SYN,
+    TIMEOUT,
     TX,
     V4,
+    Conn,
+    Family,
     Guest,
+    Server,
     open_pair,
     other_frame,
     pattern,
@@ -30,6 +36,7 @@ from .driver import (
 )
 
 FRAME = other_frame(60)
+FF_RING_WAIT = 0x10  # plane.pxd
 Entry = tuple[int, int, int, int]
 
 
@@ -88,6 +95,21 @@ def test_the_control_thread_hears_which_rule_was_broken(index: int, name: str) -
         assert words in told[0][1]
         guest.barrier()
         assert guest.engine.take_faults() == []
+
+
+def test_a_ring_that_is_found_broken_at_the_end_of_a_turn(family: Family) -> None:
+    """By who waits for its buffers: the control thread is called at once, and not when something else happens."""
+    with Guest(rx=()) as guest:
+        server = Server(family)
+        guest.send((conn := Conn(guest, family, server.port)).build(SYN, options=conn.options()))
+        wait_until(lambda: guest.engine.flows()[0]["flags"] & FF_RING_WAIT)
+        guest.engine.take_rare()
+        with guest.engine.parked():
+            guest.memory.store16(guest.rx.avail + 2, guest.rx.avail_idx + guest.rx.num + 1)
+        assert guest.rx.broken()
+        assert select.select([guest.engine.rare_fileno()], [], [], TIMEOUT)[0]
+        assert [index for index, _ in guest.engine.take_faults()] == [RX]
+        server.close()
 
 
 @pytest.mark.parametrize("index", [RX, TX], ids=["rx", "tx"])

@@ -186,7 +186,6 @@ cdef void finish_turn(Plane *p) noexcept nogil:
     cdef Queue *q = &p.queues[RX]
     cdef int i
     cdef uint16_t seen
-    tell_of_faults(p)
     if q.broken and q.used != NULL:
         queue_publish(q, &p.mem)    # what was used before it broke
     if not queue_active(q):
@@ -275,6 +274,7 @@ cdef void go_on(Plane *p) noexcept nogil:
     frames_from_guest(p)
     settle(p)
     finish_turn(p)
+    tell_of_faults(p)
     card_out(p)
 
 
@@ -334,6 +334,7 @@ cdef int turn(Plane *p, bint wait) noexcept nogil:
         run_timers(p)
     settle(p)
     finish_turn(p)
+    tell_of_faults(p)
     card_out(p)
     return woken
 
