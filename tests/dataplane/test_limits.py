@@ -24,6 +24,7 @@ from godwit.net import native
 from .driver import (
     RST,
     SYN,
+    TIMEOUT,
     V4,
     Conn,
     Family,
@@ -297,6 +298,21 @@ def test_connections_beyond_the_limit_are_refused(family: Family) -> None:
             with sock:
                 conn.push(b"x")
                 assert read_exactly(sock, 1) == b"x"
+
+
+def test_who_calls_leaves_the_guest_room_for_its_own(family: Family) -> None:
+    with limited(flows=32) as guest, contextlib.ExitStack() as stack:
+        listening = Server(family, backlog=64)
+        guest.engine.listen(listening.sock.detach(), 80)
+        for _ in range(30):
+            stack.enter_context(socket.create_connection((family.loopback, listening.port), TIMEOUT))
+        wait_until(lambda: counter(guest, "flows") == 30)
+        assert is_turned_away(family, listening.port)
+        for _ in range(2):
+            stack.enter_context(open_pair(guest, family)[1])
+        late = Conn(guest, family, listening.port)
+        late.send(SYN, options=late.options())
+        late.next(RST)
 
 
 def test_a_guest_that_moves_in_keeps_what_it_has() -> None:

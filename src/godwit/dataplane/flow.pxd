@@ -19,6 +19,10 @@ cdef void flows_free(Plane *p) noexcept nogil
 
 cdef Flow *flow_find(Plane *p, int kind, const uint8_t *guest_addr, uint16_t guest_port,
                      const uint8_t *our_addr, uint16_t our_port) noexcept nogil
+# Whether others than the guest may open one more: a sixteenth of what there may be is always the guest's own.
+cdef inline bint flows_for_others(Plane *p) noexcept nogil:
+    return p.open_flows < p.most_flows - (p.most_flows >> 4)
+
 # A new flow with these ends, in the table; NULL when the table is full. Whether
 # there may be one more (Plane.most_flows and so on) is asked before.
 cdef Flow *flow_new(Plane *p, FlowKind kind, const uint8_t *guest_addr, uint16_t guest_port,

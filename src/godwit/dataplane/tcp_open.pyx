@@ -12,6 +12,7 @@ from godwit.dataplane.flow cimport (
     flow_find,
     flow_new,
     flow_touch,
+    flows_for_others,
     flow_wait_ring,
     WATCH_LISTENER,
     flow_watch,
@@ -420,7 +421,7 @@ cdef bint tcp_accept(Plane *p, Listener *listener) noexcept nogil:
         f = NULL
         if (not is_unspecified(guest) and is_v4(guest) == is_v4(remote) and to_guest_name(p, remote, port, name)
                 and flow_find(p, FLOW_TCP, guest, listener.guest_port, name, port) == NULL):
-            if p.open_flows < p.most_flows and p.open_sockets < callers_share(p):
+            if flows_for_others(p) and p.open_sockets < callers_share(p):
                 f = flow_new(p, FLOW_TCP, guest, listener.guest_port, name, port)
             if f == NULL:
                 drop(p, DROP_TABLE_FULL)
