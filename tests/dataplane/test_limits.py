@@ -315,6 +315,28 @@ def test_who_calls_leaves_the_guest_room_for_its_own(family: Family) -> None:
         late.next(RST)
 
 
+def test_who_sends_to_a_forwarded_port_leaves_the_guest_room_for_its_own(family: Family) -> None:
+    """What strangers send is delivered, all of it, and remembered only as far as the limits allow."""
+    with limited(flows=40, udp_flows=10) as guest, contextlib.ExitStack() as stack, Peer(family) as server:
+        sock = socket.socket(family.af, socket.SOCK_DGRAM)
+        sock.bind((family.loopback, 0))
+        port = sock.getsockname()[1]
+        guest.engine.listen(sock.detach(), 5353)
+        for n in range(60):
+            stranger = stack.enter_context(Peer(family))
+            stranger.sock.sendto(b"%d" % n, (family.loopback, port))
+            assert guest.receive(is_udp).payload == b"%d" % n
+        assert counter(guest, "flows") == 5
+        for own in range(6000, 6005):
+            guest.send(guest.udp(family, own, server.port, b"%d" % own))
+            assert server.read() == b"%d" % own
+        assert counter(guest, "flows_recycled") == 0
+        for _ in range(30):
+            stack.enter_context(open_pair(guest, family)[1])
+        assert counter(guest, "flows") == 40
+        assert guest.drops("table_full") == guest.drops("limit_udp") == 0
+
+
 def test_a_guest_that_moves_in_keeps_what_it_has() -> None:
     """Where it comes from the limits may be wider; here it opens nothing more until it is below them."""
     with limited(flows=4, udp_flows=2, half_open=1) as guest:

@@ -32,10 +32,12 @@ cdef int udp_room(Plane *p, bint with_socket) noexcept nogil
 # The flow of a datagram (or of an error about one) between a port and a peer
 # of the host's side; NULL: there is none.
 cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote_port) noexcept nogil
-# A new one, with these flags and that of its family. NULL: as many are there as there may be, more if it is the
-# guest that sends (FF_FROM_GUEST).
+# A new one, with these flags and that of its family. NULL: as many are there as there may be.
 cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, const uint8_t *our_addr,
                         const uint8_t *remote, uint16_t remote_port, uint32_t flags) noexcept nogil
+# Whether one is remembered that others begin; what comes is delivered all the same. The guest shall always find a place
+# for its own: in the table, and within what it may have.
+cdef bint udp_remembers_others(Plane *p) noexcept nogil
 # Whether the guest has used the flow of late: what comes from the peer is for the address that it did so from.
 cdef bint udp_is_held(Plane *p, Flow *f) noexcept nogil
 # The flow was used: it lives for so much longer.

@@ -33,6 +33,7 @@ from godwit.dataplane.flow cimport (
     flow_new_beyond,
     flow_used,
     flow_watch,
+    flows_for_others,
     peer_find,
     peer_in,
     peer_out,
@@ -237,9 +238,10 @@ cdef uint32_t guests_share(Plane *p) noexcept nogil:
     return (p.max_flows - p.forwards + 1) >> 1
 
 
-cdef uint32_t strangers_share(Plane *p) noexcept nogil:
-    """How many exchanges are remembered while those that others begin are, too: the guest shall find a place as well."""
-    return (p.max_flows - p.forwards + 3) >> 2
+cdef bint udp_remembers_others(Plane *p) noexcept nogil:
+    cdef uint32_t share = (p.max_flows - p.forwards + 3) >> 2
+    cdef uint32_t allowed = (min(p.most_udp, p.most_flows) + 1) >> 1
+    return p.open_peers < min(share, allowed) and flows_for_others(p)
 
 
 cdef Flow *open_port(Plane *p, Packet *k, uint16_t guest_port, bint v4, int port_class) noexcept nogil:
@@ -275,7 +277,7 @@ cdef Flow *port_for(Plane *p, Packet *k, uint16_t guest_port, const uint8_t *hos
     f = flow_find(p, FLOW_UDP_PORT, k.saddr, guest_port, NOBODY, <uint16_t>port_class)
     if f != NULL:
         return f
-    if p.open_peers >= strangers_share(p):
+    if not udp_remembers_others(p):
         # Then not every stranger is remembered, and this may be the answer to one of the others: it comes from the
         # port that was asked.
         f = flow_find(p, FLOW_UDP_PORT, NOBODY, guest_port, NOBODY, PORT_FORWARDED_AT)
@@ -291,7 +293,7 @@ cdef Flow *udp_peer(Plane *p, Flow *port, const uint8_t *remote, uint16_t remote
 cdef Flow *udp_add_peer(Plane *p, Flow *port, const uint8_t *guest_addr, const uint8_t *our_addr,
                         const uint8_t *remote, uint16_t remote_port, uint32_t flags) noexcept nogil:
     cdef Flow *f
-    if p.open_peers >= (guests_share(p) if flags & FF_FROM_GUEST else strangers_share(p)):
+    if p.open_peers >= guests_share(p):
         return NULL
     f = flow_new(p, FLOW_UDP, guest_addr, port.guest_port, our_addr, remote_port)
     if f == NULL:

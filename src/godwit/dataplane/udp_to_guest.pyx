@@ -107,7 +107,7 @@ from godwit.dataplane.sys cimport (
     socket,
     socklen_t,
 )
-from godwit.dataplane.udp cimport udp_add_peer, udp_is_held, udp_peer, udp_used
+from godwit.dataplane.udp cimport udp_add_peer, udp_is_held, udp_peer, udp_remembers_others, udp_used
 from godwit.dataplane.virtqueue cimport RX, Queue, queue_active, queue_break, queue_pending
 
 cdef enum:
@@ -384,7 +384,7 @@ cdef Flow *flow_from(Plane *p, Flow *port, int i, Seen *seen, uint8_t *guest, ui
             memset(guest, 0, 16)
             return NULL
         f = known(p, port, guest, name, remote, remote_port)
-        if f == NULL:
+        if f == NULL and udp_remembers_others(p):
             f = udp_add_peer(p, port, guest, name, remote, remote_port, 0)
         if f == NULL:
             return NULL
