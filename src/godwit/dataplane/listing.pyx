@@ -213,10 +213,12 @@ def part(EngineBase engine not None, uint32_t first, bint tcp=True, bint udp=Tru
 def gauges(EngineBase engine not None):
     """Numbers that go up and down, by name; the thread is not parked for them."""
     cdef Plane *p = engine.p
+    cdef uint32_t flows = p.open_flows, udp = p.open_peers, pings = p.open_pings
     return {
-        "flows_tcp": p.open_flows - p.open_peers - p.open_pings,
-        "flows_udp": p.open_peers,
-        "flows_ping": p.open_pings,
+        # They may change between two looks: then it is one too many or too few, but never less than none.
+        "flows_tcp": flows - udp - pings if flows > udp + pings else 0,
+        "flows_udp": udp,
+        "flows_ping": pings,
         "flow_places": p.max_flows,
         "flow_sockets": p.open_sockets,
         "flow_sockets_limit": p.flow_limit,
