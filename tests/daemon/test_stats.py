@@ -33,7 +33,7 @@ def test_one_line_with_what_is_new() -> None:
     )
     assert describe(before, now) == (
         "statistics: from the guest 2 frames, 999 B of TCP; to it 3 frames, 1.23 MB; flows 2 opened, 0 reset, 2 open;"
-        " 4 segments sent again; dropped 2 (no_flow), 1 (window)"
+        " 4 retransmissions; dropped 2 (no_flow), 1 (window)"
     )
     assert "dropped" not in describe(now, now)
     assert "5e+03 TB" in describe(before, counters(bytes_to_guest=5 * 10**15))

@@ -50,9 +50,9 @@ _MUTE = "table inet mute { chain out { type filter hook output priority 0; tcp d
 
 
 def sent_again(world: World) -> int:
-    """How many segments the guest was sent more than once."""
+    """How often the guest was sent something again."""
     answer = b"\n".join(ctl.ask(f"{world.backend.socket}.ctl", "metrics"))
-    found = re.search(rb"^godwit_retransmitted_segments_total (\d+)$", answer, re.MULTILINE)
+    found = re.search(rb"^godwit_retransmissions_total (\d+)$", answer, re.MULTILINE)
     assert found
     return int(found[1])
 

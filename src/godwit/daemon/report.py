@@ -268,7 +268,11 @@ class Report:
             "Frames and datagrams from either side that went nowhere, by reason.",
             [({"reason": name}, count) for name, count in c["drops"].items()],
         )
-        yield _counter("godwit_retransmitted_segments_total", "Segments sent to the guest again.", c["retransmits"])
+        yield _counter(
+            "godwit_retransmissions_total",
+            "Times that a connection's bytes were sent to the guest again, however many.",
+            c["retransmits"],
+        )
         yield Family(
             "godwit_flows",
             "gauge",

@@ -68,7 +68,7 @@ def describe(before: dict[str, Any], now: dict[str, Any]) -> str:
         f"flows {more['flows_opened']} opened, {more['flows_reset']} reset, {now['flows']} open",
     ]
     if more["retransmits"]:
-        parts.append(f"{more['retransmits']} segments sent again")
+        parts.append(f"{more['retransmits']} retransmissions")
     if any(dropped.values()):
         parts.append("dropped " + ", ".join(f"{count} ({name})" for name, count in dropped.items() if count))
     return "statistics: " + "; ".join(parts)
