@@ -15,7 +15,7 @@ QUIET = 60.0  # seconds
 _SAID = {
     "descriptors": "there are no descriptors left for connections (ulimit -n, fs.file-max)",
     "memory": "the kernel has no memory for sockets (net.ipv4.tcp_mem, net.ipv4.udp_mem, the control group's)",
-    "ports": "no local port is left to connect from (net.ipv4.ip_local_port_range)",
+    "ports": "there is no local port, or no address, to connect from (net.ipv4.ip_local_port_range, ip address)",
     "places": "there are as many connections as there may be",
 }
 _MEANS = "new ones are turned away until there are some again, and those that are there go on"
