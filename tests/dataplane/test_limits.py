@@ -237,6 +237,23 @@ def test_one_port_with_many_peers_is_not_closed_for_another(family: Family) -> N
         assert counter(guest, "flows_recycled") == 2
 
 
+def test_one_port_with_very_many_peers_does_not_keep_others_from_making_room(family: Family) -> None:
+    """More than are looked at for one datagram: then for the next, which the guest sends again, one goes on behind."""
+    with limited() as guest, Peer(family) as peer:
+        guest.engine.limit_flows(4)  # three of them for UDP
+        for n in range(200):
+            guest.send(guest.udp(family, 5000, 1000 + n, b"x"))
+        for own in (6000, 6001):
+            guest.send(guest.udp(family, own, peer.port, b"%d" % own))
+            assert peer.read() == b"%d" % own
+        for _ in range(5):
+            guest.send(guest.udp(family, 6002, peer.port, b"6002"))
+        assert peer.read() == b"6002"
+        assert 0 < guest.drops("limit_udp") < 5
+        assert counter(guest, "flows") == 202
+        assert counter(guest, "flows_recycled") == 1
+
+
 def test_the_host_keeps_ports_for_its_own_datagrams() -> None:
     """Of those that the kernel chooses from the guest has half at most, whatever else it may have."""
     with open("/proc/sys/net/ipv4/ip_local_port_range", "w") as limits:

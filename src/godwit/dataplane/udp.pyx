@@ -26,6 +26,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from godwit.dataplane.flow cimport (
     age_in,
+    age_out,
     flow_close,
     flow_find,
     flow_index,
@@ -327,7 +328,11 @@ cdef void udp_used(Plane *p, Flow *f) noexcept nogil:
 # ---- limits
 
 cdef Flow *oldest(Plane *p, int age, bint with_socket) noexcept nogil:
-    """The first of a list, or the first whose end frees a socket; NULL: there is none among the oldest."""
+    """The first of a list, or the first whose end frees a socket; NULL: there is none among the oldest.
+
+    Of those that one side alone has used, such as free none go to the young end: else so many of them would be in the
+    way until they end by themselves. Exchanges stay in order, which says how long they have been silent.
+    """
     cdef uint32_t i = p.oldest[age]
     cdef Flow *f
     cdef Flow *port
@@ -342,6 +347,9 @@ cdef Flow *oldest(Plane *p, int age, bint with_socket) noexcept nogil:
         if port.peers == 1 and not port.flags & FF_FORWARD:
             return f
         i = f.younger
+        if age == ONE_WAY:
+            age_out(p, f)
+            age_in(p, f)
     return NULL
 
 
