@@ -52,6 +52,13 @@ def start(pid_file: Path, before: str = "pass") -> subprocess.CompletedProcess[s
     )
 
 
+def test_what_is_handed_over_is_what_is_at_the_path_itself(tmp_path: Path) -> None:
+    """And not what a link leads to: a daemon that root has started would give that away."""
+    link = tmp_path / "socket"
+    link.symlink_to("nowhere")
+    lifecycle.User(os.getuid(), os.getgid()).own(str(link))
+
+
 def test_the_launched_process_exits_when_all_is_ready(pid_file: Path) -> None:
     started = time.monotonic()
     launched = start(pid_file, "time.sleep(0.5)")

@@ -188,7 +188,8 @@ class House:
         for path in self.paths():
             user.own(path)
         if self.control is not None and self._ctl_group is not None:
-            lifecycle.open_to_group(self.control.path, self._ctl_group)
+            # Its mode is as it was made with: to set it would follow a link.
+            os.chown(self.control.path, -1, self._ctl_group, follow_symlinks=False)
 
     def close(self) -> None:
         """Close the connections that nobody has served."""

@@ -330,8 +330,11 @@ class User(NamedTuple):
     gid: int
 
     def own(self, path: str) -> None:
-        """Hand a socket or file over, so that the user can go on using it."""
-        os.chown(path, self.uid, self.gid)
+        """Hand a socket or file over, so that the user can go on using it.
+
+        It itself: whoever may write to its folder may have put a link in its place, to what is root's.
+        """
+        os.chown(path, self.uid, self.gid, follow_symlinks=False)
 
     def assume(self) -> None:
         """Become this user for good: all ids and groups, no way back."""
