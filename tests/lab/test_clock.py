@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import godwit
-from godwit.cli import ctl
 from godwit.lab.backend import Backend
 from godwit.lab.netns import wait_until
 from godwit.lab.scenario import Scenario
@@ -19,7 +18,8 @@ from godwit.lab.scenario import Scenario
 from .moves import IDLE, RATE, works_on
 from .shim import CLOCK, Shim
 from .test_rush import arp
-from .world import SERVER, World, connect, tcp
+from .watching import sent_again
+from .world import SERVER, World, connect, mute, tcp
 
 DAY = 86400
 FOREVER = 300_000_000  # seconds, almost ten years
@@ -46,17 +46,6 @@ def test_the_systems_clock_jumps(tmp_path: Path) -> None:
         assert "Traceback" not in world.messages()
 
 
-_MUTE = "table inet mute { chain out { type filter hook output priority 0; tcp dport 5001 drop; }; }"
-
-
-def sent_again(world: World) -> int:
-    """How often the guest was sent something again."""
-    answer = b"\n".join(ctl.ask(f"{world.backend.socket}.ctl", "metrics"))
-    found = re.search(rb"^godwit_retransmissions_total (\d+)$", answer, re.MULTILINE)
-    assert found
-    return int(found[1])
-
-
 def test_what_is_acknowledged_while_the_process_stands_still_is_not_sent_again() -> None:
     """When the process goes on it is time to send it again; what the guest has said meanwhile comes first."""
     with (
@@ -65,18 +54,16 @@ def test_what_is_acknowledged_while_the_process_stands_still_is_not_sent_again()
         connect(world.guest, SERVER[4], 5001) as ours,
         listening.accept()[0] as peer,
     ):
-        world.guest.run("nft", "-f", "-", stdin=_MUTE)
-        peer.sendall(b"a question")
-        assert ours.recv(100) == b"a question"
-        wait_until(lambda: sent_again(world) == 1, "the question to be sent again")
-        # Once more in two seconds.
-        world.backend.stop()
-        world.guest.run("nft", "delete", "table", "inet", "mute")
+        with mute(world.guest):
+            peer.sendall(b"a question")
+            assert ours.recv(100) == b"a question"
+            wait_until(lambda: sent_again(world.backend) == 1, "the question to be sent again")
+            world.backend.stop()  # once more in two seconds
         ours.sendall(b"an answer")
         time.sleep(2.5)
         world.backend.resume()
         assert peer.recv(100) == b"an answer"
-        assert sent_again(world) == 1
+        assert sent_again(world.backend) == 1
 
 
 def stamps(capture: Path, world: World) -> list[int]:

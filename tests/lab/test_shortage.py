@@ -9,6 +9,7 @@ import fcntl
 import socket
 import struct
 import termios
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -16,8 +17,8 @@ import pytest
 from godwit.lab.netns import wait_until
 
 from .shim import CALLS, COUNT, FAULTS, Shim
-from .watching import cpu_share, dropped, limited
-from .world import FAR, NOWHERE, SERVER, World, connect, silent, tcp, udp
+from .watching import cpu_share, dropped, limited, sent_again
+from .world import FAR, NOWHERE, SERVER, World, connect, mute, silent, tcp, udp
 
 PORT = 7000
 _SILENCE = """
@@ -242,3 +243,21 @@ def test_a_shortage_is_logged_once(faulty: tuple[World, Shim]) -> None:
     world, _ = faulty
     for what in ("no descriptors left", "no memory for sockets"):
         assert len([line for line in world.messages().splitlines() if what in line]) == 1
+
+
+def test_no_memory_is_no_reason_to_send_the_guest_anything_again(faulty: tuple[World, Shim]) -> None:
+    """That it is tried each second whether there is some again is no retry towards a guest that does not answer."""
+    world, shim = faulty
+    with from_inside(world) as (ours, peer):
+        with failing(shim, "sendmsg", errno.EAGAIN):
+            ours.sendall(b"is anybody there?")
+            wait_until(lambda: not unacknowledged(ours), "the guest's bytes to be acknowledged")
+        before = sent_again(world.backend)
+        with mute(world.guest), failing(shim, "send", errno.ENOMEM):
+            peer.sendall(b"an event")
+            assert ours.recv(100) == b"an event"
+            time.sleep(3.5)  # in which it is due twice
+            assert sent_again(world.backend) - before <= 2
+        peer.settimeout(5.0)
+        assert peer.recv(100) == b"is anybody there?"
+        echoed(ours, peer)

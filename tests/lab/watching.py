@@ -10,6 +10,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 
+from godwit.cli import ctl
+from godwit.lab.backend import Backend
+
 from .world import PLAIN
 
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -71,6 +74,14 @@ def _set_limit(pid: int, most: int) -> None:
 def _id(pid: int, name: str) -> int:
     with open(f"/proc/{pid}/status") as file:
         return int(next(line for line in file if line.startswith(f"{name}:")).split()[1])
+
+
+def sent_again(backend: Backend) -> int:
+    """How often a back-end has sent its guest something again."""
+    answer = b"\n".join(ctl.ask(f"{backend.socket}.ctl", "metrics"))
+    found = re.search(rb"^godwit_retransmissions_total (\d+)$", answer, re.MULTILINE)
+    assert found
+    return int(found[1])
 
 
 def dropped(messages: str) -> dict[str, int]:

@@ -17,7 +17,7 @@ import socket
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -233,6 +233,19 @@ def connect(space: Namespace, addr: str, port: int, timeout: float = TIMEOUT) ->
         sock.settimeout(timeout)
         stack.pop_all()
         return sock
+
+
+_MUTE = "table inet mute { chain out { type filter hook output priority 0; tcp dport 5001 drop; }; }"
+
+
+@contextlib.contextmanager
+def mute(space: Namespace) -> Iterator[None]:
+    """Nothing leaves that is for port 5001 of TCP."""
+    space.run("nft", "-f", "-", stdin=_MUTE)
+    try:
+        yield
+    finally:
+        space.run("nft", "delete", "table", "inet", "mute")
 
 
 def silent(sock: socket.socket) -> bool:

@@ -487,7 +487,9 @@ cdef bint send_carried(Plane *p, Flow *f) noexcept nogil:
             if shortage(p, errno):
                 f.flags |= FF_TRY_AGAIN     # no event tells when there is memory again
                 flow_touch(p, f)
-            elif errno != EAGAIN and not hold_in_repair(p, f, errno):
+            elif errno == EAGAIN:
+                f.flags &= ~FF_TRY_AGAIN    # but of room there is
+            elif not hold_in_repair(p, f, errno):
                 tcp_reset(p, f)
             return False
         f.carry_to_sock = carry_take(f.carry_to_sock, <uint32_t>n)
@@ -564,6 +566,8 @@ cdef void tcp_timer(Plane *p, Flow *f) noexcept nogil:
         if f.kind != FLOW_TCP or f.sock < 0:
             return
         flow_touch(p, f)
+        if f.flags & FF_TRY_AGAIN:
+            return              # a pause: it was not the time for a retransmission that has come, and none counts
     if not f.events & EV_ESTABLISHED:
         if f.flags & FF_CONNECTING:
             tcp_give_up(p, f, ETIMEDOUT)
