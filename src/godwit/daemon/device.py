@@ -18,6 +18,7 @@ from functools import partial
 from ipaddress import IPv6Address
 
 from godwit.confine.procfs import network_namespace
+from godwit.daemon import signals
 from godwit.daemon.errors import StartError, reason
 from godwit.daemon.forwards import open_forwards
 from godwit.daemon.inherit import collect, inherit
@@ -189,7 +190,8 @@ class NetDevice(BaseDevice):
     def _begin(self) -> None:
         assert self._loop is not None  # since start()
         self._limit_flows()
-        self._engine.start()
+        with signals.blocked():
+            self._engine.start()
         self._began_at = time.monotonic_ns()
         self._loop.add_reader(self._engine.rare_fileno(), self._data_plane_calls)
         if self._options.stats:

@@ -14,14 +14,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, closing
 
 from godwit import __version__
-from godwit.daemon import lifecycle
+from godwit.daemon import lifecycle, signals
 from godwit.daemon.device import NetDevice
 from godwit.daemon.errors import DaemonError, StartError
 from godwit.daemon.hostwatch import HostWatch
@@ -84,7 +83,7 @@ async def _run_to_the_end(options: Options, readiness: Readiness, log: Log) -> N
         await _run(options, readiness, log)
     finally:
         # What is left is the interpreter's own end. It has no handlers, and a signal would spoil the exit status.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        signals.block()
 
 
 async def _run(options: Options, readiness: Readiness, log: Log) -> None:
@@ -96,10 +95,10 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
         pid = lifecycle.PidFile(options.pid) if options.pid else None
         house = House(options, pid, names)
         watch = HostWatch(options.net)
-        stop = asyncio.Event()
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
         sandbox = Sandbox(options)
         if options.takeover is None:
-            _stop_on_signals(stop)  # from here on there is something that would stay
+            signals.take(loop, stop.set)  # from here on there is something that would stay
             house.open()
             stack.callback(house.close)
             config = watch.read()
@@ -134,7 +133,7 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
                 )
             stack.callback(house.close)
             stack.push_async_callback(device.close)
-            _stop_on_signals(stop)  # ended before that, it would have left the guest to the one that goes on
+            signals.take(loop, stop.set)  # ended before that, it would have left the guest to the one that goes on
         house.device = device
         house.sandbox = sandbox.layers
         stack.callback(watch.close)
@@ -177,12 +176,6 @@ async def _run(options: Options, readiness: Readiness, log: Log) -> None:
                 if stopped:
                     stop.clear()  # the next signal is another one
                 await _until(stop, asyncio.sleep(device.lingering))
-
-
-def _stop_on_signals(stop: asyncio.Event) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
 
 
 async def _until(stop: asyncio.Event, work: Coroutine[object, object, None]) -> None:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from godwit.daemon import signals
 from godwit.daemon.awaited import PATIENCE, Awaited, Waiting, is_here, names
 from godwit.daemon.datagrams import UdpArrivals, UdpDepartures
 from godwit.daemon.knocks import Knocks
@@ -606,7 +607,8 @@ class Mover:
 
         thread = threading.Thread(target=run, name="repair")
         try:
-            thread.start()
+            with signals.blocked():
+                thread.start()
         except RuntimeError:  # no thread is to be had: done when it is waited for
             return work
         return wait

@@ -18,6 +18,8 @@ import os
 import threading
 from collections import deque
 
+from godwit.daemon import signals
+
 log = logging.getLogger(__name__)
 
 MOST_BEHIND = 64 << 20  # bytes that wait to be written
@@ -55,7 +57,8 @@ class Recording:
             self._give_up(f"cannot write {self.path}: {error.strerror}")
             return
         self._writer = threading.Thread(target=self._write_all, args=(fd,), name="record")
-        self._writer.start()
+        with signals.blocked():
+            self._writer.start()
 
     def _create(self, path: str, kind: str) -> int:
         for number in itertools.count(1):
