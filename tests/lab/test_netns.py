@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -50,6 +51,21 @@ def udp_answers(net: Network, name: str, ipv6: bool) -> bool:
             return client.recv(100) == b"hello!"
         except TimeoutError:
             return False
+
+
+def test_a_link_that_is_up_late_does_not_connect_its_host() -> None:
+    """The kernel has the bridge use a port when it notices that its link is up, after whatever was asked before."""
+    with Network() as net:
+        net.b.ip("link set eth0 down")
+        late = threading.Timer(0.3, net.b.ip, ["link set eth0 up"])
+        late.start()
+        net.switch("a")
+        late.join()
+        wait_until(lambda: "state UP" in net.bridge.run("ip", "link", "show", "p-b").stdout, "the link to be up")
+        assert udp_answers(net, "a", False)
+        assert not udp_answers(net, "b", False)
+        net.switch("b")
+        assert udp_answers(net, "b", False)
 
 
 @pytest.mark.parametrize("ipv6", [False, True])

@@ -21,7 +21,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import errno
 import os
 import shutil
 import signal
@@ -59,7 +58,8 @@ _PORT_FORWARDING = 3
 
 # linux/netlink.h, linux/rtnetlink.h, linux/if_link.h
 _NLM_F_REQUEST, _NLM_F_ACK, _NLMSG_ERROR, _NLA_F_NESTED = 0x1, 0x4, 2, 0x8000
-_RTM_NEWLINK, _RTM_SETLINK = 16, 19
+_RTM_NEWLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 18, 19
+_IFF_UP, _IFLA_OPERSTATE, _IF_OPER_UP = 0x1, 16, 6
 _IFLA_PROTINFO, _IFLA_BRPORT_STATE = 12, 1
 _IFLA_LINKINFO, _IFLA_INFO_KIND, _IFLA_INFO_DATA, _IFLA_BR_FDB_FLUSH = 18, 1, 2, 21
 
@@ -453,24 +453,44 @@ class _Bridge:
     def _attribute(kind: int, value: bytes) -> bytes:
         return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
-    def _change(self, request: int, family: int, name: str, attribute: bytes) -> None:
+    def _index(self, name: str) -> int:
         with self._space.enter():
-            index = socket.if_nametoindex(name)
-        body = struct.pack("=BxHiII", family, 0, index, 0, 0) + attribute
-        message = struct.pack("=IHHII", 16 + len(body), request, _NLM_F_REQUEST | _NLM_F_ACK, 0, 0) + body
-        until = time.monotonic() + 10.0
-        while True:
-            self._sock.send(message)
-            _, kind, _, _, _, error = struct.unpack_from("=IHHIIi", self._sock.recv(4096))
-            if kind == _NLMSG_ERROR and error == 0:
-                return
-            # A link that has been set up is so once the kernel gets round to it, on a busy host after a while.
-            if error != -errno.ENETDOWN or time.monotonic() > until:
-                raise LabError(f"the bridge's {name} cannot be changed: {os.strerror(-error)}")
-            time.sleep(0.001)
+            return socket.if_nametoindex(name)
+
+    def _ask(self, request: int, flags: int, family: int, index: int, attributes: bytes = b"") -> bytes:
+        """Send a request about a link; its answer."""
+        body = struct.pack("=BxHiII", family, 0, index, 0, 0) + attributes
+        self._sock.send(struct.pack("=IHHII", 16 + len(body), request, _NLM_F_REQUEST | flags, 0, 0) + body)
+        return self._sock.recv(1 << 16)
+
+    def _change(self, request: int, family: int, name: str, attribute: bytes) -> None:
+        answer = self._ask(request, _NLM_F_ACK, family, self._index(name), attribute)
+        kind, error = struct.unpack_from("=4xH10xi", answer)
+        if kind != _NLMSG_ERROR or error != 0:
+            raise LabError(f"the bridge's {name} cannot be changed: {os.strerror(-error)}")
+
+    def _has_settled(self, index: int) -> bool:
+        """Whether the kernel has noticed that a link is up; or it has been taken down, and nobody waits for it."""
+        answer = self._ask(_RTM_GETLINK, 0, socket.AF_UNSPEC, index)
+        (flags,) = struct.unpack_from("=I", answer, 16 + 8)
+        if not flags & _IFF_UP:
+            return True
+        at = 32
+        while at < len(answer):
+            size, kind = struct.unpack_from("=HH", answer, at)
+            if kind == _IFLA_OPERSTATE:
+                return answer[at + 4] == _IF_OPER_UP
+            at += -(-size // 4) * 4
+        return False
 
     def port(self, name: str, state: int) -> None:
-        """Put a port into a state."""
+        """Put a port into a state, in which it stays.
+
+        A link that has been set up is so once the kernel gets round to it, on a busy host after a while. Then it has
+        the bridge begin to use the port: one that was disabled before forwards again.
+        """
+        index = self._index(name)
+        wait_until(lambda: self._has_settled(index), f"the link of the bridge's {name} to be up", interval=0.001)
         state_of = self._attribute(_IFLA_BRPORT_STATE, bytes([state]))
         self._change(_RTM_SETLINK, socket.AF_BRIDGE, name, self._attribute(_IFLA_PROTINFO | _NLA_F_NESTED, state_of))
 

@@ -12,8 +12,7 @@ which kernels have that have no netem. What is sent twice, or is overtaken, take
 
 from __future__ import annotations
 
-from godwit.lab.errors import LabError
-from godwit.lab.netns import Network, wait_until
+from godwit.lab.netns import Network
 
 _TABLE = "weather"
 # Of the detour: what goes there is overtaken, unless it is alone. Of more than there is room for, the rest is lost.
@@ -111,12 +110,4 @@ class Weather:
         if self._mtu != self._network.mtu:
             self.mtu(self._network.mtu)
         self._space.ip(*(f"link set {port} up" for port in self._ports))
-        # A port that comes up forwards; and it takes a moment until it is up.
-        wait_until(self._switched, "the bridge's ports to be up")
-
-    def _switched(self) -> bool:
-        try:
-            self._network.switch(self._network.connected)
-        except LabError:
-            return False
-        return True
+        self._network.switch(self._network.connected)  # a port that comes up forwards
