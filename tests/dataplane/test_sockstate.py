@@ -84,12 +84,14 @@ def until_state(sock: socket.socket, *states: int) -> None:
         time.sleep(0.005)
 
 
-def receive(sock: socket.socket, size: int, timeout: float = 60.0) -> bytes:
-    """Exactly ``size`` bytes, whatever else there is; fewer only at the end."""
+def receive(sock: socket.socket, size: int, timeout: float = 60.0, *, less: bool = False) -> bytes:
+    """Exactly ``size`` bytes, whatever else there is; fewer only at the end, or if ``less`` is enough by then."""
     data = bytearray()
     deadline = time.monotonic() + timeout
     while len(data) < size:
-        assert select.select([sock], [], [], max(0, deadline - time.monotonic()))[0], f"{len(data)} of {size} bytes"
+        if not select.select([sock], [], [], max(0, deadline - time.monotonic()))[0]:
+            assert less, f"{len(data)} of {size} bytes"
+            break
         piece = sock.recv(size - len(data))
         if not piece:
             break
@@ -502,6 +504,34 @@ def test_a_source_goes_on_after_a_dump(connections: Connections, v6: bool, mode:
     assert got + receive(ours, len(down) - len(got)) == down
     reader.join()
     assert result == [up]
+
+
+@V4_AND_V6
+@pytest.mark.parametrize("when", [0.01, 0.3], ids=["early", "late"])
+def test_what_was_not_sent_at_a_dump_is_not_sent_after_it(connections: Connections, v6: bool, when: float) -> None:
+    """What a device was too busy for, it asks for as soon as it can; and what is last is said twice, or more is."""
+    ours, peer = connections.open(v6)
+    host = connections.net.a
+    host.run("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", "4mbit", "burst", "5k", "latency", "1s")
+    try:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 400_000)
+        written = ours.send(bytes(400_000))
+        time.sleep(when)
+        source = Source(ours)
+        source.freeze()
+        repair(ours, ON)
+        saved = source.dump()
+        assert saved.state.notsent > 0
+        came = len(receive(peer, written, 1.0, less=True))
+        assert came <= written - saved.state.notsent
+        again = source.dump()
+        assert (again.state.seq_snd, again.sndq) == (saved.state.seq_snd, saved.sndq)
+    finally:
+        host.run("tc", "qdisc", "del", "dev", "eth0", "root")
+    # And if the migration is called off, all of it comes.
+    sockstate.thaw(ours.fileno(), v6)
+    repair(ours, OFF)
+    assert len(receive(peer, written - came)) == written - came
 
 
 @V4_AND_V6

@@ -47,7 +47,6 @@ cdef struct SockState:
 # Numbers in TCP's sequence space: a FIN is among them.
 cdef struct Queued:
     uint32_t out
-    uint32_t notsent
     uint32_t incoming
 
 cdef int sock_freeze(int fd, bint v6) noexcept nogil

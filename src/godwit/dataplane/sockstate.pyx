@@ -15,7 +15,7 @@ docs/platform/ has the kernel's behaviour that this relies on.
 import os
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memmove, memset
 
 from godwit.dataplane.host cimport is_link_local6, is_v4
 from godwit.dataplane.sys cimport (
@@ -98,7 +98,6 @@ cdef extern from "<linux/tcp.h>" nogil:
         TCP_QUEUE_SEQ
         TCP_REPAIR_OPTIONS
         TCP_REPAIR_WINDOW
-        TCP_NO_QUEUE
         TCP_RECV_QUEUE
         TCP_SEND_QUEUE
         TCPI_OPT_TIMESTAMPS
@@ -260,7 +259,7 @@ cdef int sock_dump(const pollfd *looked, SockState *s, Queued *q) noexcept nogil
     cdef int fd = looked.fd
     cdef socklen_t n = sizeof(info)
     cdef sockaddr_storage local
-    cdef int outq = 0, notsent = 0, inq = 0, rc, error = 0
+    cdef int outq = 0, inq = 0, rc, error = 0
     cdef bint known
     memset(s, 0, sizeof(SockState))
     memset(&info, 0, sizeof(info))
@@ -306,14 +305,13 @@ cdef int sock_dump(const pollfd *looked, SockState *s, Queued *q) noexcept nogil
         s.rcv_wup -= 1
     # Of an idle connection that says all there is to know of its queues.
     if not (known and s.tcpi_state == ESTABLISHED and info.tcpi_unacked == 0 and info.tcpi_notsent_bytes == 0):
-        if ioctl(fd, SIOCOUTQ, &outq) != 0 or ioctl(fd, SIOCOUTQNSD, &notsent) != 0:
+        if ioctl(fd, SIOCOUTQ, &outq) != 0:
             return -errno
     if looked.revents != 0 and ioctl(fd, SIOCINQ, &inq) != 0:
         return -errno
-    if outq < 0 or notsent < 0 or inq < 0 or outq > MAX_QUEUE or inq > MAX_QUEUE:
+    if outq < 0 or inq < 0 or outq > MAX_QUEUE or inq > MAX_QUEUE:
         return -ENOBUFS
     q.out = outq
-    q.notsent = notsent
     q.incoming = inq
     return 0
 
@@ -324,15 +322,32 @@ cdef int sock_dump_queues(int fd, SockState *s, const Queued *q, uint8_t *out) n
         # With an offset set, peeking in repair mode starts anywhere. Without
         # the option there is no offset either.
         set_int(fd, SOL_SOCKET, SO_PEEK_OFF, -1)
-    rc = dump_queues(fd, s, out, q.out, q.notsent, q.incoming)
-    # No queue selected: as it was, for a repair that is only turned off.
-    set_u32(fd, TCP_REPAIR_QUEUE, TCP_NO_QUEUE)
-    return rc
+    return dump_queues(fd, s, out, q.out, q.incoming)
 
 
-cdef int dump_queues(int fd, SockState *s, uint8_t *out, uint32_t outq, uint32_t notsent, uint32_t inq) noexcept nogil:
-    cdef uint32_t end, fin = 0
-    cdef int rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+cdef int dump_queues(int fd, SockState *s, uint8_t *out, uint32_t outq, uint32_t inq) noexcept nogil:
+    cdef uint32_t end, fin = fin_sent(s.tcpi_state)
+    cdef int notsent = 0
+    cdef int rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
+    if rc == 0:
+        rc = get_u32(fd, TCP_QUEUE_SEQ, &end)
+    if rc == 0:
+        rc = peek_queue(fd, out + outq, inq, &s.rcvq)
+    if rc != 0:
+        return rc
+    if s.rcvq + fin_received(s.tcpi_state) < inq:
+        return -EINVAL
+    # A FIN that was received stays counted: the new socket never sees it, but
+    # must expect what comes after.
+    s.seq_rcv = end - s.rcvq
+    # Last, and it stays selected. Otherwise a socket in repair mode, too, sends what it has not sent yet, without an
+    # acknowledgement that would let it: when the device has taken what was sent before (TCP small queues), or to probe
+    # for a loss (RFC 8985, 7). The peer would have more than the new socket knows to be sent, and that would never
+    # believe its acknowledgements.
+    rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+    # At once: what it would send now only counts as sent.
+    if rc == 0 and outq and ioctl(fd, SIOCOUTQNSD, &notsent) != 0:
+        rc = -errno
     if rc == 0:
         rc = get_u32(fd, TCP_QUEUE_SEQ, &end)
     if rc == 0:
@@ -341,28 +356,18 @@ cdef int dump_queues(int fd, SockState *s, uint8_t *out, uint32_t outq, uint32_t
         return rc
     # The counts and the sequence number are of TCP's sequence space: a FIN is
     # in them, acknowledged or not. The bytes are what could be read.
-    if fin_sent(s.tcpi_state):
-        fin = 1
     if s.sndq + fin < outq:
         return -EINVAL
+    if s.sndq < outq:
+        memmove(out + s.sndq, out + outq, s.rcvq)
     s.seq_snd = end - fin - s.sndq
     s.tcpi_options &= ~SEQ_OF_FIRST_BYTE
     if fin:
         s.tcpi_options |= SEQ_OF_FIRST_BYTE
-    s.notsent = notsent - fin if notsent > fin else 0
+    s.notsent = <uint32_t>notsent - fin if notsent > <int>fin else 0
     if s.notsent > s.sndq:
         s.notsent = s.sndq
-    rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
-    if rc == 0:
-        rc = get_u32(fd, TCP_QUEUE_SEQ, &end)
-    if rc == 0:
-        rc = peek_queue(fd, out + s.sndq, inq, &s.rcvq)
-    if rc == 0 and s.rcvq + fin_received(s.tcpi_state) < inq:
-        rc = -EINVAL
-    # A FIN that was received stays counted: the new socket never sees it, but
-    # must expect what comes after.
-    s.seq_rcv = end - s.rcvq
-    return rc
+    return 0
 
 
 cdef int write_queue(int fd, const uint8_t *data, uint32_t size, uint32_t *done) noexcept nogil:
