@@ -15,6 +15,8 @@ from godwit.lab.backend import Backend
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import HOST4, HOST6, SERVER4, SERVER6, Namespace, Network, wait_until
 
+from .world import run
+
 # A second machine in the guest's network, in which it is the guest itself; and an address that the host gets late.
 BEHIND4, BEHIND6 = "192.0.2.99", "2001:db8::99"
 LATE4, LATE6 = "192.0.2.78", "2001:db8::78"
@@ -121,7 +123,7 @@ def test_an_address_that_the_host_gets_late(world: World, kind: socket.SocketKin
     world.host.ip(f"addr add {address}{length} dev eth0")
     try:
         # The kernel has a worker make the route by which an IPv6 address takes packets: before it they are dropped.
-        wait_until(lambda: world.host.run("ip", "route", "get", address).stdout.startswith("local "), "the address")
+        wait_until(lambda: run(world.host, "ip", "route", "get", address).stdout.startswith("local "), "the address")
         exchange(world, kind, address, 6000, (own, 6000))
     finally:
         world.host.ip(f"addr del {address}{length.split()[0]} dev eth0")
