@@ -172,6 +172,8 @@ BAD: list[tuple[str, str]] = [
     ("--mtu 65521", "is no MTU"),
     ("--mtu x", "is no MTU"),
     ("--mtu", "expected one argument"),
+    ("--mtu=--", "argument -m/--mtu: '--' is no value"),
+    ("-u--", "argument -u/--udp-ports: '--' is no value"),
     ("-a 192.0.2.300", "'192.0.2.300' is no IPv4 or IPv6 address"),
     ("-a 192.0.2.3/33", "'33' is no prefix length for IPv4"),
     ("-a 192.0.2.3/", "'' is no prefix length for IPv4"),

@@ -83,7 +83,9 @@ def fuzz(name: str, seconds: int) -> Result:
     WORK.mkdir(parents=True, exist_ok=True)
     before = set(WORK.glob(f"{name}-*"))
     log = WORK / f"{name}.log"
-    asked = command(name, f"-max_total_time={seconds}", "-print_final_stats=1", "-verbosity=1")
+    # What takes long where other loads share the processors is no finding; what hangs is, after SPARE.
+    limits = (f"-max_total_time={seconds}", f"-report_slow_units={SPARE}")
+    asked = command(name, *limits, "-print_final_stats=1", "-verbosity=1")
     with log.open("w") as out:
         try:
             status = subprocess.run(

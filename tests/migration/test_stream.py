@@ -209,6 +209,14 @@ def test_errors_of_the_system_are_ours(pipe: list[int]) -> None:
         writer.flush()
 
 
+def test_a_descriptor_that_names_a_file_alone() -> None:
+    fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    for end in (Reader, Writer):
+        with pytest.raises(PipeError, match="header: the stream cannot be used: Bad file descriptor"):
+            end(fd)
+    os.close(fd)
+
+
 def test_detached_touches_no_descriptor(pipe: list[int]) -> None:
     writer = Writer(pipe[1])
     writer.push_u8(1)

@@ -499,6 +499,12 @@ class _Parser(argparse.ArgumentParser):
         self.formatter_class = argparse.RawDescriptionHelpFormatter
         return super().format_help()
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # It takes "--" out of what an option is given, too: -u--, --mtu=--.
+        if action.option_strings and arg_strings == ["--"]:
+            self.error(f"argument {'/'.join(action.option_strings)}: '--' is no value")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
             message += f" ({self.prog} --help lists what there is)"
