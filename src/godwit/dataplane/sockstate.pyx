@@ -98,6 +98,7 @@ cdef extern from "<linux/tcp.h>" nogil:
         TCP_QUEUE_SEQ
         TCP_REPAIR_OPTIONS
         TCP_REPAIR_WINDOW
+        TCP_NO_QUEUE
         TCP_RECV_QUEUE
         TCP_SEND_QUEUE
         TCPI_OPT_TIMESTAMPS
@@ -172,6 +173,8 @@ cdef int sock_thaw(int fd, bint v6) noexcept nogil:
     # The end of repair mode takes this from a socket, and then nobody could
     # listen on its port any more.
     set_int(fd, SOL_SOCKET, SO_REUSEADDR, 1)
+    # As at first, should repair mode not end: nothing is to be read or written by mistake. Refused where it has ended.
+    set_u32(fd, TCP_REPAIR_QUEUE, TCP_NO_QUEUE)
     return sock_open(fd, v6)
 
 
