@@ -21,7 +21,7 @@ from godwit.lab.say import say
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKED = "seccomp(SECCOMP_SET_MODE_FILTER"
-LINE = re.compile(r"^\d+ +(?:<\.\.\. )?(\w+)(?: resumed>|\()(.*)$")
+LINE = re.compile(r"^(\d+) +(?:<\.\.\. )?(\w+)(?: resumed>|\()(.*)$")
 # The first argument of interest, as strace shows it, of calls that are allowed under a condition.
 SHOWN = {"socket": r"(\w+)", "socketpair": r"(\w+)", "ioctl": r"\d+(?:<[^>]*>)?, (\w+)", "clone": r".*?flags=([\w|]+)"}
 EXECUTABLE = "PROT_EXEC"
@@ -34,15 +34,19 @@ def look(folder: Path) -> tuple[Counter[str], Counter[str]]:
     arguments: Counter[str] = Counter()
     for path in folder.iterdir():
         locked = False
+        others: set[str] = set()  # who was there before: the process that launched it, which waits
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 found = LINE.match(line)
                 if found is None:
                     continue
-                name, rest = found.groups()
+                pid, name, rest = found.groups()
                 if LOCKED in line:
                     locked = True
-                elif locked:
+                    others.discard(pid)
+                elif not locked:
+                    others.add(pid)
+                elif pid not in others:
                     calls[name] += 1
                     if name in CHECKED and EXECUTABLE in rest:
                         arguments[f"{name} {EXECUTABLE}"] += 1
