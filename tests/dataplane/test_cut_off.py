@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -69,27 +70,28 @@ def test_rings_that_are_gone() -> None:
         goes_on(guest)
 
 
-def test_a_ring_is_not_started_in_memory_that_is_gone() -> None:
+@pytest.fixture
+def cut() -> Iterator[Guest]:
+    """One whose second region is gone, and whose transmit ring was broken by that and stopped."""
     with Guest(regions=REGIONS, rx=(), sealed=False) as guest:
         os.ftruncate(guest.memory.fd, 4 * MIB)
         put(guest, TX, [(HIGH, 100, 0, 0)])
         is_broken(guest)
         guest.engine.ring_stop(TX)
-        with pytest.raises(ValueError, match=WORDS):
-            guest.engine.ring_kick(TX, os.dup(guest.tx.kick_fd))
+        yield guest
 
 
-def test_a_region_that_is_gone_and_taken_away() -> None:
+def test_a_ring_is_not_started_in_memory_that_is_gone(cut: Guest) -> None:
+    with pytest.raises(ValueError, match=WORDS):
+        cut.engine.ring_kick(TX, os.dup(cut.tx.kick_fd))
+
+
+def test_a_region_that_is_gone_and_taken_away(cut: Guest) -> None:
     """What was lost with it is not held against the others."""
-    with Guest(regions=REGIONS, rx=(), sealed=False) as guest:
-        os.ftruncate(guest.memory.fd, 4 * MIB)
-        put(guest, TX, [(HIGH, 100, 0, 0)])
-        is_broken(guest)
-        guest.engine.ring_stop(TX)
-        guest.engine.remove_region(*[row[:3] for row in guest.memory.table()][1])
-        guest.engine.ring_kick(TX, os.dup(guest.tx.kick_fd))
-        guest.barrier()
-        assert guest.engine.rings()[TX][:3] == (True, True, False)
+    cut.engine.remove_region(*[row[:3] for row in cut.memory.table()][1])
+    cut.engine.ring_kick(TX, os.dup(cut.tx.kick_fd))
+    cut.barrier()
+    assert cut.engine.rings()[TX][:3] == (True, True, False)
 
 
 def test_a_log_that_is_gone() -> None:

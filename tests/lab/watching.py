@@ -10,8 +10,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from godwit.cli import ctl
 from godwit.lab.backend import Backend
+from godwit.lab.counters import Counters
 
 from .world import PLAIN
 
@@ -78,10 +78,7 @@ def _id(pid: int, name: str) -> int:
 
 def sent_again(backend: Backend) -> int:
     """How often a back-end has sent its guest something again."""
-    answer = b"\n".join(ctl.ask(f"{backend.socket}.ctl", "metrics"))
-    found = re.search(rb"^godwit_retransmissions_total (\d+)$", answer, re.MULTILINE)
-    assert found
-    return int(found[1])
+    return int(Counters.of(backend).counters["godwit_retransmissions_total()"])
 
 
 def dropped(messages: str) -> dict[str, int]:

@@ -128,9 +128,8 @@ class House:
         assert self.listener is not None  # it was opened
         assert self.path is not None  # with it
         self._names.callback(self.listener.close)
-        self._names.callback(
-            self._leavings.remove, self.path
-        )  # before that: once closed, the next daemon may make it anew
+        # Before that: once closed, the next daemon may make it anew.
+        self._names.callback(self._leavings.remove, self.path)
 
     def _own_repair(self) -> None:
         assert self.repair is not None  # it was opened

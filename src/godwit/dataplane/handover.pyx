@@ -404,7 +404,6 @@ def add_tcp(EngineBase engine not None, flow, int fd, bytes to_guest, bytes to_s
     f.wnd_sent = flow.wnd_sent
     f.ws_from_guest = flow.ws_from_guest
     f.ws_to_guest = flow.ws_to_guest
-    f.flight = 0
     f.retries = flow.retries
     f.dup_acks = flow.dup_acks
     f.bytes_from_guest = flow.bytes_from_guest

@@ -2,8 +2,8 @@
 """The data plane's thread.
 
 One turn: wait; take the events; run the timers that are due, but not before what
-the guest has said is read; settle the flows that were touched; give receive buffers to those that wait for them; publish
-the used entries. Where the guest's network card is ours too (``card.pyx``), it has
+the guest has said is read; settle the flows that were touched; give receive
+buffers to those that wait for them; publish the used entries. Where the guest's network card is ours too (``card.pyx``), it has
 its turn within this one: it fills the one ring after the events, and empties the
 other at the end. The control thread's wish to change something is granted at
 the end of a turn, when nothing is half done: the thread is then *parked* until
@@ -181,7 +181,7 @@ cdef void tell_of_faults(Plane *p) noexcept nogil:
             write(p.rare_event, &one, 8)
 
 
-cdef void finish_turn(Plane *p) noexcept nogil:
+cdef void serve_rings(Plane *p) noexcept nogil:
     """Serve those that wait for receive buffers, and publish what was used."""
     cdef Queue *q = &p.queues[RX]
     cdef int i
@@ -211,6 +211,14 @@ cdef void card_out(Plane *p) noexcept nogil:
         p.again = True      # there are buffers again for those that wait
     if p.card.readable:
         p.again = True
+
+
+cdef void end_turn(Plane *p) noexcept nogil:
+    """Settle what was touched, serve the rings, and tell of them."""
+    settle(p)
+    serve_rings(p)
+    tell_of_faults(p)
+    card_out(p)
 
 
 cdef int sleep_ms(Plane *p) noexcept nogil:
@@ -272,10 +280,7 @@ cdef void go_on(Plane *p) noexcept nogil:
     """What control changed may have made something possible."""
     p.now = clock_ms(p)
     frames_from_guest(p)
-    settle(p)
-    finish_turn(p)
-    tell_of_faults(p)
-    card_out(p)
+    end_turn(p)
 
 
 cdef int turn(Plane *p, bint wait) noexcept nogil:
@@ -285,7 +290,6 @@ cdef int turn(Plane *p, bint wait) noexcept nogil:
     cdef int n, i, kind
     cdef uint64_t data, ignored, one = 1
     cdef bint woken = False
-    cdef Flow *f
     if p.pcap.fd >= 0:
         pcap_flush(p)
     if p.tell_activity and frames_both_ways(p) != p.quiet_frames:
@@ -332,10 +336,7 @@ cdef int turn(Plane *p, bint wait) noexcept nogil:
         tcp_accept_again(p)
     if timeout_ms(p) == 0:
         run_timers(p)
-    settle(p)
-    finish_turn(p)
-    tell_of_faults(p)
-    card_out(p)
+    end_turn(p)
     return woken
 
 

@@ -153,7 +153,6 @@ cdef int moved_in(Plane *p, const Moved *m, Flow **made) noexcept nogil:
     f.events = m.events | (EV_SYN_FROM_GUEST if m.events & EV_ESTABLISHED else 0)
     f.ws_from_guest = m.ws_from_guest
     f.ws_to_guest = m.ws_to_guest
-    f.flight = 0
     # No more than a frame can say of its length, with the headers in it.
     f.mss = <uint16_t>min(max(m.mss, <uint32_t>64), <uint32_t>(MOST_MSS6 if f.flags & FF_V6 else MOST_MSS4))
     f.window = <uint32_t>m.wnd_from_guest << m.ws_from_guest

@@ -320,25 +320,20 @@ cdef int sock_dump(const pollfd *looked, SockState *s, Queued *q) noexcept nogil
 
 
 cdef int sock_dump_queues(int fd, SockState *s, const Queued *q, uint8_t *out) noexcept nogil:
-    cdef int rc
+    cdef uint32_t end, fin = fin_sent(s.tcpi_state)
+    cdef int rc, notsent = 0
     if q.out or q.incoming:
         # With an offset set, peeking in repair mode starts anywhere. Without
         # the option there is no offset either.
         set_int(fd, SOL_SOCKET, SO_PEEK_OFF, -1)
-    return dump_queues(fd, s, out, q.out, q.incoming)
-
-
-cdef int dump_queues(int fd, SockState *s, uint8_t *out, uint32_t outq, uint32_t inq) noexcept nogil:
-    cdef uint32_t end, fin = fin_sent(s.tcpi_state)
-    cdef int notsent = 0
-    cdef int rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
+    rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
     if rc == 0:
         rc = get_u32(fd, TCP_QUEUE_SEQ, &end)
     if rc == 0:
-        rc = peek_queue(fd, out + outq, inq, &s.rcvq)
+        rc = peek_queue(fd, out + q.out, q.incoming, &s.rcvq)
     if rc != 0:
         return rc
-    if s.rcvq + fin_received(s.tcpi_state) < inq:
+    if s.rcvq + fin_received(s.tcpi_state) < q.incoming:
         return -EINVAL
     # A FIN that was received stays counted: the new socket never sees it, but
     # must expect what comes after.
@@ -349,20 +344,20 @@ cdef int dump_queues(int fd, SockState *s, uint8_t *out, uint32_t outq, uint32_t
     # believe its acknowledgements.
     rc = set_u32(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
     # At once: what it would send now only counts as sent.
-    if rc == 0 and outq and ioctl(fd, SIOCOUTQNSD, &notsent) != 0:
+    if rc == 0 and q.out and ioctl(fd, SIOCOUTQNSD, &notsent) != 0:
         rc = -errno
     if rc == 0:
         rc = get_u32(fd, TCP_QUEUE_SEQ, &end)
     if rc == 0:
-        rc = peek_queue(fd, out, outq, &s.sndq)
+        rc = peek_queue(fd, out, q.out, &s.sndq)
     if rc != 0:
         return rc
     # The counts and the sequence number are of TCP's sequence space: a FIN is
     # in them, acknowledged or not. The bytes are what could be read.
-    if s.sndq + fin < outq:
+    if s.sndq + fin < q.out:
         return -EINVAL
-    if s.sndq < outq:
-        memmove(out + s.sndq, out + outq, s.rcvq)
+    if s.sndq < q.out:
+        memmove(out + s.sndq, out + q.out, s.rcvq)
     s.seq_snd = end - fin - s.sndq
     s.tcpi_options &= ~SEQ_OF_FIRST_BYTE
     if fin:

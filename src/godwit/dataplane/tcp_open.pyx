@@ -144,7 +144,6 @@ cdef void parse_options(Flow *f, const uint8_t *t, uint32_t size, bint v6) noexc
     f.mss = DEFAULT_MSS6 if v6 else DEFAULT_MSS4
     f.ws_from_guest = 0
     f.ws_to_guest = 0
-    f.flight = 0
     while at < size:
         if t[at] == 0:
             break

@@ -104,7 +104,7 @@ class _Stream:
             try:
                 os.set_blocking(file, False)
             except OSError as error:  # O_PATH: a file, and not to be used
-                raise PipeError(f"header: the stream cannot be used: {error.strerror}") from error
+                raise self._os_error(error, "used") from error
             with contextlib.suppress(OSError):  # no pipe, or the user has large ones already: it may be as it is
                 fcntl.fcntl(file, fcntl.F_SETPIPE_SZ, PIPE)
         else:
