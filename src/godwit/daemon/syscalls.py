@@ -38,6 +38,7 @@ OBSERVED: Final = (
     "write",
     # memory and threads
     "brk",
+    "clock_gettime",  # of a thread's processor time; of others where the kernel maps no such function into the process
     "clock_nanosleep",
     "exit",
     "futex",
@@ -95,7 +96,6 @@ OBSERVED: Final = (
 #: What others do in place of those: by another C library, on another architecture, or once a kernel has it.
 ALTERNATIVES: Final = (
     "accept",
-    "clock_gettime",  # where the kernel maps no such function into the process, or its clock is not to be read there
     "clock_getres",
     "chmod",  # of sockets whose paths or group are others than those of the process that was taken over
     "chown",

@@ -11,5 +11,7 @@ cdef int loop_run(Plane *p) noexcept nogil
 # an error number.
 cdef int loop_step(Plane *p) noexcept nogil
 cdef void loop_wake(Plane *p) noexcept nogil
+# Nanoseconds, of clock_gettime(2); and of CLOCK_MONOTONIC.
+cdef uint64_t read_clock(int clock) noexcept nogil
 cdef uint64_t clock_ns() noexcept nogil
 cdef uint64_t clock_ms(Plane *p) noexcept nogil

@@ -85,10 +85,14 @@ cdef enum:
     RING_ROUNDS = 8
 
 
-cdef uint64_t clock_ns() noexcept nogil:
+cdef uint64_t read_clock(int clock) noexcept nogil:
     cdef timespec ts
-    clock_gettime(CLOCK_MONOTONIC, &ts)
+    clock_gettime(clock, &ts)
     return <uint64_t>ts.tv_sec * 1000000000 + ts.tv_nsec
+
+
+cdef uint64_t clock_ns() noexcept nogil:
+    return read_clock(CLOCK_MONOTONIC)
 
 
 cdef uint64_t clock_ms(Plane *p) noexcept nogil:

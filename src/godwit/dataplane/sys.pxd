@@ -147,6 +147,7 @@ cdef extern from "<time.h>" nogil:
     enum:
         CLOCK_MONOTONIC
         CLOCK_REALTIME
+        CLOCK_THREAD_CPUTIME_ID
 
 cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t

@@ -8,7 +8,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from godwit.dataplane.flow cimport carry_left, carry_take, flow_deadline, flow_wait_ring
-from godwit.dataplane.loop cimport clock_ns
+from godwit.dataplane.loop cimport read_clock
 from godwit.dataplane.packet cimport Packet
 from godwit.dataplane.plane cimport (
     DROP_RING_FULL,
@@ -34,6 +34,8 @@ from godwit.dataplane.plane cimport (
 )
 from godwit.dataplane.shortage cimport shortage
 from godwit.dataplane.sys cimport (
+    CLOCK_MONOTONIC,
+    CLOCK_THREAD_CPUTIME_ID,
     EAGAIN,
     EINTR,
     IPPROTO_TCP,
@@ -86,7 +88,7 @@ cdef enum:
     MEMINFO_VARS = 9
     PEEK_NS = 250000            # for which a peek may last, and a nanosecond for each byte
     FLIGHT_LEAST = 9            # logarithms
-    FLIGHT_MOST = 24
+    FLIGHT_MOST = 30            # as large as any window (RFC 7323, 2.3)
 
 
 cdef uint16_t own_mss(Plane *p, bint v6) noexcept nogil:
@@ -269,18 +271,22 @@ cdef uint32_t may_fly(Flow *f) noexcept nogil:
 
 
 cdef void note_peek(Flow *f, uint64_t took, uint32_t seen) noexcept nogil:
-    """Have less in flight where looking at ``seen`` bytes, which are in the queue, took that many nanoseconds.
+    """Have less in flight where looking at ``seen`` bytes, which are in the queue, took that many nanoseconds: by the
+    clock, or of the processor's time where ``flight`` is set (the one costs nothing, and counts what others have run).
 
     A peek looks for the place of each piece from the head of the queue. A peer that sends its bytes one by one, and the
     kernel cannot join them, makes that a matter of a second, in which nothing else is done. What the guest has
     acknowledged is taken out of the queue at once, so little in flight is little to be looked through.
     """
-    if took > PEEK_NS + seen:
+    if took <= PEEK_NS + seen:
+        if f.flight:
+            f.flight = f.flight + 1 if f.flight < FLIGHT_MOST else 0
+    elif f.flight == 0:
+        f.flight = FLIGHT_MOST  # no limit yet: it may have waited for the processor, the next one tells
+    else:
         f.flight = FLIGHT_LEAST
         while f.flight < FLIGHT_MOST and seen >> (f.flight + 2):
             f.flight += 1       # half of it
-    elif f.flight:
-        f.flight = f.flight + 1 if f.flight < FLIGHT_MOST else 0
 
 
 cdef int send_data(Plane *p, Flow *f) noexcept nogil:
@@ -300,7 +306,7 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
     cdef uint64_t began
     cdef ssize_t n = 0
     cdef msghdr msg
-    cdef int burst = 1
+    cdef int burst = 1, clock
     if not f.events & EV_ESTABLISHED or f.events & EV_FIN_TO_GUEST or f.sock < 0:
         return 0
     if not tso:
@@ -342,9 +348,10 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
             elif not peek_past(p, flying - carried, scratch, sizeof(scratch), &msg):
                 f.flags |= FF_MORE
                 return 0
-            began = clock_ns()
+            clock = CLOCK_THREAD_CPUTIME_ID if f.flight else CLOCK_MONOTONIC
+            began = read_clock(clock)
             n = recvmsg(f.sock, &msg, MSG_PEEK | MSG_DONTWAIT)
-            note_peek(f, clock_ns() - began, flying - carried + <uint32_t>(n if n > 0 else 0))
+            note_peek(f, read_clock(clock) - began, flying - carried + <uint32_t>(n if n > 0 else 0))
             if n >= 0 and not p.peek_offset:
                 n = n - (flying - carried)
                 if n <= 0 and not f.flags & FF_EOF:
