@@ -254,6 +254,7 @@ def test_what_came_before_a_bad_chain_comes_back(guest: Guest) -> None:
     guest.tx.push(9999)
     guest.tx.publish(4)
     assert guest.tx.broken()
+    guest.barrier()  # the front-end is told before the turn ends, and with it what was used
     assert guest.tx.reap() == [(head, 0) for head in good]
     assert len(guest.engine.take_rare()) == 3
 
