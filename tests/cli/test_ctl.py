@@ -367,8 +367,10 @@ def test_without_a_helper_all_is_well_and_with_one_that_has_gone_it_is_not(place
     assert status(place)["health"] == {"state": "ok", "reasons": []}
     assert godwit_ctl("-s", f"{place.socket}.ctl", "status", "--check").returncode == 0
     assert metrics(place.socket)["godwit_healthy",] == 1
-    with contextlib.closing(FakeHelper(str(place.repair))):
+    with contextlib.closing(FakeHelper(str(place.repair))) as helper:
         eventually(lambda: status(place)["repair_helper"]["connected"], "the helper")
+        # One that goes while it is tried is one that refuses: that is how they do it.
+        eventually(lambda: helper.answered == 1, "the helper to be tried")
         assert godwit_ctl("-s", place.socket, "status", "--check").returncode == 0
     eventually(lambda: status(place)["health"]["state"] == "degraded", "the helper to have gone")
     assert [one["reason"] for one in status(place)["health"]["reasons"]] == ["repair_helper"]

@@ -180,7 +180,7 @@ def test_a_capture_begins_anew(place: Place, tmp_path: Path) -> None:
 def test_a_repair_helper_stays_connected(place: Place) -> None:
     old = place.start()
     with contextlib.closing(FakeHelper(str(place.repair))) as helper:
-        eventually(lambda: bool(helper.requests), "the helper to be tried")
+        eventually(lambda: helper.answered == 1, "the helper to be tried")
         for _ in range(2):
             new = place.start("--takeover", f"{place.socket}.takeover", path=False)
             assert old.wait(10) == 0

@@ -33,10 +33,11 @@ def obey(_number: int, mode: Repair, fds: list[int]) -> bytes | None:
 
 
 class FakeHelper:
-    """A helper in a thread. ``requests`` are the modes and numbers of sockets that it was sent."""
+    """A helper in a thread. ``requests``: modes and numbers of sockets; ``answered``: how many of them it has."""
 
     def __init__(self, path: str, act: Act = obey, name: bytes = b"") -> None:
         self.requests: list[tuple[Repair, int]] = []
+        self.answered = 0
         self.ended = threading.Event()
         self._act = act
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -59,6 +60,7 @@ class FakeHelper:
                 if answer is None:
                     break
                 self._sock.sendall(answer)
+                self.answered += 1
         self.ended.set()
 
     def close(self) -> None:
