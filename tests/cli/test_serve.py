@@ -41,7 +41,7 @@ def gone(process_id: int) -> bool:
     try:
         with open(f"/proc/{process_id}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before it was opened, or since
         return True
 
 
@@ -90,8 +90,9 @@ class Place:
             process.wait(10)
             if process.stderr is not None:
                 process.stderr.close()
-        if self.pid.exists() and (text := self.pid.read_text()) and not gone(int(text)):
-            os.kill(int(text), signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it is ending, perhaps
+            if (text := self.pid.read_text()) and not gone(int(text)):
+                os.kill(int(text), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -489,8 +490,9 @@ def test_ports_that_are_named_come_before_the_guests_own_connections(place: Plac
     launched = place.launch("-t", "127.0.0.1/20000-20999", command=(*_limited(1200), *SERVE))
     assert (launched.returncode, launched.stderr) == (0, "")
     assert re.search(r"1000 forwarded ports leave \d\d descriptors for the guest's", place.log.read_text())
-    os.kill(place.daemon(), signal.SIGTERM)
-    eventually(lambda: not place.pid.exists(), "the end")
+    daemon = place.daemon()
+    os.kill(daemon, signal.SIGTERM)
+    eventually(lambda: gone(daemon), "the end, and with it that of the listeners")
     launched = place.launch("-t", "127.0.0.1/20000-21999", command=(*_limited(1200), *SERVE))
     assert launched.returncode == 1
     assert re.fullmatch(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import subprocess
@@ -248,13 +249,20 @@ def test_there_is_no_repair_socket(place: Place) -> None:
 VHOST_USER = "the session is over: this is a vhost-user front-end: start with --vhost-user, without --stream"
 
 
+def to_the_end(sock: socket.socket) -> None:
+    """Read until the daemon has closed the connection; before that it may have asked who is there."""
+    with contextlib.suppress(ConnectionResetError):  # closed with our bytes unread
+        while sock.recv(4096):
+            pass
+
+
 @pytest.mark.parametrize("flags", [1, 9])
 def test_a_vhost_user_front_end_is_told_apart(place: Place, flags: int) -> None:
     """Its first request would be a length in network byte order, and no such one can be."""
     process = start(place)
     with FrontEnd.connect(place.socket) as front_end:
         front_end.sock.sendall(struct.pack("<III", 1, flags, 0))  # GET_FEATURES
-        assert front_end.sock.recv(1) == b""
+        to_the_end(front_end.sock)
     assert VHOST_USER in said(process)
 
 
@@ -263,7 +271,7 @@ def test_other_nonsense_is_not_taken_for_vhost_user(place: Place, header: tuple[
     process = start(place)
     with FrontEnd.connect(place.socket) as front_end:
         front_end.sock.sendall(struct.pack("<III", *header))
-        assert front_end.sock.recv(1) == b""
+        to_the_end(front_end.sock)
     logged = said(process)
     assert any("was announced" in line for line in logged)
     assert VHOST_USER not in logged
@@ -275,11 +283,7 @@ def test_a_front_end_that_speaks_vhost_user_is_told_apart_and_fills_no_log(place
     for _ in range(300):
         with FrontEnd.connect(place.socket) as front_end:
             front_end.sock.sendall(struct.pack("<III", 1, 1, 0))  # GET_FEATURES
-            try:
-                while front_end.sock.recv(4096):
-                    pass
-            except ConnectionResetError:
-                pass  # closed with our bytes unread
+            to_the_end(front_end.sock)
     logged = said(process)
     hints = [line for line in logged if VHOST_USER in line]
     assert len(hints) == 20

@@ -158,13 +158,14 @@ def test_a_helper_that_fails_leaves_them_to_the_next(rig: Rig) -> None:
     assert rig.resumed == [flow]
 
 
-def test_each_waits_for_its_own_time(rig: Rig) -> None:
+def test_each_waits_for_its_own_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rescue, "PATIENCE", 1.5)
     first, second = rig.add(), rig.add()
     rig.hold([first])
-    time.sleep(0.3)
+    time.sleep(1.0)
     rig.hold([second])
-    time.sleep(0.35)
-    assert not alive(rig, first)
+    while alive(rig, first):
+        time.sleep(0.01)
     assert alive(rig, second)
     rig.join()
     assert not alive(rig, second)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any, cast
 
 import pytest
@@ -65,15 +66,17 @@ def test_a_line_comes_with_activity_and_not_too_often(caplog: pytest.LogCaptureF
         statistics.look()
         await asyncio.sleep(0.3)
         assert (idle.asked, caplog.messages) == (1, [])  # nobody has looked
+        began = time.monotonic()
         for _ in range(10):
             idle.frames += 1
             statistics.look()
             await asyncio.sleep(0.05)
-        assert len(caplog.messages) == 2
+        lines = len(caplog.messages)
+        assert 1 <= lines <= (time.monotonic() - began) / 0.2
         idle.frames += 1
         statistics.look()
         statistics.close()
-        assert len(caplog.messages) == 3
+        assert len(caplog.messages) == lines + 1
         statistics.close()
 
     asyncio.run(run())

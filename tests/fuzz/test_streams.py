@@ -29,9 +29,7 @@ def examples(count: int) -> Callable[[Test], Test]:
 
     def decorate(test: Test) -> Test:
         quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-        return settings(
-            max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=quiet
-        )(test)
+        return settings(max_examples=count, derandomize=True, database=None, suppress_health_check=quiet)(test)
 
     return decorate
 

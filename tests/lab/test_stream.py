@@ -33,7 +33,7 @@ def test_chunks_follow_each_other() -> None:
     assert data == reference(3, len(data))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 200_000), min_size=1, max_size=5))
 def test_receiver_takes_any_pieces(sizes: list[int]) -> None:
     data = reference(5, sum(sizes))
@@ -45,7 +45,7 @@ def test_receiver_takes_any_pieces(sizes: list[int]) -> None:
     assert (receiver.received, receiver.crc, receiver.wrong_at) == (len(data), zlib.crc32(data), None)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 149_999), st.integers(1, 255))
 def test_receiver_finds_the_first_wrong_byte(at: int, flip: int) -> None:
     data = bytearray(reference(5, 150_000))

@@ -276,7 +276,7 @@ def test_a_question_that_is_cancelled_leaves_the_transfer_alone() -> None:
     async def work(transfers: Transfers[Device], device: Device) -> None:
         pipe = await begin(transfers, device, SOURCE, whole=False)
         asking = asyncio.ensure_future(transfers.check())
-        await asyncio.sleep(0.05)
+        assert await asyncio.to_thread(device.begun.wait, LIMIT)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking

@@ -357,7 +357,7 @@ def test_too_many_ports_for_the_limit_of_open_files() -> None:
         with pytest.raises(
             ForwardError, match=r"each of the 300 ports .* takes one, and the limit \(ulimit -n\) is 256"
         ):
-            open_listeners(parse_forwards("127.0.0.1/50000-50299", ephemeral=EPHEMERAL))
+            open_listeners(parse_forwards("127.0.0.9/50000-50299", ephemeral=EPHEMERAL))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert descriptors() == before_fds

@@ -532,7 +532,7 @@ def test_streams_of_before_are_read(path: Path) -> None:
     assert target.compared == source.told
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(
         st.tuples(st.sampled_from([1, 2, 3, 4, 5, 6, 12]), st.sampled_from([0, 1]), st.binary(max_size=200)), max_size=6

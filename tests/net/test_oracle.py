@@ -243,7 +243,7 @@ NETWORKS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=NETWORKS)
 def test_any_network(values: dict[str, Any]) -> None:
     """What scapy reads is what the configuration says, and no advertisement is too large for the least MTU."""

@@ -319,8 +319,8 @@ def test_a_helper_that_goes_before_it_is_tried_has_not_refused(listener: RepairL
 
 def test_wait_ends_when_a_helper_comes(listener: RepairListener, helpers: Helpers) -> None:
     late = threading.Timer(0.3, helpers)
-    late.start()
     started = time.monotonic()
+    late.start()
     try:
         assert listener.wait(20)
     finally:
@@ -364,13 +364,12 @@ def test_closing_ends_a_request_under_way(listener: RepairListener, helpers: Hel
     asking.start()
     try:
         assert busy.wait(10)
-        started = time.monotonic()
         listener.close()
         asking.join(10)
     finally:
         awake.set()
     assert len(failed) == 1
-    assert time.monotonic() - started < 0.9  # sooner than the time limit
+    assert "has not answered" not in str(failed[0])  # as it would be after the time limit
 
 
 # --- the socket

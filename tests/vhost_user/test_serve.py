@@ -348,10 +348,11 @@ class Waiting(Recorder):
         await super().set_mtu(mtu)
 
 
-def wait_for_state(client: FrontendClient) -> None:
+def wait_for_state(client: FrontendClient, device: Waiting) -> None:
     client.timeout = 0.05
     with pytest.raises(TimeoutError):
         client.check_device_state()
+    assert device.checking.wait(10)
 
 
 def test_the_front_end_is_gone_while_the_device_waits() -> None:
@@ -362,7 +363,7 @@ def test_the_front_end_is_gone_while_the_device_waits() -> None:
         client.set_device_state_fd(Direction.SAVE, write)
         os.close(read)
         os.close(write)
-        wait_for_state(client)
+        wait_for_state(client, device)
         client.close()
         assert server.ended() is None
     assert device.calls[-2:] == [("cancelled",), ("disconnected",)]
@@ -376,7 +377,7 @@ def test_serve_is_cancelled() -> None:
         client.set_device_state_fd(Direction.SAVE, write)
         os.close(read)
         os.close(write)
-        wait_for_state(client)
+        wait_for_state(client, device)
         server.cancel()
         assert isinstance(server.ended(), asyncio.CancelledError)
     assert device.calls[-2:] == [("cancelled",), ("disconnected",)]
