@@ -249,6 +249,7 @@ def test_flows_are_told_apart(guest: Guest, family: Family) -> None:
         # From a stranger: not to this flow.
         with Peer(family) as stranger:
             stranger.sock.sendto(b"x", seen[one.port, 5000])
+            guest.barrier()
             assert guest.look(is_udp, 0.05) is None
             assert guest.drops("no_flow") == 1
 

@@ -217,6 +217,7 @@ def test_guest_without_an_address_yet(family: Family, peer: Peer) -> None:
     with Guest() as guest, forwarded(guest, family, 53) as port:
         guest.configure(**{"addr6" if family.v6 else "addr4": None})
         peer.sock.sendto(b"x", (family.loopback, port))
+        guest.barrier()
         assert guest.look(is_udp, 0.05) is None
         guest.configure()
         peer.sock.sendto(b"y", (family.loopback, port))

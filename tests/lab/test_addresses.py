@@ -67,7 +67,8 @@ def renumber(scenario: Scenario, *versions: int, keep: bool = False, arguments: 
     server = scenario.network.server
     server.ip("route replace 2001:db8:9::/64 dev eth0", "addr replace fe80::77/64 dev eth0 nodad")
     scenario.start_backend("b", *arguments)
-    assert all(f"IPv{one} {OTHER[one]}/{LENGTH[one]}" in scenario.backends["b"].messages() for one in versions)
+    told = [f"IPv{one} {OTHER[one]}/{LENGTH[one]}" for one in versions]
+    wait_until(lambda: all(one in scenario.backends["b"].messages() for one in told), "what the guest is told")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from godwit.cli import ctl
 from godwit.lab.backend import Backend
 from godwit.lab.clients import GuestSystem, addresses, mtu, routers, with_resolv_conf
 from godwit.lab.guest import EmbeddedGuest
@@ -86,6 +87,13 @@ class Lab:
                 addresses(self.guest.space, deprecated=False) == set(expected)
                 and (router is None or router in routers(self.guest.space))
             ),
+        )
+
+    def seen(self, what: str, address: str) -> None:
+        """Wait until the back-end knows that the guest has this address."""
+        self.expect(
+            f"{address} to be known",
+            lambda: ctl.document(f"{self.backend.socket}.ctl", "status")["guest"]["seen"][what] == address,
         )
 
     def serve(self, address: str, space: Namespace | None = None) -> None:
@@ -424,7 +432,7 @@ def test_a_guest_that_only_serves_outlives_its_back_end(tmp_path: Path, kind: so
             lab.backend.close()
             lab.backend = Backend(lab.host, str(lab.folder), helper=None, arguments=FORWARDS)
             lab.guest.reconnect(lab.backend.socket)
-            time.sleep(0.5)
+            lab.seen("ipv6", SLAAC.partition("/")[0])
             serving.asked(HOST6, kind)
 
 
@@ -453,7 +461,7 @@ def test_a_guest_that_only_serves_is_reached_without_detection(tmp_path: Path, k
         lab.up()
         lab.has(SLAAC, router=GATEWAY6)
         with contextlib.closing(Serving(lab, SLAAC.partition("/")[0])) as serving:
-            time.sleep(1.5)
+            lab.seen("ipv6", SLAAC.partition("/")[0])
             serving.asked(HOST6, kind)
 
 
@@ -470,7 +478,7 @@ def test_a_guest_that_only_serves_follows_the_host(tmp_path: Path, kind: socket.
         lab.guest.space.ip(f"addr del {SLAAC} dev eth0")  # its time is over
         lab.network.server.ip("route add 2001:db8:5::/64 dev eth0")
         with contextlib.closing(Serving(lab, new.partition("/")[0])) as serving:
-            time.sleep(3.5)
+            lab.seen("ipv6", new.partition("/")[0])
             serving.asked("2001:db8:5::10", kind)
 
 
@@ -484,6 +492,7 @@ def test_a_neighbour_of_the_host_asks_by_link_local_address(tmp_path: Path, kind
             lab.backend.close()
             lab.backend = Backend(lab.host, str(lab.folder), helper=None, arguments=FORWARDS)
             lab.guest.reconnect(lab.backend.socket)
-            time.sleep(0.5)
+            [own] = addresses(lab.guest.space, scope="link")
+            lab.seen("ipv6_link_local", own.partition("/")[0])
             [host] = addresses(lab.host, scope="link")
             serving.asked(f"{host.partition('/')[0]}%eth0", kind)

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -241,6 +242,9 @@ def told_during_a_takeover(place: Scenario, who: str, delay: float) -> str:
             # Before it has handlers, the new one ends like any other program.
             ended = old.wait(SECONDS) if who == "old" else new.wait(SECONDS)
             assert ended == 0 or (who == "new" and ended in (1, -signal.SIGTERM)), old.messages()
+            if who == "new":  # it may have got the guest just before, and the old one be about to say so
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    old.wait(1.0)
             handed_over = "ends: another godwit goes on with the guest" in old.messages()
             assert "Traceback" not in old.messages(), old.messages()
             if handed_over:

@@ -72,7 +72,8 @@ def test_connections_without_a_helper_are_reset_with_the_reason() -> None:
         attempt.run(lambda: scenario.network.switch("b"))
         attempt.finish()
         scenario.load = None
-        assert "the source could not move it: the source could not save it" in scenario.messages()
+        said = "the source could not move it: the source could not save it"
+        wait_until(lambda: said in scenario.messages(), "the reason")
 
 
 def test_what_is_another_at_the_target_is_said() -> None:

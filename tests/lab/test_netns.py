@@ -87,7 +87,7 @@ def test_switch_takes_no_time(network: Network) -> None:
     started = time.monotonic()
     network.switch("b")
     assert udp_answers(network, "b", False)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2
 
 
 def test_commands_are_found_in_sbin(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import select
 import socket
@@ -126,8 +127,9 @@ def test_neither_end_reads_for_long(
     """Both queues fill and both windows close; other flows notice nothing; then every byte arrives."""
     with opened(world) as full:
         up, down = fill(full.guest), fill(full.peer)
-        state = world.guest.run("ss", "-Htno", "dport", ":5001", "or", "sport", f":{PORT}").stdout
-        assert "persist" in state, state  # the guest's kernel tries the window that we have closed
+        shown = functools.partial(world.guest.run, "ss", "-Htno", "dport", ":5001", "or", "sport", f":{PORT}")
+        # The guest's kernel tries the window that we have closed.
+        wait_until(lambda: "persist" in shown().stdout, "the guest to try the window", interval=0.1)
         began = time.monotonic()
         while time.monotonic() < began + 1.0:
             with from_inside(world, 5002) as other:

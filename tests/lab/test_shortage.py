@@ -239,6 +239,7 @@ def test_no_memory_for_datagrams(faulty: tuple[World, Shim], number: int) -> Non
         here.connect((SERVER[4], 5002))
         with failing(shim, "sendmmsg", number):
             here.send(b"lost")
+            wait_until(lambda: shim.get(COUNT + CALLS.index("sendmmsg")) > 0, "it to be tried")
             assert silent(here)
         here.send(b"not lost")
         assert there.recv(100) == b"not lost"

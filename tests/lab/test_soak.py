@@ -58,7 +58,7 @@ def leak(stage: Stage) -> str:
 
 def hang(stage: Stage) -> str:
     stage.here.stop()
-    threading.Timer(3.0, stage.here.resume).start()
+    threading.Timer(8.0, stage.here.resume).start()
     return ""
 
 
@@ -104,7 +104,7 @@ PLANTED = [
 
 @pytest.mark.parametrize(("event", "found"), PLANTED, ids=lambda one: one.name if isinstance(one, Event) else "")
 def test_anything_else_is_found(event: Event, found: str) -> None:
-    report = short(event, settled=1.5)
+    report = short(event, settled=4.0)
     assert report.failures
     with pytest.raises(AssertionError, match=found):
         raise AssertionError(report.failures[0])

@@ -376,7 +376,7 @@ def test_a_standstill_is_not_what_is_measured(bed: Bed) -> None:
     assert side.guest is not None
     assert side.pid is not None
     guest, before = side.guest, side.guest.counters["to_guest_frames"]
-    measuring = Working(lambda: CASES["stream-down-4-1500-together"].measure(side, 1.5))
+    measuring = Working(lambda: CASES["stream-down-4-1500-together"].measure(side, 3.0))
     wait_until(lambda: guest.counters["to_guest_frames"] > before + 100, "streams", 10.0)
     time.sleep(1.0)
     os.kill(side.pid, signal.SIGSTOP)

@@ -74,11 +74,20 @@ def test_rate(network: Network, server: Traffic, client: Traffic) -> None:
     assert 0.5 < time.monotonic() - began < 2
 
 
+def small_gap(server: Traffic, job: int) -> None:
+    """It is small again, counted anew; unless the machine does something else just then, which may be once or twice."""
+
+    def small() -> bool:
+        server.rewind(served(job))
+        return server.status(served(job)).gap < 0.2
+
+    wait_until(small, "a small gap", 2.0)
+
+
 def test_gap_is_the_blackout(network: Network, server: Traffic, client: Traffic) -> None:
     job = client.put(network.server.addr4, PORT, 4, 0, 1_000_000)
     wait_until(lambda: (server.known(served(job)) or client.status(job)).bytes > 100_000, "the upload")
-    server.rewind(served(job))
-    assert server.status(served(job)).gap < 0.2
+    small_gap(server, job)
     network.switch(None)
     time.sleep(0.5)
     network.switch("a")
@@ -86,7 +95,7 @@ def test_gap_is_the_blackout(network: Network, server: Traffic, client: Traffic)
     wait_until(lambda: server.status(served(job)).bytes > before + 100_000, "the upload to go on")
     gap = server.rewind(served(job)).gap
     assert 0.4 < gap < 2
-    assert server.status(served(job)).gap < 0.3
+    small_gap(server, job)
     client.stop(job)
     assert client.wait(job).ok
 
