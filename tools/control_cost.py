@@ -11,6 +11,7 @@ five rounds of each, one after the other. Then a data plane with as many flows a
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import socket
@@ -181,7 +182,9 @@ def a_full_table() -> None:
 
 def main() -> int:
     """Measure, and print a table."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("connections", nargs="?", type=int, default=8000, help="of the guest's (8000)")
+    count = parser.parse_args().connections
     show("load of the machine (1 minute), processors", f"{os.getloadavg()[0]:.1f}, {os.cpu_count()}")
     show("connections", str(count))
     a_guest(count)

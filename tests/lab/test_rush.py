@@ -6,6 +6,7 @@ By hand, with as many as there is time for: ``python -m tests.lab.test_rush 1000
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import resource
 import socket
@@ -245,9 +246,11 @@ def tell(name: str, times: list[float]) -> None:
 
 def main() -> None:
     """Say what a rush costs: of connections that come and go, that stay, and of bare SYNs."""
+    parser = argparse.ArgumentParser(prog="python -m tests.lab.test_rush", description=main.__doc__)
+    parser.add_argument("connections", nargs="?", type=int, default=100_000, help="that come and go (100000)")
+    count = parser.parse_args().connections
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
     say = sys.stdout.write
     with crowded(20_000) as world, contextlib.closing(Service(world)) as service:
         pid = world.backend.pid

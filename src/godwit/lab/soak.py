@@ -506,7 +506,9 @@ def _keep_scene(scenario: Scenario, folder: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m godwit.lab.soak", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m godwit.lab.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=7200.0, metavar="N", help="for how long (%(default)g)")
     parser.add_argument("--seed", type=int, help="of what happens (any)")
     parser.add_argument("--idle", type=int, default=IDLE, help="connections each way and IP version (%(default)s)")
