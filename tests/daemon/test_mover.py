@@ -16,7 +16,8 @@ import pytest
 
 from godwit.daemon import datagrams, mover
 from godwit.daemon.linger import Linger
-from godwit.daemon.mover import NOT_SAVED, Mover, _report
+from godwit.daemon.losses import NOT_SAVED, report
+from godwit.daemon.mover import Mover
 from godwit.dataplane import Engine, FlowState, Observed, Ping, Side, SocketState, UdpPeer, UdpPort, handover
 from godwit.net.native import DATAGRAM_COST, FLOW
 from godwit.net.records import (
@@ -336,7 +337,7 @@ def test_what_a_source_says_is_short_and_one_line_in_the_log(rig: Rig, caplog: p
     caplog.clear()
     state = rig.engine.flow_state(rig.add())
     lost = [("often", state)] * 3 + [(f"reason {number}", state) for number in range(100_000)]
-    _report(lost)
+    report(lost)
     assert caplog.messages[0].startswith("3 lost, 127.0.0.1 port ")
     assert caplog.messages[0].endswith(" and so on: often")
     assert len(caplog.messages) == 21

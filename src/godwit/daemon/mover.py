@@ -21,12 +21,11 @@ import os
 import threading
 import time
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from godwit.daemon import signals
+from godwit.daemon import losses, signals
 from godwit.daemon.awaited import PATIENCE, Awaited, Waiting, is_here, names
 from godwit.daemon.datagrams import UdpArrivals, UdpDepartures
 from godwit.daemon.knocks import Knocks
@@ -35,7 +34,6 @@ from godwit.daemon.rescue import Rescue
 from godwit.dataplane import (
     Datagram,
     Engine,
-    FlowState,
     Observed,
     Ping,
     Side,
@@ -64,10 +62,8 @@ HURRY_SECONDS = 8.0
 LOOK_EVERY = 1.0
 LOOK_SECONDS = 60.0
 
-RESET = "its peer has reset it"  # and so it ends here as it would have anywhere: it is not lost
-# What a source can make the log say at most: characters of what differs, and reasons why connections were lost.
+# What a source can make the log say at most of what differs, in characters.
 MAX_DIFFERENCES = 1000
-MAX_REASONS = 20
 
 # Of the memory of this host, the part that queues may take until the commit: what is sent then, and what a socket had
 # no room for.
@@ -76,13 +72,6 @@ QUEUES_SHARE = 1 / 4
 # Bytes of sockets that are in memory at once as they are saved, or the queues of one.
 PIECE = 1 << 18
 
-NOT_SAVED = "the source could not save it"
-NO_PLACE = {
-    errno.EEXIST: "two flows between the same ends",
-    errno.ENFILE: "the flow table is full",
-}
-NO_DESCRIPTOR = "there are too few descriptors for it"
-NO_MEMORY = "all queues together are too large for this host"
 _STATE = SOCKET.index("tcpi_state")
 
 
@@ -98,48 +87,6 @@ class Left(NamedTuple):
 
     connections: list[int]
     ports: list[int]
-
-
-def _host_side(state: FlowState) -> Side:
-    """The side of the remote peer."""
-    return state.sides[0] if state.pif[0] == 1 else state.sides[1]
-
-
-def _why(step: str, error: int) -> str:
-    """Why a connection is lost whose socket is there, but a step with it has failed: or that it is not."""
-    return RESET if error in (errno.ECONNRESET, errno.EPIPE) else f"{step}: {os.strerror(error)}"
-
-
-def _report(lost: Iterable[tuple[str, FlowState]]) -> None:
-    """Say why connections were lost: the most frequent reasons, with one of the connections for each."""
-    examples: dict[str, FlowState] = {}
-    numbers: Counter[str] = Counter()
-    for why, state in lost:
-        numbers[why] += 1
-        examples.setdefault(why, state)
-    most = numbers.most_common(MAX_REASONS)
-    for why, number in most:
-        log.error("%d lost, %s%s: %s", number, _ends(examples[why]), " and so on" if number > 1 else "", why)
-    if len(numbers) > len(most):
-        log.error("%d lost for %d other reasons", numbers.total() - sum(n for _, n in most), len(numbers) - len(most))
-
-
-def _advice(error: OSError, address: bytes, *, here: bool) -> str:
-    """What the kernel said of a socket that was to have this address of ours, and what to do about it."""
-    if error.errno != errno.EADDRNOTAVAIL:
-        return str(error)
-    if here:
-        return f"{error}. Another socket on this host has the same two ends: end the process that has it"
-    return (
-        f"this host does not have the address {address_text(address)}: let it come to this host with the guest,"
-        f" before it or (with --freebind) up to {PATIENCE:.0f} s after it"
-    )
-
-
-def _ends(state: FlowState) -> str:
-    """Both ends of the host's side, for people."""
-    side = _host_side(state)
-    return f"{address_text(side.our_addr)} port {side.our_port} to {address_text(side.end_addr)} port {side.end_port}"
 
 
 class Mover:
@@ -368,7 +315,10 @@ class Mover:
             if waiting is None and flow in self._in_repair:
                 continue
             yield from self._dump(flows[first:place])
-            yield NOT_SAVED if waiting is None else SOCKET.encode(waiting.on_time()) + waiting.sndq + waiting.rcvq
+            if waiting is None:
+                yield losses.NOT_SAVED
+            else:
+                yield SOCKET.encode(waiting.on_time()) + waiting.sndq + waiting.rcvq
             first = place + 1
         yield from self._dump(flows[first:])
 
@@ -389,7 +339,7 @@ class Mover:
                     else f"reading its socket's state: {os.strerror(error)}"
                 )
                 self.give_up(flows[at], why)
-                yield NOT_SAVED
+                yield losses.NOT_SAVED
                 at += 1
 
     def _is_local(self, flow: int) -> bool:
@@ -556,9 +506,9 @@ class Mover:
         trouble = arrivals.prepare(records, native)  # while the helper is still at work on those before
         for number, error in trouble:
             if arrivals.flow(number) < 0:
-                log.error("a connection is lost: %s", NO_PLACE[error])
+                log.error("a connection is lost: %s", losses.NO_PLACE[error])
             else:
-                self._lose(number, NO_DESCRIPTOR if error == errno.EMFILE else os.strerror(error))
+                self._lose(number, losses.NO_DESCRIPTOR if error == errno.EMFILE else os.strerror(error))
         self._enter_repair(first)
 
     def _came(self) -> moving.Arrivals:
@@ -636,23 +586,23 @@ class Mover:
                 ended = SOCKET.unpack(data[: SOCKET.size])[_STATE] != STATE_LOST
                 self.mark_lost(number, "it ended meanwhile" if ended else "")
             elif error == errno.EDQUOT:
-                self._lose(number, NO_MEMORY)
+                self._lose(number, losses.NO_MEMORY)
             else:
                 self._refused(number, OSError(error, f"{step or 'keeping its queues'}: {os.strerror(error)}"), data)
 
     def _refused(self, number: int, error: OSError, data: bytes) -> None:
         """The kernel does not take a socket; its address may come yet."""
         state = self._engine.flow_state(self._came().flow(number))
-        address = _host_side(state).our_addr
-        here = error.errno != errno.EADDRNOTAVAIL or is_here(address, self.scope)
+        ours = losses.host_side(state)
+        here = error.errno != errno.EADDRNOTAVAIL or is_here(ours.our_addr, self.scope)
         if here or not self._freebind:
-            self._lose(number, _advice(error, address, here=here))
+            self._lose(number, losses.advice(error, ours.our_addr, here=here))
         elif not self._came().take_memory(len(data) - SOCKET.size):
-            self._lose(number, NO_MEMORY)
+            self._lose(number, losses.NO_MEMORY)
         else:
             socket = SocketState._make(SOCKET.unpack(data[: SOCKET.size]))
             middle = SOCKET.size + socket.sndq
-            self._await(number, Waiting(state, _host_side(state), socket, data[SOCKET.size : middle], data[middle:]))
+            self._await(number, Waiting(state, ours, socket, data[SOCKET.size : middle], data[middle:]))
 
     def open_anew(self, number: int) -> None:
         """Nobody had answered this one: it needs no socket that is restored, and no helper."""
@@ -782,7 +732,7 @@ class Mover:
         """All that they need but to be out of repair mode. Gives those that have it."""
         failed = dict(self._came().complete(numbers))
         for number, error in failed.items():
-            self._lose(number, _why("completing its socket", error))
+            self._lose(number, losses.why("completing its socket", error))
         return array("I", (number for number in numbers if number not in failed)) if failed else numbers
 
     def _done(self, wait: Callable[[], None], count: int) -> int:
@@ -800,7 +750,7 @@ class Mover:
     def _finish(self, numbers: array[int]) -> None:
         """These are out of repair mode."""
         for number, error in self._came().finish(numbers):
-            self._lose(number, _why("writing what was not sent yet", error))
+            self._lose(number, losses.why("writing what was not sent yet", error))
 
     def _end_lost(self) -> None:
         """Reset what is lost, open what is opened here, and say how many there are."""
@@ -809,14 +759,14 @@ class Mover:
         opened = set(self._opens)
         lost = {flow_of(number): why for number, why in self._lost.items() if number not in opened}
         states = {flow: self._engine.flow_state(flow) for flow in lost}
-        peers = [_host_side(state) for flow, state in states.items() if not self._is_local(flow)]
+        peers = [losses.host_side(state) for flow, state in states.items() if not self._is_local(flow)]
         for flow in lost:
             self._engine.reset_flow(flow)
         for flow in opens:
             self._engine.open_flow(flow)
         waits = {flow_of(number): waiting for number, waiting in self._waits.items() if number not in self._lost}
         going = len(self._arrived()) - len(lost) - len(waits)
-        reset = sum(why == RESET for why in lost.values())
+        reset = sum(why == losses.RESET for why in lost.values())
         self.went = going, len(lost) - reset
         log.info("%d connections go on here, %d were lost", *self.went)
         if reset:
@@ -825,7 +775,7 @@ class Mover:
             missing = names(one.ours.our_addr for one in waits.values())
             log.warning("%d connections wait for their address to come to this host: %s", len(waits), missing)
         self._awaited.wait(waits)
-        _report((why, states[flow]) for flow, why in lost.items() if why != RESET)
+        losses.report((why, states[flow]) for flow, why in lost.items() if why != losses.RESET)
         if lost and self._repair is not None:
             self._repair.end_guard()  # resets are wanted now
         self._knocks.begin(peers, self.scope)
@@ -860,7 +810,7 @@ class Mover:
                 repaired = [flow for flow in left if (fd := self._engine.flow_socket(flow)[0]) >= 0 and in_repair(fd)]
                 self._leave_repair(repaired)  # in repair mode a reset is not said
                 came = [flow for flow in came if flow in left]
-                peers = [_host_side(self._engine.flow_state(flow)) for flow in came]
+                peers = [losses.host_side(self._engine.flow_state(flow)) for flow in came]
                 for flow in left:
                     self._engine.reset_flow(flow)
                 self._knocks.begin(peers, self.scope)

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the two halves of the engine share."""
+"""What the parts of the engine share."""
 
 from libc.stdint cimport uint8_t, uint16_t
 
-from godwit.dataplane.card cimport StreamCard
 from godwit.dataplane.plane cimport Plane
 from godwit.dataplane.virtqueue cimport Queue
 
 cdef class EngineBase:
     cdef Plane *p
-    cdef StreamCard card
     cdef object thread
     cdef object lock
     cdef int parks
     cdef Queue *queue(self, int index) except NULL
-    cdef _remap(self)
-    cdef _unwatch_kick(self, Queue *q)
     cdef _note_target(self, bytes addr)
 
 # Raise OSError for a negative error number.

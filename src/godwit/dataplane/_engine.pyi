@@ -2,10 +2,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from godwit.dataplane._base import EngineBase
+from godwit.dataplane._rings import RingEngine
 from godwit.dataplane.state import Datagram, FlowState, Ping, UdpPeer, UdpPort
 
-class Engine(EngineBase):
+class Engine(RingEngine):
     def tcp_flows(self, handshakes: bool = False) -> list[int]: ...
     def accept_waiting(self) -> None: ...
     def has_found(self) -> bool: ...

@@ -6,7 +6,8 @@ import os
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from godwit.dataplane._base cimport EngineBase, carried_from, check, copy_bytes
+from godwit.dataplane._base cimport carried_from, check, copy_bytes
+from godwit.dataplane._rings cimport RingEngine
 from godwit.dataplane.flow cimport (
     carry_free,
     carry_new,
@@ -73,7 +74,7 @@ cdef enum:
     MOST_DATA6 = 65527
 
 
-cdef class Engine(EngineBase):
+cdef class Engine(RingEngine):
     """One guest's data plane: memory, two virtqueues, flows, one thread."""
 
     # ---- flows that move. The thread is parked by the caller during all of this.
