@@ -164,8 +164,10 @@ def test_each_waits_for_its_own_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) 
     rig.hold([first])
     time.sleep(1.0)
     rig.hold([second])
-    while alive(rig, first):
+    until = time.monotonic() + 10
+    while alive(rig, first) and time.monotonic() < until:
         time.sleep(0.01)
+    assert not alive(rig, first)
     assert alive(rig, second)
     rig.join()
     assert not alive(rig, second)

@@ -29,11 +29,11 @@ def hosts() -> Iterator[None]:
 
 
 def came(name: str, data: bytes) -> bool:
-    """Whether something comes of an input. A game that fails is played again: the kernel's own timers go on."""
+    """Whether something comes of an input. A game may fail once in three: the kernel's own timers go on."""
     try:
         return target(name).run(data)
     except BreachError:
-        return target(name).run(data)
+        return target(name).run(data) and target(name).run(data)
 
 
 @pytest.mark.parametrize("name", BY_NAME)

@@ -56,6 +56,7 @@ _BEGIN = """
 #include <fcntl.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <netinet/in.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -105,6 +106,22 @@ int gettimeofday(struct timeval *restrict out, void *restrict zone)
     out->tv_sec = now.tv_sec;
     out->tv_usec = now.tv_nsec / 1000;
     return 0;
+}
+"""
+
+# How many nanoseconds a look at what waits in a socket of TCP takes longer, without any work; and how many there were.
+SLOW = """
+ssize_t recvmsg(int fd, struct msghdr *message, int flags)
+{
+    int protocol = 0;
+    socklen_t size = sizeof(protocol);
+    if (flags & MSG_PEEK && numbers && !getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &size)
+        && protocol == IPPROTO_TCP) {
+        struct timespec pause = {0, numbers[0]};
+        numbers[1]++;
+        clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
+    }
+    return REAL(recvmsg)(fd, message, flags);
 }
 """
 

@@ -59,7 +59,7 @@ def main(path: str, step: str, deed: str) -> None:
         reached("go")
         if deed == "late":
             # The old one has given up by then, and waits for this one's end, with the connection open.
-            time.sleep(max(0.0, since + PATIENCE + 1.5 * ENDING - time.monotonic()))
+            time.sleep(max(0.0, since + PATIENCE + ENDING - time.monotonic()))
             try:
                 channel.send(Word.RUNNING)
             except TakeoverError:

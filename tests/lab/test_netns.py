@@ -86,8 +86,8 @@ def test_switch_takes_no_time(network: Network) -> None:
     assert udp_answers(network, "a", False)  # the server's neighbour entry is there
     started = time.monotonic()
     network.switch("b")
+    assert time.monotonic() - started < 1
     assert udp_answers(network, "b", False)
-    assert time.monotonic() - started < 2
 
 
 def test_commands_are_found_in_sbin(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:

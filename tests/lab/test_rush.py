@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import random
 import resource
 import socket
 import statistics
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -23,6 +25,8 @@ import pytest
 from godwit.lab.netns import GATEWAY4, Namespace, wait_until
 from godwit.lab.rush import Rushed, rush_command
 
+from .moves import receive_exactly
+from .shim import SLOW, Shim
 from .watching import cpu_seconds, descriptors, dropped, resident
 from .world import SERVER, World, connect, tcp
 
@@ -237,6 +241,24 @@ def test_a_trickle_on_many_connections(count: int, rounds: int, most: float) -> 
         assert watch.error is None, repr(watch.error)
         assert made.cpu / made.bytes < most, made
         assert max(watch.echoes) < 2.0, watch.echoes
+
+
+def test_a_wait_for_the_processor_is_no_trickle(tmp_path: Path) -> None:
+    """Looks that take long, and cost nothing: the guest's window is made use of all the same."""
+    shim = Shim(tmp_path, SLOW)
+    shim.put(0, 2_000_000)
+    data = random.randbytes(1 << 18)
+    with (
+        World("-t", str(PORT), wrapper=shim.wrapper) as world,
+        tcp(world.guest, 4, "", PORT) as listening,
+        connect(world.server, world.net.a.addr4, PORT) as peer,
+        listening.accept()[0] as sock,
+    ):
+        sender = threading.Thread(target=peer.sendall, args=(data,))
+        sender.start()
+        assert receive_exactly(sock, len(data)) == data
+        sender.join()
+    assert 0 < shim.get(1) < len(data) >> 12, shim.get(1)
 
 
 def tell(name: str, times: list[float]) -> None:

@@ -90,7 +90,7 @@ def prepared() -> BackendSession:
     return session
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pieces=st.lists(st.tuples(st.binary(max_size=40), st.sampled_from([0, 0, 1, 2, 20])), max_size=10))
 def test_any_bytes(pieces: list[tuple[bytes, int]]) -> None:
     """A back-end takes any bytes, with any descriptors, and holds none of these afterwards."""
@@ -103,7 +103,7 @@ def test_any_bytes(pieces: list[tuple[bytes, int]]) -> None:
     assert count() == before
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(messages=st.lists(messages, max_size=12), verdicts=verdicts, step=st.integers(1, 100), eof=st.booleans())
 def test_any_messages(messages: list[tuple[int, int, bytes, int]], verdicts: list[str], step: int, eof: bool) -> None:
     """Whatever a front-end asks and whatever the device makes of it: every descriptor has one owner."""
@@ -122,7 +122,7 @@ def test_any_messages(messages: list[tuple[int, int, bytes, int]], verdicts: lis
     assert count() == before
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     asked=st.lists(st.sampled_from([Request.GET_FEATURES, Request.GET_VRING_BASE, Request.SET_OWNER]), max_size=4),
     answers=st.lists(messages, max_size=6),

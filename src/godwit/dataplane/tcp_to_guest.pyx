@@ -352,6 +352,8 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
             began = read_clock(clock)
             n = recvmsg(f.sock, &msg, MSG_PEEK | MSG_DONTWAIT)
             note_peek(f, read_clock(clock) - began, flying - carried + <uint32_t>(n if n > 0 else 0))
+            if f.flight == FLIGHT_MOST:
+                burst = 1           # what tells is not to take long itself
             if n >= 0 and not p.peek_offset:
                 n = n - (flying - carried)
                 if n <= 0 and not f.flags & FF_EOF:
