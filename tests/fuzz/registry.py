@@ -33,7 +33,7 @@ PLACES: Final = (
     Place("card", ["card"]),
     Place("tcp_model", ["tcp"]),
     Place("vhost_user", ["vhost_user"], ["godwit.daemon.device", "godwit.vhost_user"]),
-    Place("arrivals", ["arrivals"], ["godwit.daemon.mover", "godwit.migration", "godwit.net"]),
+    Place("arrivals", ["arrivals"], ["godwit.daemon.losses", "godwit.daemon.mover", "godwit.migration", "godwit.net"]),
     Place("readers", ["version2", "native", "inspect"], ["godwit.cli.inspect", "godwit.migration", "godwit.net"]),
     Place("services", ["arp", "dhcp", "dhcpv6", "ndp", "rare"], ["godwit.net"]),
     Place(

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The data plane as the control thread sees it, but for memory and rings (``_rings.pyx``) and flows (``_engine.pyx``).
 
-Everything here that changes the plane does so while its thread is parked. A
-failure in the plane is a negative error number; ``check`` makes an exception
-of it, and only here.
+All that changes the plane does so while its thread is parked. A failure in the
+plane is a negative error number; ``check`` makes an exception of it.
 """
 
 from contextlib import contextmanager
@@ -150,8 +149,7 @@ cdef void renumber(Plane *p) noexcept nogil:
 cdef class EngineBase:
     """One guest's data plane: thread, configuration, listeners, and what is counted.
 
-    Descriptors that are handed in (rings, memory, log, listeners) belong to
-    the engine from then on. Methods raise OSError where the kernel refused,
+    Descriptors that are handed in belong to the engine from then on. Methods raise OSError where the kernel refused,
     ValueError for what the caller got wrong.
     """
 
@@ -342,6 +340,8 @@ cdef class EngineBase:
                 self.p.config.maps[self.p.config.map_count].port = port
                 self.p.config.maps[self.p.config.map_count].scope = scope
                 self.p.config.map_count += 1
+
+    # ---- a ring (all that is done with it is in RingEngine)
 
     cdef Queue *queue(self, int index) except NULL:
         if not 0 <= index < QUEUES:

@@ -172,7 +172,7 @@ cdef extern from *:
                 uint32_t granted;               /* its size when it was last computed */
                 uint16_t wnd_sent;              /* the window field of the last segment */
                 uint8_t ws_from_guest : 4, ws_to_guest : 4;
-                uint8_t flight;                 /* the logarithm of what may be in flight to the guest; 0: its window; see note_peek */
+                uint8_t flight;                 /* logarithm of what may be in flight; 0: the window. See note_peek */
             };
             struct {    /* UDP and ping */
                 uint32_t port;          /* UDP: the index of its FLOW_UDP_PORT */

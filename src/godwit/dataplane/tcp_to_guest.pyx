@@ -293,7 +293,7 @@ cdef int send_data(Plane *p, Flow *f) noexcept nogil:
     """Move what the socket has to the guest, as far as window and ring go.
 
     What is there is not known before it is read, so each call asks for twice as
-    many frames as the one before.
+    many frames as the one before; for one after a call that took long.
 
     0, or a negative error number: the connection is broken.
     """

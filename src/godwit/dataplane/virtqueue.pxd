@@ -17,7 +17,7 @@ cdef enum:
     MAX_QUEUE_SIZE = 32768
     MAX_CHAIN = 1024    # elements of one chain that we take: a 64 KiB frame in scraps of 64 bytes
 
-# Why a ring is not served any more: the rule that the guest broke, or the front-end. In words: FAULTS, _base.pyx.
+# Why a ring is not served any more: the rule that the guest broke, or the front-end. In words: FAULTS, _rings.pyx.
 cdef enum Fault:
     BAD_INDEX = -1      # more entries in the available ring than it has
     BAD_CHAIN = -2      # a descriptor that there is none of, or a loop
