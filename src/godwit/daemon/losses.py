@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from godwit.daemon.awaited import PATIENCE
-from godwit.dataplane import FlowState, Side
+from godwit.dataplane import FlowState
 from godwit.net.records import address_text
 
 log = logging.getLogger(__name__)
@@ -26,11 +26,6 @@ NO_MEMORY = "all queues together are too large for this host"
 
 # Reasons that a source can make the log give at most.
 MAX_REASONS = 20
-
-
-def host_side(state: FlowState) -> Side:
-    """The side of the remote peer."""
-    return state.sides[0] if state.pif[0] == 1 else state.sides[1]
 
 
 def why(step: str, error: int) -> str:
@@ -66,5 +61,5 @@ def advice(error: OSError, address: bytes, *, here: bool) -> str:
 
 def _ends(state: FlowState) -> str:
     """Both ends of the host's side, for people."""
-    side = host_side(state)
+    side = state.host_side
     return f"{address_text(side.our_addr)} port {side.our_port} to {address_text(side.end_addr)} port {side.end_port}"

@@ -593,7 +593,7 @@ class Mover:
     def _refused(self, number: int, error: OSError, data: bytes) -> None:
         """The kernel does not take a socket; its address may come yet."""
         state = self._engine.flow_state(self._came().flow(number))
-        ours = losses.host_side(state)
+        ours = state.host_side
         here = error.errno != errno.EADDRNOTAVAIL or is_here(ours.our_addr, self.scope)
         if here or not self._freebind:
             self._lose(number, losses.advice(error, ours.our_addr, here=here))
@@ -759,7 +759,7 @@ class Mover:
         opened = set(self._opens)
         lost = {flow_of(number): why for number, why in self._lost.items() if number not in opened}
         states = {flow: self._engine.flow_state(flow) for flow in lost}
-        peers = [losses.host_side(state) for flow, state in states.items() if not self._is_local(flow)]
+        peers = [state.host_side for flow, state in states.items() if not self._is_local(flow)]
         for flow in lost:
             self._engine.reset_flow(flow)
         for flow in opens:
@@ -810,7 +810,7 @@ class Mover:
                 repaired = [flow for flow in left if (fd := self._engine.flow_socket(flow)[0]) >= 0 and in_repair(fd)]
                 self._leave_repair(repaired)  # in repair mode a reset is not said
                 came = [flow for flow in came if flow in left]
-                peers = [losses.host_side(self._engine.flow_state(flow)) for flow in came]
+                peers = [self._engine.flow_state(flow).host_side for flow in came]
                 for flow in left:
                     self._engine.reset_flow(flow)
                 self._knocks.begin(peers, self.scope)

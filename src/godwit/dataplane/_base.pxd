@@ -4,14 +4,12 @@
 from libc.stdint cimport uint8_t, uint16_t
 
 from godwit.dataplane.plane cimport Plane
-from godwit.dataplane.virtqueue cimport Queue
 
 cdef class EngineBase:
     cdef Plane *p
     cdef object thread
     cdef object lock
     cdef int parks
-    cdef Queue *queue(self, int index) except NULL
     cdef _note_target(self, bytes addr)
 
 # Raise OSError for a negative error number.

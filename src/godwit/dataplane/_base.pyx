@@ -341,13 +341,6 @@ cdef class EngineBase:
                 self.p.config.maps[self.p.config.map_count].scope = scope
                 self.p.config.map_count += 1
 
-    # ---- a ring (all that is done with it is in RingEngine)
-
-    cdef Queue *queue(self, int index) except NULL:
-        if not 0 <= index < QUEUES:
-            raise ValueError(f"no ring {index}")
-        return &self.p.queues[index]
-
     # ---- rare frames
 
     def rare_fileno(self):

@@ -7,5 +7,6 @@ from godwit.dataplane.virtqueue cimport Queue
 
 cdef class RingEngine(EngineBase):
     cdef StreamCard card
+    cdef Queue *queue(self, int index) except NULL
     cdef _remap(self)
     cdef _unwatch_kick(self, Queue *q)

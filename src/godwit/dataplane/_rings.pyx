@@ -72,13 +72,20 @@ FAULTS = (
 assert len(FAULTS) == -NO_MEMORY
 
 
-cdef object never_blocks(int fd):
-    """Whatever that descriptor is, a write to it must not stop us. It is closed where that cannot be (O_PATH)."""
-    try:
-        os.set_blocking(fd, False)
-    except OSError:
-        os.close(fd)
-        raise
+cdef object replace(int *kept, fd):
+    """Keep another descriptor that is written to, or none (None), in place of the one that is there, and close that.
+
+    Whatever it is, a write to it must not stop us. It is closed where that cannot be (O_PATH).
+    """
+    if fd is not None:
+        try:
+            os.set_blocking(fd, False)
+        except OSError:
+            os.close(fd)
+            raise
+    if kept[0] >= 0:
+        close(kept[0])
+    kept[0] = -1 if fd is None else fd
 
 
 cdef class RingEngine(EngineBase):
@@ -157,6 +164,11 @@ cdef class RingEngine(EngineBase):
 
     # ---- rings
 
+    cdef Queue *queue(self, int index) except NULL:
+        if not 0 <= index < QUEUES:
+            raise ValueError(f"no ring {index}")
+        return &self.p.queues[index]
+
     def ring_num(self, int index, uint32_t num):
         """The ring's size: a power of two."""
         cdef Queue *q = self.queue(index)
@@ -218,12 +230,8 @@ cdef class RingEngine(EngineBase):
         """How the guest is interrupted; None: it polls."""
         cdef Queue *q = self.queue(index)
         cdef uint64_t one = 1
-        if fd is not None:
-            never_blocks(fd)
         with self.parked():
-            if q.call >= 0:
-                close(q.call)
-            q.call = -1 if fd is None else fd
+            replace(&q.call, fd)
             # QEMU starts a ring first and sets this after: what was used in
             # between went to the descriptor of before, which nobody reads. An
             # interrupt too many does no harm.
@@ -233,12 +241,8 @@ cdef class RingEngine(EngineBase):
     def ring_err(self, int index, fd):
         """How the front-end is told that the ring is broken."""
         cdef Queue *q = self.queue(index)
-        if fd is not None:
-            never_blocks(fd)
         with self.parked():
-            if q.err >= 0:
-                close(q.err)
-            q.err = -1 if fd is None else fd
+            replace(&q.err, fd)
 
     def ring_enable(self, int index, bint enabled):
         """Enable or disable the ring (it runs when it is started too)."""

@@ -13,6 +13,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from godwit.dataplane._base cimport EngineBase, carried_from, check, copy_bytes
+from godwit.dataplane._rings cimport RingEngine
 from godwit.dataplane.flow cimport (
     age_in,
     carry_bytes,
@@ -136,7 +137,7 @@ cdef uint32_t idle(Plane *p, Flow *f) noexcept:
 
 # ---- what there is
 
-def rings(EngineBase engine not None):
+def rings(RingEngine engine not None):
     """(LiveRing, descriptor to be kicked, to call, for errors; -1: none) of each ring."""
     cdef Queue *q
     cdef int i
@@ -316,7 +317,7 @@ def set_counters(EngineBase engine not None, counters):
         c.drops[i] = counters.get(f"drops.{DROP_NAMES[i]}", 0)
 
 
-def set_ring(EngineBase engine not None, int index, ring, int kick, int call, int err):
+def set_ring(RingEngine engine not None, int index, ring, int kick, int call, int err):
     """A ring as another data plane had it; memory and features are there. The descriptors are the engine's then."""
     cdef Queue *q = engine.queue(index)
     cdef epoll_event ev

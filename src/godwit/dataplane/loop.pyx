@@ -3,9 +3,9 @@
 
 One turn: wait; take the events; run the timers that are due, but not before what
 the guest has said is read; settle the flows that were touched; give receive
-buffers to those that wait for them; publish the used entries. Where the guest's network card is ours too (``card.pyx``), it has
-its turn within this one: it fills the one ring after the events, and empties the
-other at the end. The control thread's wish to change something is granted at
+buffers to those that wait for them; publish the used entries. Where the guest's
+network card is ours too (``card.pyx``), it has its turn within this one: it fills
+the one ring after the events, and empties the other at the end. The control thread's wish to change something is granted at
 the end of a turn, when nothing is half done: the thread is then *parked* until
 it is let go. What the control thread wants to look at, and is looked at quickly,
 is an *errand*: the thread itself does it then, and waits for nobody.

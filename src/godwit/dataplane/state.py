@@ -54,6 +54,11 @@ class FlowState(NamedTuple):
     bytes_to_guest: int = 0
     idle: int = 0
 
+    @property
+    def host_side(self) -> Side:
+        """The side of the remote peer."""
+        return self.sides[0] if self.pif[0] == 1 else self.sides[1]
+
 
 class SocketState(NamedTuple):
     """The kernel's side of a TCP flow, as TCP_REPAIR gives and takes it.
