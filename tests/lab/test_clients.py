@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from godwit.cli import ctl
 from godwit.lab.backend import Backend
 from godwit.lab.clients import GuestSystem, addresses, mtu, routers, with_resolv_conf
 from godwit.lab.guest import EmbeddedGuest
 from godwit.lab.netns import GATEWAY4, GATEWAY6, HOST4, HOST6, SERVER4, Namespace, Network, wait_until
+
+from .watching import status
 
 MTU = 1400
 DNS4, DNS6 = "192.0.2.53", "2001:db8::53"
@@ -93,7 +94,7 @@ class Lab:
         """Wait until the back-end knows that the guest has this address."""
         self.expect(
             f"{address} to be known",
-            lambda: ctl.document(f"{self.backend.socket}.ctl", "status")["guest"]["seen"][what] == address,
+            lambda: status(self.backend)["guest"]["seen"][what] == address,
         )
 
     def serve(self, address: str, space: Namespace | None = None) -> None:

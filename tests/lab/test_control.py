@@ -21,6 +21,7 @@ from godwit.lab.memory import TX
 from godwit.lab.netns import HOST4, wait_until
 from godwit.lab.scenario import PORT, Load, Scenario
 
+from . import watching
 from .moves import IDLE, begin, connection, datagrams, saved, suspended, works_on
 
 UP, DOWN = 120_000, 300_000
@@ -32,7 +33,7 @@ def control(scenario: Scenario, name: str) -> str:
 
 
 def status(scenario: Scenario, name: str) -> dict[str, Any]:
-    return ctl.document(control(scenario, name), "status")
+    return watching.status(scenario.backends[name])
 
 
 def flows(scenario: Scenario, words: str = "", name: str = "a") -> list[dict[str, Any]]:

@@ -59,6 +59,11 @@ def in_thread(work: Callable[[], None]) -> Iterator[None]:
         raise failed[0]
 
 
+def give_room(receiver: socket.socket) -> None:
+    """Whoever has to wait before it reads loses no datagram for that."""
+    receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
+
+
 class Numbered:
     """Numbered datagrams from one socket to another, at a steady rate, until told to stop: who has got which."""
 
@@ -155,8 +160,8 @@ def test_a_hundred_times_under_load(capsys: pytest.CaptureFixture[str]) -> None:
         load = scenario.start_load(idle=50, rate=RATE)
         ours, peer = at_end.enter_context(connection(scenario))
         service, asking, server, client = at_end.enter_context(datagrams(scenario))
-        for receiver in (service, server):  # who has to wait for the processor loses nothing
-            receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
+        for receiver in (service, server):
+            give_room(receiver)
         inward = Numbered(client, (scenario.network.a.address(False), PORT), service)
         outward = Numbered(asking, (scenario.server_address, PORT), server)
         stop = threading.Event()
@@ -390,7 +395,7 @@ def test_a_guest_that_stands_still_misses_nothing() -> None:
         assert isinstance(guest, EmbeddedGuest)
         here = scenario.network.a.address(False)
         service, asking, server, client = at_end.enter_context(datagrams(scenario))
-        service.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)  # for all at once, when it goes on
+        give_room(service)  # for all at once, when it goes on
         ours, peer = at_end.enter_context(connection(scenario))
         with guest.space.enter():
             listening = at_end.enter_context(socket.create_server(("", PORT)))
@@ -442,7 +447,7 @@ def test_a_datagram_of_which_the_guest_has_had_a_part() -> None:
         guest, backend = scenario.guest, scenario.backends["a"]
         assert isinstance(guest, EmbeddedGuest)
         service, _, _, client = at_end.enter_context(datagrams(scenario))
-        service.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
+        give_room(service)
         # Large ones take four buffers of what is left of 256. Where nothing is left in the one round, something is in
         # the other.
         for small in (240, 241):

@@ -9,7 +9,9 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from typing import Any
 
+from godwit.cli import ctl
 from godwit.lab.backend import Backend
 from godwit.lab.counters import Counters
 
@@ -74,6 +76,11 @@ def _set_limit(pid: int, most: int) -> None:
 def _id(pid: int, name: str) -> int:
     with open(f"/proc/{pid}/status") as file:
         return int(next(line for line in file if line.startswith(f"{name}:")).split()[1])
+
+
+def status(backend: Backend) -> dict[str, Any]:
+    """What a back-end says of itself."""
+    return ctl.document(f"{backend.socket}.ctl", "status")
 
 
 def sent_again(backend: Backend) -> int:
